@@ -1,0 +1,210 @@
+"""What a run leaves behind: where it was made, the rows, the goals, a table."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Row = dict[str, object]
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+def environment(device: torch.device) -> Row:
+    """Device, versions and commit, as strings; None where there is none."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "commit": os.environ.get("FUSEDOPT_COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """First word a command prints, None if it is missing or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = result.stdout.split()
+    return words[0] if result.returncode == 0 and words else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------------------------- goals
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach: ``value(rows)`` is at least, at most or exactly ``bound``; None if its rows were not run."""
+
+    name: str
+    value: Callable[[Rows], float | None]
+    relation: str
+    bound: float
+
+    def judge(self, rows: Rows) -> Row:
+        value = self.value(rows)
+        reached = None if value is None else {">=": value >= self.bound, "<=": value <= self.bound}[self.relation]
+        return {"name": self.name, "value": value, "relation": self.relation, "bound": self.bound, "reached": reached}
+
+
+class Rows:
+    """Looks figures up by what a row is about."""
+
+    def __init__(self, rows: Iterable[Row], first_step: Iterable[Row] = ()) -> None:
+        self.rows = list(rows)
+        self.first_step = list(first_step)
+
+    def figure(self, key: str, case: str, library: str) -> float | None:
+        """``key`` of the row with this ``workload/optimizer/format/contract`` and library."""
+        names = ("workload", "optimizer", "format", "contract")
+        for row in self.rows:
+            if "/".join(str(row[name]) for name in names) == case and row["library"] == library:
+                return row[key]
+        return None
+
+    def ratio(self, key: str, case: str, library: str, baseline: str) -> float | None:
+        """How many times less ``library`` takes than ``baseline``."""
+        ours, theirs = self.figure(key, case, library), self.figure(key, case, baseline)
+        return None if ours is None or theirs is None else theirs / ours
+
+    def first_step_seconds(self, cache: str) -> float | None:
+        return next((row["first_step_s"] for row in self.first_step if row["cache"] == cache), None)
+
+
+def _figure(key: str, case: str) -> Callable[[Rows], float | None]:
+    return lambda rows: rows.figure(key, case, "fusedopt-cuda")
+
+
+def _ratio(key: str, case: str, baseline: str, library: str = "fusedopt-cuda") -> Callable[[Rows], float | None]:
+    return lambda rows: rows.ratio(key, case, library, baseline)
+
+
+def _first_step(cache: str) -> Callable[[Rows], float | None]:
+    return lambda rows: rows.first_step_seconds(cache)
+
+
+def _efficiency_goals(case: str, launches: int, efficiency: float) -> list[Goal]:
+    return [
+        Goal(f"{case}: launches", _figure("launches", case), "<=", launches),
+        Goal(f"{case}: share of the floor", _figure("efficiency", case), ">=", efficiency),
+    ]
+
+
+def _speed_goals(case: str) -> list[Goal]:
+    return [
+        Goal(f"{case}: times faster than GradScaler", _ratio("gpu_ms", case, "torch-fused"), ">=", 1.6),
+        Goal(f"{case}: times faster than grad_scale", _ratio("gpu_ms", case, "torch-grad-scale"), ">=", 1.2),
+    ]
+
+
+SMALL = "1000-small/adamw/fp32/scaler_clip_step"
+
+CUDA_GOALS = [
+    *_efficiency_goals("llama-1.3B/adamw/fp32/step", 1, 0.97),
+    *_efficiency_goals("gpt2-124M/adamw/fp32/step", 1, 0.97),
+    *_efficiency_goals("llama-1.3B/adamw/fp32/scaler_clip_step", 2, 0.97),
+    *_speed_goals("llama-1.3B/adamw/fp32/scaler_clip_step"),
+    *_efficiency_goals("gpt2-124M/adamw/fp32/scaler_clip_step", 2, 0.95),
+    *_speed_goals("gpt2-124M/adamw/fp32/scaler_clip_step"),
+    *_efficiency_goals("llama-1.3B/lion/fp32/step", 1, 0.95),
+    *_efficiency_goals("llama-1.3B/adamw/bf16/step", 1, 0.94),
+    Goal(f"{SMALL}: GPU ms, cold L2", _figure("gpu_ms", SMALL), "<=", 0.025),
+    Goal(f"{SMALL}: GPU ms, warm L2", _figure("gpu_warm_ms", SMALL), "<=", 0.025),
+    Goal(f"{SMALL}: host ms", _figure("host_ms", SMALL), "<=", 0.3),
+    Goal(f"{SMALL}: times less host time than torch", _ratio("host_ms", SMALL, "torch-fused"), ">=", 20),
+    Goal("first step of a process, cold kernel cache, s", _first_step("cold"), "<=", 2.0),
+    Goal("first step of a process, warm kernel cache, s", _first_step("warm"), "<=", 0.3),
+]
+
+CPU_CLIP = "cpu-100M/adamw/fp32/clip_step"
+
+CPU_GOALS = [
+    Goal(f"{CPU_CLIP}: times faster than torch", _ratio("wall_ms", CPU_CLIP, "torch-fused", "fusedopt-cpu"), ">=", 1.25)
+]
+
+
+def judge_goals(device: torch.device, rows: list[Row], first_step: list[Row]) -> list[Row]:
+    """Every goal that the run has rows for."""
+    goals = CUDA_GOALS if device.type == "cuda" else CPU_GOALS
+    judged = [goal.judge(Rows(rows, first_step)) for goal in goals]
+    return [row for row in judged if row["value"] is not None]
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def print_rows(console: Console, rows: list[Row]) -> None:
+    table = Table(title="one step tail, medians", box=None, pad_edge=False)
+    table.add_column("case / library", no_wrap=True)
+    for column in ("GPU ms", "floor", "share", "launches", "wall ms", "host ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    case = None
+    for row in rows:
+        title = f"{row['workload']} {row['optimizer']} {row['format']} {row['contract']}"
+        if title != case:
+            table.add_row(title, style="bold")
+            case = title
+        table.add_row(f"  {row['library']}", *_cells(row))
+    console.print(table)
+    for row in rows:
+        if row["error"]:
+            console.print(f"FAILED {row['workload']} {row['contract']} {row['library']}: {row['error']}", markup=False)
+
+
+def _cells(row: Row) -> list[str]:
+    if row["error"]:
+        return ["failed"]
+    gpu, floor, wall, host = (
+        "-" if row[key] is None else f"{row[key]:.3f}" for key in ("gpu_ms", "floor_ms", "wall_ms", "host_ms")
+    )
+    launches = "-" if row["launches"] is None else str(row["launches"])
+    return [gpu, floor, f"{100 * row['efficiency']:.1f}%", launches, wall, host]
+
+
+def print_goals(console: Console, goals: list[Row]) -> None:
+    table = Table(title="figures to show", box=None, pad_edge=False)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("goal", justify="right", no_wrap=True)
+    table.add_column("")
+    for goal in goals:
+        verdict = "[green]reached[/]" if goal["reached"] else "[red]missed[/]"
+        table.add_row(goal["name"], f"{goal['value']:.4g}", f"{goal['relation']} {goal['bound']:g}", verdict)
+    console.print(table)

@@ -1,0 +1,208 @@
+"""How a step tail is timed: kernel time from CUPTI, host and wall time from the host's clock, copy bandwidth."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+
+import numpy as np
+import torch
+
+NS_PER_MS = 1e6
+US_PER_MS = 1e3
+BYTES_PER_MIB = 1 << 20
+
+# Larger than the second-level cache of any GPU and of any core that runs the host code.
+DEVICE_EVICTION_BYTES = 256 * BYTES_PER_MIB
+HOST_EVICTION_BYTES = 64 * BYTES_PER_MIB
+CACHE_LINE_BYTES = {"cuda": 128, "cpu": 64}
+
+# Name of the kernel that goes before each step of a trace and tells steps apart. No optimizer uses it.
+MARKER = "bitwise_not"
+
+# Categories of device work in a Chrome trace. Not gpu_user_annotation: it spans kernels and would count them twice.
+KERNEL, MEMORY_OPERATIONS = "kernel", ("gpu_memcpy", "gpu_memset")
+
+Step = Callable[[], object]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Caches:
+    """Empties the caches of host and device, so that a step meets memory as it is after a backward pass elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = np.zeros((HOST_EVICTION_BYTES // CACHE_LINE_BYTES["cpu"], CACHE_LINE_BYTES["cpu"]), np.uint8)
+        if device.type == "cuda":
+            lines = DEVICE_EVICTION_BYTES // CACHE_LINE_BYTES["cuda"]
+            self.lines = torch.zeros((lines, CACHE_LINE_BYTES["cuda"] // 4), dtype=torch.int32, device=device)
+            self.sink = torch.empty(lines, dtype=torch.int32, device=device)
+
+    def evict_host(self) -> None:
+        self.host[:, 0] += 1
+
+    def evict_device(self) -> None:
+        """Touches every cache line of a large buffer: a marker kernel too.
+
+        It reads them: had it written them, they would be written back to memory while the timed step runs. Of the
+        lines it leaves in the cache, one in 33 is of its small output.
+        """
+        if self.device.type == "cuda":
+            torch.bitwise_not(self.lines[:, 0], out=self.sink)
+
+    def mark(self) -> None:
+        """A marker kernel which leaves the cache alone."""
+        torch.bitwise_not(self.sink[:1], out=self.sink[:1])
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@dataclass
+class HostTimes:
+    """Per step, milliseconds on the host's clock."""
+
+    host: list[float] = field(default_factory=list)  # until the call returns
+    wall: list[float] = field(default_factory=list)  # until the device is done
+
+
+def time_host(step: Step, prepare: Step, caches: Caches, repeats: int, times: HostTimes) -> None:
+    """Adds ``repeats`` single steps to ``times``, each with new gradients, cold caches and an idle device."""
+    with no_garbage_collection():
+        for _ in range(repeats):
+            prepare()
+            caches.evict_device()
+            synchronize(caches.device)
+            caches.evict_host()
+            start = perf_counter_ns()
+            step()
+            returned = perf_counter_ns()
+            synchronize(caches.device)
+            finished = perf_counter_ns()
+            times.host.append((returned - start) / NS_PER_MS)
+            times.wall.append((finished - start) / NS_PER_MS)
+
+
+@dataclass
+class DeviceStep:
+    """The device work of one step."""
+
+    ms: float = 0.0  # sum over kernels, copies and fills; gaps between them are not in it
+    kernels: int = 0
+    memory_operations: int = 0
+
+
+def split_steps(events: list[dict]) -> list[DeviceStep]:
+    """Device work between the markers of a Chrome trace; what precedes the first marker belongs to no step."""
+    work = [event for event in events if event.get("cat") == KERNEL or event.get("cat") in MEMORY_OPERATIONS]
+    steps: list[DeviceStep] = []
+    for event in sorted(work, key=lambda event: float(event["ts"])):
+        if MARKER in event["name"]:
+            steps.append(DeviceStep())
+        elif steps:
+            steps[-1].ms += float(event["dur"]) / US_PER_MS
+            steps[-1].kernels += event["cat"] == KERNEL
+            steps[-1].memory_operations += event["cat"] in MEMORY_OPERATIONS
+    return steps
+
+
+def trace_events(prof: torch.profiler.profile) -> list[dict]:
+    """The events of a finished profile, by way of its Chrome trace: a form that is alike in all torch versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trace.json")
+        prof.export_chrome_trace(path)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return json.loads(file.read(), strict=False)["traceEvents"]  # kernel names may hold control characters
+
+
+@dataclass
+class DeviceTimes:
+    """Device work of the steps with an evicted second-level cache, and of those which follow one another directly."""
+
+    cold: list[DeviceStep] = field(default_factory=list)
+    warm: list[DeviceStep] = field(default_factory=list)
+
+
+def trace_device(step: Step, prepare: Step, caches: Caches, repeats: int, times: DeviceTimes) -> None:
+    """Adds ``repeats`` cold and as many warm steps to ``times``, all over one set of new gradients.
+
+    Raises:
+        RuntimeError: the profiler saw other than the expected number of steps.
+    """
+    prepare()
+    synchronize(caches.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        for before in [caches.evict_device] * repeats + [caches.mark] * repeats:
+            before()
+            step()
+        synchronize(caches.device)
+    steps = split_steps(trace_events(prof))
+    if len(steps) != 2 * repeats or not all(one.kernels for one in steps):
+        raise RuntimeError(f"trace_device: the profiler recorded {len(steps)} of {2 * repeats} steps; is CUPTI usable?")
+    times.cold += steps[:repeats]
+    times.warm += steps[repeats:]
+
+
+def start_profiler(caches: Caches) -> None:
+    """A session for nothing: the first one loads CUPTI and may miss kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+        caches.mark()
+        synchronize(caches.device)
+
+
+def span_ms(step: Step, prepare: Step, repeats: int) -> float:
+    """Milliseconds a step of ``repeats`` back-to-back steps between two CUDA events: with gaps, if the host is slow."""
+    prepare()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    step()  # the device is busy when the first event is recorded, so that it does not wait for the host
+    begin.record()
+    for _ in range(repeats):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def copy_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
+    """Copy bandwidth in GB/s (10^9 bytes), bytes read plus bytes written, median of ``repeats`` timings."""
+    source = torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    copy_ms = _device_copy_ms if device.type == "cuda" else _host_copy_ms
+    target.copy_(source)
+    times = [copy_ms(target, source) for _ in range(repeats)]
+    return 2 * source.nbytes / statistics.median(times) / 1e6
+
+
+def _device_copy_ms(target: torch.Tensor, source: torch.Tensor) -> float:
+    copies = 8  # in a row, so that the launch of the first one does not count
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(copies):
+        target.copy_(source)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / copies
+
+
+def _host_copy_ms(target: torch.Tensor, source: torch.Tensor) -> float:
+    start = perf_counter_ns()
+    target.copy_(source)
+    return (perf_counter_ns() - start) / NS_PER_MS

@@ -1,0 +1,104 @@
+"""The parameter lists that are measured: shapes of real models, filled with random numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Ordinary magnitudes: weights as after initialisation, gradients whose total norm is above the clipping limit.
+PARAM_STD = 0.02
+GRAD_STD = 0.01
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named list of parameter shapes, in the order in which an optimizer receives them."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+class Model:
+    """Parameters and gradients of a workload, shared by all libraries that are compared on it.
+
+    Args:
+        workload: the shapes.
+        dtype: of parameters and gradients.
+        device: where they live.
+    """
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        def empty(shape: Shape) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.params = [torch.nn.Parameter(empty(shape)) for shape in workload.shapes]
+        self.gradients = [empty(shape) for shape in workload.shapes]
+        self._fill(self.gradients, GRAD_STD, seed=1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Puts every parameter back to its starting value."""
+        self._fill([param.detach() for param in self.params], PARAM_STD, seed=0)
+
+    def backward(self) -> None:
+        """Gives every parameter a new gradient tensor, as backward does after ``zero_grad(set_to_none=True)``."""
+        for param in self.params:
+            param.grad = None
+        for param, gradient in zip(self.params, self.gradients):
+            param.grad = gradient.clone()
+
+    @staticmethod
+    def _fill(tensors: list[torch.Tensor], std: float, seed: int) -> None:
+        generator = torch.Generator(tensors[0].device).manual_seed(seed)
+        for tensor in tensors:
+            tensor.normal_(0.0, std, generator=generator)
+
+
+def gpt2(name: str, *, width: int, layers: int, vocab: int, context: int) -> Workload:
+    """GPT-2 with tied embeddings: 12 tensors a layer, 2 embeddings, final layer norm."""
+    layer = [
+        (width,), (width,),                        # layer norm 1
+        (3 * width, width), (3 * width,),          # query, key, value
+        (width, width), (width,),                  # attention output
+        (width,), (width,),                        # layer norm 2
+        (4 * width, width), (4 * width,),          # feed-forward, in
+        (width, 4 * width), (width,),              # feed-forward, out
+    ]  # fmt: skip
+    return Workload(name, ((vocab, width), (context, width), *layer * layers, (width,), (width,)))
+
+
+def llama(name: str, *, width: int, hidden: int, layers: int, vocab: int) -> Workload:
+    """LLaMA without grouped queries: 9 tensors a layer, embedding, final norm, untied head."""
+    layer = [
+        *[(width, width)] * 4,                            # query, key, value, output
+        (hidden, width), (hidden, width), (width, hidden),  # gate, up, down
+        (width,), (width,),                               # the two norms
+    ]  # fmt: skip
+    return Workload(name, ((vocab, width), *layer * layers, (width,), (vocab, width)))
+
+
+def small(name: str, *, pairs: int, width: int) -> Workload:
+    """Many small layers, a square weight and a bias each: host time and launches dominate."""
+    return Workload(name, ((width, width), (width,)) * pairs)
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        llama("llama-1.3B", width=2048, hidden=5504, layers=24, vocab=32000),
+        gpt2("gpt2-124M", width=768, layers=12, vocab=50257, context=1024),
+        small("1000-small", pairs=500, width=64),
+        gpt2("cpu-100M", width=768, layers=12, vocab=18432, context=1024),
+        gpt2("tiny", width=64, layers=2, vocab=256, context=64),
+    )
+}

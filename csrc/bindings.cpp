@@ -1,0 +1,215 @@
+// The extension module fusedopt._C: the CPU engine and the host side of both engines. Addresses travel as integers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/passes.h"
+#include "cuda/args.h"
+#include "host/cuda_driver.h"
+#include "host/hypers.h"
+#include "host/table.h"
+#include "host/watch.h"
+#include "rules/all.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+template <class T>
+T* address(uint64 value) {
+  return reinterpret_cast<T*>(value);
+}
+
+// ---- rules ----------------------------------------------------------------------------------------------
+
+py::list rules() {
+  py::list result;
+#define FUSEDOPT_ROW(Rule)                                                                            \
+  result.append(py::dict(py::arg("struct_name") = #Rule, py::arg("name") = baseline::Rule::kName,   \
+                         py::arg("states") = py::str(baseline::Rule::kStateNames).attr("split")(), \
+                         py::arg("num_states") = int(baseline::Rule::kStates),                     \
+                         py::arg("hyper") = py::str(baseline::Rule::kHyperNames).attr("split")()));
+  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)
+#undef FUSEDOPT_ROW
+  return result;
+}
+
+// ---- tables ---------------------------------------------------------------------------------------------
+
+int32 table_add(Table& table, uint64 param, const std::vector<uint64>& states, uint64 step, int64 numel, int32 group) {
+  std::vector<void*> pointers;
+  for (const uint64 state : states) pointers.push_back(address<void>(state));
+  return table.add(address<void>(param), pointers, address<float>(step), numel, group);
+}
+
+template <class Row>
+py::bytes as_bytes(const std::vector<Row>& rows) {
+  return py::bytes(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Row));
+}
+
+// ---- CPU passes -----------------------------------------------------------------------------------------
+
+GradTable grad_table(Table& table, int32 grad_dtype) {
+  return {table.entries().data(), table.grads().data(), DType(grad_dtype), table.chunk_size()};
+}
+
+bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
+
+void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_dtype, int32 grad_dtype,
+                     int32 state_dtype, const PassArgs& args, int threads) {
+  const py::gil_scoped_release release;
+  const UpdateJob job = {grad_table(table, grad_dtype), DType(param_dtype), DType(state_dtype), rule,
+                         hypers.rows().data(),          args.scaling};
+  const bool skip = nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf);
+  cpu_update(job, table.chunks(), int64(table.entries().size()), skip, threads);
+  if (args.lead && args.control) {
+    args.control->skipped = skip ? 1.0f : 0.0f;
+    args.control->skipped_steps += skip;
+  }
+}
+
+std::pair<double, double> bind_cpu_norm(Table& table, int32 grad_dtype, const PassArgs& args, double sum,
+                                        double nonfinite, int threads) {
+  const py::gil_scoped_release release;
+  cpu_norm({grad_table(table, grad_dtype), args.scaling, args.norm.type}, table.chunks(), threads, sum, nonfinite);
+  return {sum, nonfinite};
+}
+
+void bind_cpu_scale(Table& table, int32 grad_dtype, const PassArgs& args, int threads) {
+  const py::gil_scoped_release release;
+  cpu_scale({grad_table(table, grad_dtype), args.scaling, args.nonfinite_out}, table.chunks(), threads);
+}
+
+// ---- CUDA passes ----------------------------------------------------------------------------------------
+
+constexpr uint32 kCudaThreads = 256;  // kThreads of cuda/engine.cuh
+
+void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, PassArgs& args, Table* table) {
+  void* params[2] = {&args, table ? table->packed() : nullptr};
+  CudaDriver::instance().launch(address<void>(context), address<void>(function), grid, kCudaThreads,
+                                address<void>(stream), params);
+}
+
+// Writes `bytes` bytes of the packed step table, from `offset` on, to the device address `to`.
+void cuda_upload(uint64 context, uint64 function, uint64 stream, uint64 to, Table& table, size_t offset, int32 bytes,
+                 size_t capacity) {
+  std::vector<char> part(capacity);
+  std::memcpy(part.data(), table.packed() + offset, size_t(bytes));
+  void* params[3] = {&to, &bytes, part.data()};
+  CudaDriver::instance().launch(address<void>(context), address<void>(function), 1, kCudaThreads,
+                                address<void>(stream), params);
+}
+
+// A field that is a pointer, seen from Python as an integer.
+#define FUSEDOPT_ADDRESS(name, member)                                                  \
+  def_property(                                                                         \
+      name, [](const PassArgs& args) { return reinterpret_cast<uint64>(args.member); }, \
+      [](PassArgs& args, uint64 value) { args.member = address<std::remove_pointer_t<decltype(args.member)>>(value); })
+#define FUSEDOPT_VALUE(name, member)                         \
+  def_property(                                              \
+      name, [](const PassArgs& args) { return args.member; }, \
+      [](PassArgs& args, decltype(PassArgs().member) value) { args.member = value; })
+
+void bind_pass_args(py::module_& m) {
+  py::class_<PassArgs>(m, "PassArgs")
+      .def(py::init([] {
+        PassArgs args = {};
+        args.scaling.max_grad_value = __builtin_inf();
+        args.norm.max_norm = __builtin_inf();
+        return args;
+      }))
+      .FUSEDOPT_ADDRESS("tensors", tensors)
+      .FUSEDOPT_ADDRESS("chunks", chunks)
+      .FUSEDOPT_ADDRESS("step_table", step_table)
+      .FUSEDOPT_ADDRESS("control", control)
+      .FUSEDOPT_ADDRESS("ticket", ticket)
+      .FUSEDOPT_ADDRESS("partials", partials)
+      .FUSEDOPT_ADDRESS("grad_scale", scaling.grad_scale)
+      .FUSEDOPT_ADDRESS("found_inf", scaling.found_inf)
+      .FUSEDOPT_ADDRESS("clip_coef", scaling.clip_coef)
+      .FUSEDOPT_VALUE("max_grad_value", scaling.max_grad_value)
+      .FUSEDOPT_ADDRESS("norm_found_inf", norm_found_inf)
+      .FUSEDOPT_ADDRESS("nonfinite_out", nonfinite_out)
+      .FUSEDOPT_VALUE("max_norm", norm.max_norm)
+      .def_property(
+          "norm_type", [](const PassArgs& args) { return int32(args.norm.type); },
+          [](PassArgs& args, int32 type) { args.norm.type = NormType(type); })
+      .FUSEDOPT_VALUE("skip_nonfinite", norm.skip_nonfinite)
+      .FUSEDOPT_VALUE("num_tensors", num_tensors)
+      .FUSEDOPT_VALUE("num_groups", num_groups)
+      .FUSEDOPT_VALUE("num_chunks", num_chunks)
+      .FUSEDOPT_VALUE("lead", lead)
+      .FUSEDOPT_VALUE("first_partial", first_partial)
+      .FUSEDOPT_VALUE("num_partials", num_partials)
+      .FUSEDOPT_VALUE("finalize", finalize);
+}
+
+// ---- the watch --------------------------------------------------------------------------------------------
+
+// Lets Python's collector see through a Watch: a parameter's hook may hold the optimizer that holds the watch.
+void make_collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
+    Py_VISIT(Py_TYPE(self));
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    return py::cast<Watch&>(py::handle(self)).traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) -> int {
+    if (py::detail::is_holder_constructed(self)) py::cast<Watch&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+}  // namespace
+}  // namespace fusedopt
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fusedopt;
+  m.doc() = "CPU engine and host side of fusedopt";
+  m.def("rules", &rules, "What csrc/rules/all.h lists.");
+  m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
+  m.def("has_torch_functions", &has_torch_functions, "Whether tensors are read through torch's own C functions.");
+
+  py::class_<Table>(m, "Table")
+      .def(py::init<int64>(), py::arg("chunk_size"))
+      .def("add", &table_add, py::arg("param"), py::arg("states"), py::arg("step"), py::arg("numel"), py::arg("group"))
+      .def("set_grad", [](Table& table, int32 index, uint64 grad) { table.set_grad(index, address<void>(grad)); })
+      .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
+      .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })
+      .def("pack", [](Table& table, const Hypers& hypers, size_t capacity) { table.pack(hypers.rows(), capacity); })
+      .def_property_readonly("num_tensors", [](const Table& table) { return table.entries().size(); })
+      .def_property_readonly("num_chunks", [](const Table& table) { return table.chunks().size(); })
+      .def("packed_bytes", &Table::packed_bytes, py::arg("num_groups"));
+
+  py::class_<Hypers>(m, "Hypers")
+      .def(py::init<const std::vector<std::pair<std::string, int>>&>(), py::arg("keys"))
+      .def("pack", &Hypers::pack)
+      .def("set_value", &Hypers::set_value)
+      .def("set_lr_address", &Hypers::set_lr_address);
+
+  py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
+      .def(py::init<>())
+      .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("grad_dtype"), py::arg("table"),
+           py::arg("slot"))
+      .def("remember_state", &Watch::remember_state)
+      .def("refresh", &Watch::refresh)
+      .def("bump_versions", &Watch::bump_versions)
+      .def("__len__", &Watch::size);
+
+  bind_pass_args(m);
+  m.def("cpu_update", &bind_cpu_update);
+  m.def("cpu_norm", &bind_cpu_norm);
+  m.def("cpu_scale", &bind_cpu_scale);
+  m.def("cpu_finalize_norm", [](const PassArgs& args, double sum, double nonfinite) {
+    cpu_finalize_norm(*args.control, sum, nonfinite, args.norm);
+  });
+  m.def("cuda_driver_version", [] { return CudaDriver::instance().version(); });
+  m.def("cuda_primary_context",
+        [](int device) { return reinterpret_cast<uint64>(CudaDriver::instance().primary_context(device)); });
+  m.def("cuda_load", [](uint64 context, const std::string& cubin, const std::string& name) {
+    return reinterpret_cast<uint64>(CudaDriver::instance().load(address<void>(context), cubin, name));
+  });
+  m.def("cuda_launch", &cuda_launch);
+  m.def("cuda_upload", &cuda_upload);
+}

@@ -1,0 +1,71 @@
+// What differs between the compilers that read the shared headers (g++, clang, NVRTC), and nothing else.
+//
+// NVRTC is given no toolkit, so the shared headers include no system header when it compiles them.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FUSEDOPT_HD __host__ __device__ __forceinline__
+#define FUSEDOPT_ISA cuda
+#else
+#include <cmath>
+#define FUSEDOPT_HD inline __attribute__((always_inline))
+// The CPU engine is compiled once per instruction set; each copy lives in a namespace of its own, so
+// that the linker can never merge an AVX-512 copy of a function with the one the baseline calls.
+#ifndef FUSEDOPT_ISA
+#define FUSEDOPT_ISA baseline
+#endif
+#endif
+
+namespace fusedopt {
+
+using int32 = int;
+using int64 = long long;
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+static_assert(sizeof(int32) == 4 && sizeof(int64) == 8 && sizeof(void*) == 8, "a 64-bit platform is required");
+
+namespace FUSEDOPT_ISA {
+
+template <class To, class From>
+FUSEDOPT_HD To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between different sizes");
+  To result;
+#if defined(__CUDACC__)
+  memcpy(&result, &value, sizeof(To));
+#else
+  __builtin_memcpy(&result, &value, sizeof(To));
+#endif
+  return result;
+}
+
+FUSEDOPT_HD float square_root(float x) {
+#if defined(__CUDACC__)
+  return sqrtf(x);  // IEEE: compiled with --prec-sqrt=true
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+FUSEDOPT_HD double square_root(double x) {
+#if defined(__CUDACC__)
+  return sqrt(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
+// base^n by squaring. Written out because the pow() of CUDA and of the C library differ in the last
+// place, and bias corrections must have the same bits on both. Relative error below n * 2^-53.
+FUSEDOPT_HD double power(double base, uint64 n) {
+  double result = 1.0;
+  for (; n != 0; n >>= 1) {
+    if (n & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+}  // namespace FUSEDOPT_ISA
+}  // namespace fusedopt

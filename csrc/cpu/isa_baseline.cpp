@@ -1,0 +1,11 @@
+#define FUSEDOPT_ISA baseline
+#include "engine.h"
+
+namespace fusedopt {
+
+const CpuEngine& engine_baseline() {
+  static constexpr CpuEngine engine = {"baseline", &baseline::update, &baseline::norm, &baseline::scale};
+  return engine;
+}
+
+}  // namespace fusedopt

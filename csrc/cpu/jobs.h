@@ -1,0 +1,54 @@
+// The passes as the CPU sees them: a job describes a pass over one table, an engine works on one chunk of
+// it. One engine exists per instruction set; all give the same bits.
+#pragma once
+
+#include "../core/structs.h"
+
+namespace fusedopt {
+
+struct GradTable {
+  const TensorEntry* tensors;
+  const void* const* grads;  // by tensor; null where a parameter has no gradient in this step
+  DType grad_dtype;
+  int64 chunk_size;
+};
+
+struct UpdateJob {
+  GradTable table;
+  DType param_dtype;
+  DType state_dtype;
+  int32 rule;  // index into FUSEDOPT_FOR_EACH_RULE
+  const Hyper* hypers;
+  Scaling scaling;
+};
+
+struct NormJob {
+  GradTable table;
+  Scaling scaling;  // clip_coef is not used
+  NormType type;
+};
+
+// Multiplies and clamps the gradients where they are.
+struct ScaleJob {
+  GradTable table;
+  Scaling scaling;
+  float* nonfinite_out;  // set to 1 if an element is inf or NaN; may be null
+};
+
+struct NormPartial {
+  double sum;
+  double nonfinite;
+};
+
+struct CpuEngine {
+  const char* isa;
+  void (*update)(const UpdateJob&, const Chunk&);
+  NormPartial (*norm)(const NormJob&, const Chunk&);
+  void (*scale)(const ScaleJob&, const Chunk&);
+};
+
+const CpuEngine& engine_baseline();
+const CpuEngine& engine_avx2();
+const CpuEngine& engine_avx512();
+
+}  // namespace fusedopt

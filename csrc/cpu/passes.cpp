@@ -1,0 +1,75 @@
+#include "passes.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../core/gradient.h"
+#include "threads.h"
+
+namespace fusedopt {
+namespace {
+
+// From the widest on. Other architectures have the baseline, which their compiler vectorises (NEON).
+std::vector<const CpuEngine*> supported_engines() {
+  std::vector<const CpuEngine*> engines;
+#if defined(FUSEDOPT_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    engines.push_back(&engine_avx512());
+  if (__builtin_cpu_supports("avx2")) engines.push_back(&engine_avx2());
+#endif
+  engines.push_back(&engine_baseline());
+  return engines;
+}
+
+const CpuEngine& choose_engine() {
+  const auto engines = supported_engines();
+  const char* wanted = std::getenv("FUSEDOPT_CPU_ISA");
+  if (!wanted || !*wanted) return *engines.front();
+  std::string names;
+  for (const CpuEngine* engine : engines) {
+    if (std::strcmp(engine->isa, wanted) == 0) return *engine;
+    names += std::string(names.empty() ? "" : ", ") + engine->isa;
+  }
+  throw std::invalid_argument(std::string("FUSEDOPT_CPU_ISA: got '") + wanted + "', expected one of: " + names +
+                              " (what this processor supports)");
+}
+
+}  // namespace
+
+const CpuEngine& cpu_engine() {
+  static const CpuEngine& engine = choose_engine();
+  return engine;
+}
+
+void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads) {
+  if (skip) return;
+  const CpuEngine& engine = cpu_engine();
+  parallel_for(threads, int64(chunks.size()), [&](int64 i) { engine.update(job, chunks[i]); });
+  for (int64 t = 0; t < tensors; ++t)
+    if (job.table.grads[t]) *job.table.tensors[t].step += 1.0f;
+}
+
+void cpu_norm(const NormJob& job, const std::vector<Chunk>& chunks, int threads, double& sum, double& nonfinite) {
+  const CpuEngine& engine = cpu_engine();
+  std::vector<NormPartial> partials(chunks.size());
+  parallel_for(threads, int64(chunks.size()), [&](int64 i) { partials[i] = engine.norm(job, chunks[i]); });
+  for (const NormPartial& partial : partials) {
+    sum = baseline::combine(sum, partial.sum, job.type);
+    nonfinite += partial.nonfinite;
+  }
+}
+
+void cpu_scale(const ScaleJob& job, const std::vector<Chunk>& chunks, int threads) {
+  const CpuEngine& engine = cpu_engine();
+  parallel_for(threads, int64(chunks.size()), [&](int64 i) { engine.scale(job, chunks[i]); });
+}
+
+void cpu_finalize_norm(Control& control, double sum, double nonfinite, const NormOptions& options) {
+  baseline::finalize_norm(control, sum, nonfinite, options);
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,23 @@
+// The passes of the CPU engine over a whole table, on several threads.
+#pragma once
+
+#include <vector>
+
+#include "jobs.h"
+
+namespace fusedopt {
+
+// The best engine that this processor supports, or the one that FUSEDOPT_CPU_ISA names.
+const CpuEngine& cpu_engine();
+
+// Skips if found_inf says so; otherwise updates every tensor that has a gradient and counts its step.
+void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads);
+
+// Adds the table's gradients to (sum, nonfinite), in chunk order whatever the number of threads.
+void cpu_norm(const NormJob& job, const std::vector<Chunk>& chunks, int threads, double& sum, double& nonfinite);
+
+void cpu_scale(const ScaleJob& job, const std::vector<Chunk>& chunks, int threads);
+
+void cpu_finalize_norm(Control& control, double sum, double nonfinite, const NormOptions& options);
+
+}  // namespace fusedopt

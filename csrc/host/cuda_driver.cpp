@@ -1,0 +1,89 @@
+#include "cuda_driver.h"
+
+#include <dlfcn.h>
+
+#include <stdexcept>
+
+namespace fusedopt {
+namespace {
+
+// Makes a context current for a scope: a step may run in a thread (backward hooks) where none is yet.
+class CurrentContext {
+ public:
+  CurrentContext(int (*push)(void*), int (*pop)(void**), void* context) : pop_(pop), status_(push(context)) {}
+  ~CurrentContext() {
+    void* ignored;
+    if (status_ == 0) pop_(&ignored);
+  }
+  int status() const { return status_; }
+
+ private:
+  int (*pop_)(void**);
+  int status_;
+};
+
+}  // namespace
+
+const CudaDriver& CudaDriver::instance() {
+  static const CudaDriver driver;
+  return driver;
+}
+
+CudaDriver::CudaDriver() {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(std::string("fusedopt: the CUDA driver could not be loaded: ") + dlerror());
+  const auto find = [&](auto& pointer, const char* name) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(dlsym(library, name));
+    if (!pointer) throw std::runtime_error(std::string("fusedopt: the CUDA driver has no ") + name + "; update it");
+  };
+  find(cuInit_, "cuInit");
+  find(cuDriverGetVersion_, "cuDriverGetVersion");
+  find(cuDeviceGet_, "cuDeviceGet");
+  find(cuDevicePrimaryCtxRetain_, "cuDevicePrimaryCtxRetain");
+  find(cuCtxPushCurrent_, "cuCtxPushCurrent_v2");
+  find(cuCtxPopCurrent_, "cuCtxPopCurrent_v2");
+  find(cuModuleLoadData_, "cuModuleLoadData");
+  find(cuModuleGetFunction_, "cuModuleGetFunction");
+  find(cuLaunchKernel_, "cuLaunchKernel");
+  find(cuGetErrorString_, "cuGetErrorString");
+  check(cuInit_(0), "cuInit");
+}
+
+void CudaDriver::check(int status, const char* what) const {
+  if (status == 0) return;
+  const char* message = nullptr;
+  cuGetErrorString_(status, &message);
+  throw std::runtime_error(std::string("fusedopt: ") + what + " failed: " + (message ? message : "unknown error") +
+                           " (CUDA error " + std::to_string(status) + ")");
+}
+
+int CudaDriver::version() const {
+  int version = 0;
+  check(cuDriverGetVersion_(&version), "cuDriverGetVersion");
+  return version;
+}
+
+void* CudaDriver::primary_context(int device) const {
+  int handle = 0;
+  void* context = nullptr;
+  check(cuDeviceGet_(&handle, device), "cuDeviceGet");
+  check(cuDevicePrimaryCtxRetain_(&context, handle), "cuDevicePrimaryCtxRetain");
+  return context;
+}
+
+void* CudaDriver::load(void* context, const std::string& cubin, const std::string& name) const {
+  const CurrentContext current(cuCtxPushCurrent_, cuCtxPopCurrent_, context);
+  check(current.status(), "cuCtxPushCurrent");
+  void *module = nullptr, *function = nullptr;
+  check(cuModuleLoadData_(&module, cubin.data()), "cuModuleLoadData");
+  check(cuModuleGetFunction_(&function, module, name.c_str()), "cuModuleGetFunction");
+  return function;
+}
+
+void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params) const {
+  const CurrentContext current(cuCtxPushCurrent_, cuCtxPopCurrent_, context);
+  check(current.status(), "cuCtxPushCurrent");
+  check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, 0, stream, params, nullptr), "cuLaunchKernel");
+}
+
+}  // namespace fusedopt

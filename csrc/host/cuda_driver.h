@@ -1,0 +1,40 @@
+// The few functions of the CUDA driver that a step needs, found at run time: no toolkit to build, and no driver to
+// import on a machine without a GPU.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../core/structs.h"
+
+namespace fusedopt {
+
+class CudaDriver {
+ public:
+  // Throws std::runtime_error if there is no driver.
+  static const CudaDriver& instance();
+
+  int version() const;  // 12040 for CUDA 12.4
+  // The primary context of a device, which is the one that torch uses.
+  void* primary_context(int device) const;
+  // The kernel `name` of a cubin. Never unloaded: captured graphs may hold it.
+  void* load(void* context, const std::string& cubin, const std::string& name) const;
+  void launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params) const;
+
+ private:
+  CudaDriver();
+  void check(int status, const char* what) const;
+
+  int (*cuInit_)(unsigned);
+  int (*cuDriverGetVersion_)(int*);
+  int (*cuDeviceGet_)(int*, int);
+  int (*cuDevicePrimaryCtxRetain_)(void**, int);
+  int (*cuCtxPushCurrent_)(void*);
+  int (*cuCtxPopCurrent_)(void**);
+  int (*cuModuleLoadData_)(void**, const void*);
+  int (*cuModuleGetFunction_)(void**, void*, const char*);
+  int (*cuLaunchKernel_)(void*, uint32, uint32, uint32, uint32, uint32, uint32, uint32, void*, void**, void**);
+  int (*cuGetErrorString_)(int, const char**);
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,62 @@
+// A table: the tensors of one plan that share a device and a combination of dtypes, cut into chunks.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../core/structs.h"
+
+namespace fusedopt {
+
+class Table {
+ public:
+  explicit Table(int64 chunk_size) : chunk_size_(chunk_size) {}
+
+  // Returns the tensor's index in this table.
+  int32 add(void* param, const std::vector<void*>& states, float* step, int64 numel, int32 group) {
+    if (states.size() > size_t(kMaxStates)) throw std::invalid_argument("Table.add: more states than kMaxStates");
+    TensorEntry entry = {};
+    entry.param = param;
+    for (size_t k = 0; k < states.size(); ++k) entry.states[k] = states[k];
+    entry.step = step;
+    entry.numel = numel;
+    entry.group = group;
+    const int32 index = int32(entries_.size());
+    entries_.push_back(entry);
+    grads_.push_back(nullptr);
+    for (int64 i = 0; i * chunk_size_ < numel; ++i) chunks_.push_back({index, uint32(i)});
+    return index;
+  }
+
+  const std::vector<TensorEntry>& entries() const { return entries_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  std::vector<const void*>& grads() { return grads_; }
+  int64 chunk_size() const { return chunk_size_; }
+
+  // An empty tensor has no chunk, so that its address is never read; it still counts as having a gradient.
+  void set_grad(int32 index, const void* grad) { grads_.at(index) = grad; }
+  const void* grad(int32 index) const { return grads_.at(index); }
+
+  // Writes down what changes from step to step, as the device reads it: Hyper rows, then gradient pointers.
+  // Takes `capacity` bytes at least, because a kernel parameter is copied whole.
+  void pack(const std::vector<Hyper>& hypers, size_t capacity) {
+    const size_t hyper_bytes = hypers.size() * sizeof(Hyper);
+    packed_.resize(std::max(capacity, packed_bytes(hypers.size())));
+    std::memcpy(packed_.data(), hypers.data(), hyper_bytes);
+    std::memcpy(packed_.data() + hyper_bytes, grads_.data(), grads_.size() * sizeof(void*));
+  }
+  char* packed() { return packed_.data(); }
+  size_t packed_bytes(size_t groups) const { return groups * sizeof(Hyper) + grads_.size() * sizeof(void*); }
+
+ private:
+  int64 chunk_size_;
+  std::vector<TensorEntry> entries_;
+  std::vector<Chunk> chunks_;
+  std::vector<const void*> grads_;
+  std::vector<char> packed_;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,51 @@
+// A torch tensor that is looked at in every step, without linking libtorch.
+//
+// Asking a thousand tensors for their address through Python takes longer than the whole step may. So the few C
+// functions of torch that answer in nanoseconds are looked up by name in the running process: those of its
+// stable C interface (aoti_torch_*), and two of its C++ library. They are tried on a tensor of known contents first;
+// where one is missing or answers wrongly, tensors are asked through their Python attributes.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "../core/structs.h"
+
+namespace fusedopt {
+
+constexpr int32 kUnsupportedDType = -1;
+
+// What a tensor's memory looks like. shape and strides are borrowed: valid until the tensor or the reader changes.
+struct TensorInfo {
+  void* data;
+  int32 dtype;        // a DType, or kUnsupportedDType
+  int32 device_type;  // torch's codes: 0 CPU, 1 CUDA
+  int32 device_index;
+  int32 ndim;
+  const int64* shape;
+  const int64* strides;
+};
+
+// Whether torch's own functions are used.
+bool has_torch_functions();
+
+class TensorRef {
+ public:
+  explicit TensorRef(pybind11::object tensor);
+
+  PyObject* object() const { return object_.ptr(); }
+  // False, with no Python error set, where this is not an ordinary dense tensor.
+  bool read(TensorInfo& info) const;
+  void* data() const;  // null where `read` fails
+  enum class Grad { kNone, kDense, kOther };
+  Grad read_grad(TensorInfo& info) const;
+  // Tells autograd that the memory was written, as an in-place operation would. False: ask torch in Python.
+  bool bump_version() const;
+
+ private:
+  pybind11::object object_;  // owns the tensor
+  void* impl_;               // its c10::TensorImpl, so that &impl_ can serve as an `at::Tensor*`; null: use attributes
+};
+
+}  // namespace fusedopt

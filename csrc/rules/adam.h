@@ -1,0 +1,63 @@
+// Adam with coupled L2 regularisation. Kingma & Ba, "Adam: A Method for Stochastic Optimization",
+// ICLR 2015, https://arxiv.org/abs/1412.6980, algorithm 1.
+#pragma once
+
+#include "../core/platform.h"
+
+namespace fusedopt {
+namespace FUSEDOPT_ISA {
+
+struct Adam {
+  static constexpr const char* kName = "adam";
+  static constexpr const char* kStateNames = "exp_avg exp_avg_sq";
+  static constexpr const char* kHyperNames = "lr beta1 beta2 eps weight_decay";
+  static constexpr int kStates = 2;
+  enum HyperIndex { kLr, kBeta1, kBeta2, kEps, kWeightDecay };
+
+  template <class T>
+  struct Coefficients {
+    T beta1, one_minus_beta1;
+    T beta2, one_minus_beta2;
+    T step_size;              // alpha / (1 - beta1^t)
+    T bias_correction2_sqrt;  // sqrt(1 - beta2^t)
+    T eps;
+    T weight_decay;  // lambda (coupled)
+    T decay;         // 1 - alpha * lambda (decoupled)
+  };
+
+  // step: t, counting from 1.
+  template <class T>
+  static FUSEDOPT_HD Coefficients<T> prepare(const double* hyper, double step) {
+    const uint64 t = uint64(step);
+    Coefficients<T> c;
+    c.beta1 = T(hyper[kBeta1]);
+    c.one_minus_beta1 = T(1.0 - hyper[kBeta1]);
+    c.beta2 = T(hyper[kBeta2]);
+    c.one_minus_beta2 = T(1.0 - hyper[kBeta2]);
+    c.step_size = T(hyper[kLr] / (1.0 - power(hyper[kBeta1], t)));
+    c.bias_correction2_sqrt = T(square_root(1.0 - power(hyper[kBeta2], t)));
+    c.eps = T(hyper[kEps]);
+    c.weight_decay = T(hyper[kWeightDecay]);
+    c.decay = T(1.0 - hyper[kLr] * hyper[kWeightDecay]);
+    return c;
+  }
+
+  template <class T>
+  static FUSEDOPT_HD void descend(T& param, T grad, T (&state)[kStates], const Coefficients<T>& c) {
+    T& exp_avg = state[0];                                             // m
+    T& exp_avg_sq = state[1];                                          // v
+    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;            // m_t
+    exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;  // v_t
+    const T denom = square_root(exp_avg_sq) / c.bias_correction2_sqrt + c.eps;  // sqrt(v_hat) + eps
+    param = param - c.step_size * (exp_avg / denom);                   // theta_t
+  }
+
+  template <class T>
+  static FUSEDOPT_HD void update(T& param, T grad, T (&state)[kStates], const Coefficients<T>& c) {
+    // The test keeps an infinite parameter from making NaN of 0 * inf, as torch.optim does.
+    descend(param, c.weight_decay != T(0) ? grad + c.weight_decay * param : grad, state, c);
+  }
+};
+
+}  // namespace FUSEDOPT_ISA
+}  // namespace fusedopt

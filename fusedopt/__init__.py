@@ -1,0 +1,24 @@
+"""Fused optimizer kernels for PyTorch.
+
+Swap ``torch.optim.AdamW`` for ``fusedopt.AdamW``: unscale, inf/NaN check, global-norm clip and update become two
+kernel launches for any number of tensors, with no host synchronisation.
+"""
+
+from . import functional
+from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
+from .optim import Adam, AdamW, FusedOptimizer, Lion
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Lion",
+    "__version__",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "functional",
+    "get_total_norm",
+    "unscale_grads_",
+]

@@ -1,0 +1,58 @@
+"""The CPU backend: the C++ engine of ``fusedopt._C``, on as many threads as ``torch.get_num_threads()``."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _C
+from ..plan import DeviceTables, dtype_code
+
+__all__ = ["begin", "finalize_norm", "norm", "prepare", "scale", "update"]
+
+
+def prepare(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        bucket.args.control = tables.control.address
+
+
+def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
+    """Nothing to do: tables and gradient addresses are read where the host keeps them."""
+
+
+def norm(tables: DeviceTables, finalize: bool = True) -> None:
+    total, nonfinite = 0.0, 0.0
+    for bucket in tables.buckets:
+        total, nonfinite = _C.cpu_norm(
+            bucket.table, dtype_code(bucket.grad_dtype), bucket.args, total, nonfinite, torch.get_num_threads()
+        )
+    if finalize:
+        _C.cpu_finalize_norm(tables.buckets[0].args, total, nonfinite)
+    else:
+        tables.control.local_sums.copy_(torch.tensor([total, nonfinite], dtype=torch.float64))
+
+
+def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
+    args = tables.buckets[0].args
+    sums = gathered[:, 0]
+    total = sums.max() if args.norm_type == 2 else sums.sum()
+    _C.cpu_finalize_norm(args, float(total), float(gathered[:, 1].sum()))
+
+
+def update(tables: DeviceTables) -> None:
+    for i, bucket in enumerate(tables.buckets):
+        bucket.args.lead = int(i == 0)
+        _C.cpu_update(
+            bucket.table,
+            tables.hypers,
+            tables.rule.index,
+            dtype_code(bucket.param_dtype),
+            dtype_code(bucket.grad_dtype),
+            dtype_code(bucket.state_dtype),
+            bucket.args,
+            torch.get_num_threads(),
+        )
+
+
+def scale(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        _C.cpu_scale(bucket.table, dtype_code(bucket.grad_dtype), bucket.args, torch.get_num_threads())

@@ -1,0 +1,160 @@
+"""The CUDA backend: kernels compiled by NVRTC, launched on the current stream, always capturable."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .. import _C
+from ..plan import Bucket, DeviceTables
+from ..specs import NORM_TYPES
+from . import nvrtc
+
+__all__ = ["begin", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+
+_NORM_BLOCKS_PER_SM = 4
+_NORM_ORDERS = {code: order for order, (_, code) in NORM_TYPES.items()}
+
+
+def require_available() -> None:
+    """RuntimeError with the remedy where CUDA kernels cannot run."""
+    if torch.version.hip:
+        raise RuntimeError("fusedopt: got a ROCm build of torch, expected a CUDA build; use torch.optim on this GPU")
+    nvrtc.require_compiler()
+
+
+class Device:
+    """What is fixed about one GPU in this process: its context, its kernels, its limits."""
+
+    def __init__(self, index: int) -> None:
+        properties = torch.cuda.get_device_properties(index)
+        self.index = index
+        self.multiprocessors = properties.multi_processor_count
+        self.arch = f"sm_{properties.major}{properties.minor}"
+        self.context = _C.cuda_primary_context(index)
+        large = _C.cuda_driver_version() >= 12010 and properties.major >= 7
+        self.table_sizes = (nvrtc.SMALL_TABLE, nvrtc.LARGE_TABLE) if large else (nvrtc.SMALL_TABLE,)
+        self.functions: dict[nvrtc.KernelSpec, int] = {}
+
+    def function(self, kernel: nvrtc.KernelSpec) -> int:
+        function = self.functions.get(kernel)
+        if function is None:
+            cubin = nvrtc.get_cubin(kernel, self.arch)
+            function = self.functions[kernel] = _C.cuda_load(self.context, cubin, nvrtc.ENTRY)
+        return function
+
+    def stream(self) -> int:
+        return torch.cuda.current_stream(self.index).cuda_stream
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    return Device(index)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _on_device(content: bytes, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(device)
+
+
+def prepare(tables: DeviceTables) -> None:
+    """Copies the tables to the device. Not under capture: a replay would copy again from memory that is gone."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while a "
+            "CUDA graph is being captured; call step() once before the capture"
+        )
+    device = _device(tables.device.index)
+    norm_blocks = device.multiprocessors * _NORM_BLOCKS_PER_SM
+    partials = torch.zeros(2 * norm_blocks * len(tables.buckets), dtype=torch.float64, device=tables.device)
+    for i, bucket in enumerate(tables.buckets):
+        entries = _on_device(bucket.table.entries(), tables.device)
+        chunks = _on_device(bucket.table.chunks(), tables.device)
+        ticket = torch.zeros(1, dtype=torch.int32, device=tables.device)
+        bucket.device_memory = [entries, chunks, ticket, partials]
+        args = bucket.args
+        args.tensors, args.chunks, args.ticket = entries.data_ptr(), chunks.data_ptr(), ticket.data_ptr()
+        args.partials, args.control = partials.data_ptr(), tables.control.address
+        args.num_tensors, args.num_chunks = bucket.table.num_tensors, bucket.num_chunks
+        args.first_partial = i * norm_blocks
+
+
+def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
+    """Packs hyper-parameters and gradient addresses; those that fit no kernel parameter are sent to the device."""
+    device = _device(tables.device.index)
+    for bucket in tables.buckets:
+        bucket.args.num_groups = tables.num_groups
+        needed = bucket.table.packed_bytes(tables.num_groups)
+        capacity = next((size for size in device.table_sizes if size >= needed), 0)
+        key = (capacity, passes, bucket.args.norm_type)
+        if key != bucket.functions_key:
+            bucket.functions = {name: device.function(_kernel(name, tables, bucket, capacity)) for name in passes}
+            bucket.functions_key = key
+        bucket.table.pack(tables.hypers, capacity)
+    for bucket in tables.buckets:
+        if not bucket.functions_key[0]:
+            _upload_step_table(device, bucket, tables)
+
+
+def _kernel(name: str, tables: DeviceTables, bucket: Bucket, capacity: int) -> nvrtc.KernelSpec:
+    grad = _name(bucket.grad_dtype)
+    if name == "norm":
+        return nvrtc.norm_kernel(grad, _NORM_ORDERS[bucket.args.norm_type], capacity)
+    if name == "scale":
+        return nvrtc.scale_kernel(grad, capacity)
+    return nvrtc.update_kernel(tables.rule.name, _name(bucket.param_dtype), grad, _name(bucket.state_dtype), capacity)
+
+
+def _upload_step_table(device: Device, bucket: Bucket, tables: DeviceTables) -> None:
+    """Sends the step table in kernel parameters, piece by piece: in stream order, nothing to guard or to wait for."""
+    needed = bucket.table.packed_bytes(tables.num_groups)
+    if bucket.step_table is None or bucket.step_table.numel() < needed:
+        bucket.step_table = torch.empty(needed, dtype=torch.uint8, device=tables.device)
+    address = bucket.args.step_table = bucket.step_table.data_ptr()
+    piece = device.table_sizes[-1]
+    function, stream = device.function(nvrtc.upload_kernel(piece)), device.stream()
+    for offset in range(0, needed, piece):
+        size = min(piece, needed - offset)
+        _C.cuda_upload(device.context, function, stream, address + offset, bucket.table, offset, size, piece)
+
+
+def _launch(device: Device, name: str, grid: int, bucket: Bucket) -> None:
+    table = bucket.table if bucket.functions_key[0] else None
+    _C.cuda_launch(device.context, bucket.functions[name], grid, device.stream(), bucket.args, table)
+
+
+def norm(tables: DeviceTables, finalize: bool = True) -> None:
+    device = _device(tables.device.index)
+    most = device.multiprocessors * _NORM_BLOCKS_PER_SM
+    last = tables.buckets[-1]
+    for bucket in tables.buckets:
+        # Partial sums of blocks that a small bucket does not have stay zero from the start.
+        bucket.args.num_partials = most * len(tables.buckets) if bucket is last else 0
+        bucket.args.finalize = int(finalize)
+        _launch(device, "norm", max(1, min(most, bucket.num_chunks)), bucket)
+
+
+def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
+    device = _device(tables.device.index)
+    args = tables.buckets[0].args
+    own, args.partials, args.num_partials = args.partials, gathered.data_ptr(), gathered.shape[0]
+    _C.cuda_launch(device.context, device.function(nvrtc.FINALIZE), 1, device.stream(), args, None)
+    args.partials = own
+
+
+def update(tables: DeviceTables) -> None:
+    device = _device(tables.device.index)
+    for i, bucket in enumerate(tables.buckets):
+        bucket.args.lead = int(i == 0)
+        _launch(device, "update", max(1, bucket.num_chunks), bucket)
+
+
+def scale(tables: DeviceTables) -> None:
+    device = _device(tables.device.index)
+    for bucket in tables.buckets:
+        if bucket.num_chunks:
+            _launch(device, "scale", bucket.num_chunks, bucket)

@@ -1,0 +1,262 @@
+"""Compiles the CUDA engine at run time, for one combination at a time, and keeps the result on disk.
+
+The key of a cache entry is a hash of every source, the entry point, the options, the architecture and the compiler's version,
+so an entry never has to be invalidated. Entries carry a checksum; one that is damaged, or that somebody
+else put there, is compiled again. Files appear by renaming, so many processes may start at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..specs import CUDA_CHUNK, DTYPES, NORM_TYPES, RULES
+
+__all__ = ["ARCHITECTURES", "KernelSpec", "all_kernels", "cache_dir", "compile_kernel", "get_cubin", "require_compiler"]
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+"""What continuous integration compiles for. Any architecture that NVRTC knows works."""
+
+ENTRY = "fusedopt_entry"
+_MAGIC = b"fusedopt-cubin-1\n"
+
+# Bytes of step table that a kernel parameter may carry beside PassArgs. 4,096 bytes of parameters is what every driver
+# takes; 32,764 need CUDA 12.1 and sm_70.
+SMALL_TABLE = 3840
+LARGE_TABLE = 32256
+
+_DEFINES = {"FUSEDOPT_CHUNK": CUDA_CHUNK}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel: the template and its arguments, and how it receives the step table.
+
+    table_bytes: capacity of the step table as a kernel parameter; 0 for a table in device memory.
+    """
+
+    template: str
+    arguments: tuple[str, ...] = ()
+    table_bytes: int = SMALL_TABLE
+
+    def _blocks(self) -> str:
+        """Blocks per multiprocessor that the compiler must leave registers for."""
+        if self.template == "update_pass":
+            return f"Update<{', '.join(self.arguments)}>::kBlocksPerMultiprocessor"
+        return "FUSEDOPT_NORM_BLOCKS" if self.template == "norm_pass" else "1"
+
+    def source(self) -> str:
+        call = f"{self.template}<{', '.join(self.arguments)}>" if self.arguments else self.template
+        parameters, table = "const __grid_constant__ PassArgs args", ""
+        if self.template == "upload":
+            parameters, arguments = "char* to, int bytes", "to, bytes, table"
+        elif self.template == "finalize_pass":
+            arguments = "args"
+        else:
+            arguments = "args, table"
+        if self.template != "finalize_pass":
+            if self.table_bytes:
+                parameters += f", const __grid_constant__ StepTable<{self.table_bytes}> table"
+            else:
+                table = "const auto& table = *reinterpret_cast<const StepTable<16>*>(args.step_table);"
+        return (
+            '#include "cuda/engine.cuh"\n'
+            "using namespace fusedopt;\nusing namespace fusedopt::cuda;\n"
+            f'extern "C" __global__ void __launch_bounds__(kThreads, {self._blocks()}) {ENTRY}({parameters}) {{\n'
+            f"  {table}\n  {call}({arguments});\n}}\n"
+        )
+
+
+def update_kernel(rule: str, param: str, grad: str, state: str, table_bytes: int = SMALL_TABLE) -> KernelSpec:
+    """The update pass of a rule for the given dtypes (torch's names)."""
+    formats = (DTYPES[dtype].cpp for dtype in (param, grad, state))
+    return KernelSpec("update_pass", (RULES[rule].cpp, *formats), table_bytes)
+
+
+def norm_kernel(grad: str, norm_type: float, table_bytes: int = SMALL_TABLE) -> KernelSpec:
+    """The norm pass for gradients of one dtype."""
+    return KernelSpec("norm_pass", (DTYPES[grad].cpp, f"NormType::{NORM_TYPES[norm_type][0]}"), table_bytes)
+
+
+def scale_kernel(grad: str, table_bytes: int = SMALL_TABLE) -> KernelSpec:
+    """Gradients scaled in place."""
+    return KernelSpec("scale_pass", (DTYPES[grad].cpp,), table_bytes)
+
+
+FINALIZE = KernelSpec("finalize_pass")
+
+
+def upload_kernel(table_bytes: int) -> KernelSpec:
+    """Copies a part of the step table to the device."""
+    return KernelSpec("upload", (), table_bytes)
+
+
+def all_kernels(table_sizes: tuple[int, ...] = (SMALL_TABLE, LARGE_TABLE, 0)) -> list[KernelSpec]:
+    """Every kernel that gradients of the parameter's own dtype can ask for."""
+    kernels = [FINALIZE, *(upload_kernel(size) for size in table_sizes if size)]
+    for size in table_sizes:
+        for dtype in DTYPES:
+            kernels += [update_kernel(rule, dtype, dtype, dtype, size) for rule in RULES]
+            kernels += [norm_kernel(dtype, norm_type, size) for norm_type in NORM_TYPES]
+            kernels.append(scale_kernel(dtype, size))
+    return kernels
+
+
+# ---- sources --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def source_dir() -> Path:
+    """Where the headers are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for path in (package / "_csrc", package.parent / "csrc"):
+        if (path / "cuda" / "engine.cuh").is_file():
+            return path
+    raise RuntimeError(f"fusedopt: the CUDA sources are missing from {package}; reinstall the package")
+
+
+@functools.cache
+def _source_hash() -> bytes:
+    digest = hashlib.sha256()
+    for folder in ("core", "cuda", "formats", "rules"):
+        for path in sorted((source_dir() / folder).iterdir()):
+            if path.suffix in (".h", ".cuh"):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+@functools.cache
+def _compiler_version() -> str:
+    """Versions of the packages that compile. Read from metadata: importing them takes longer than loading a kernel."""
+    versions = []
+    for name in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "cuda-bindings", "cuda-core"):
+        try:
+            versions.append(f"{name}={importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ",".join(versions)
+
+
+# ---- compiler -------------------------------------------------------------------------------------------
+
+_REMEDY = (
+    "install it with `pip install 'fusedopt[cuda]'` (cuda-core) and, where torch did not bring NVRTC, "
+    "`pip install nvidia-cuda-nvrtc` for the CUDA version of your torch; parameters on the CPU need neither"
+)
+
+
+def _cuda_core():
+    """The module that holds Program: ``cuda.core``, or ``cuda.core.experimental`` before 1.0."""
+    try:
+        import cuda.core as core
+
+        if not hasattr(core, "Program"):
+            import cuda.core.experimental as core
+    except ImportError as error:
+        raise RuntimeError(f"fusedopt: cuda-core could not be imported ({error}); {_REMEDY}") from error
+    return core
+
+
+def require_compiler() -> None:
+    """RuntimeError with the remedy where cuda-core is missing. Does not import it: with a warm cache nobody needs to."""
+    try:
+        found = importlib.util.find_spec("cuda.core") is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise RuntimeError(f"fusedopt: CUDA kernels are compiled at run time, and cuda-core is missing; {_REMEDY}")
+
+
+def compile_kernel(kernel: KernelSpec, arch: str) -> bytes:
+    """Compiles with NVRTC, without a GPU. arch: as "sm_90". RuntimeError with the compiler's log if it fails."""
+    core = _cuda_core()
+    options = core.ProgramOptions(
+        arch=arch,
+        std="c++17",
+        fma=False,  # as the CPU engine: the same bits everywhere
+        include_path=[str(source_dir())],
+        define_macro=[(name, str(value)) for name, value in _DEFINES.items()],
+    )
+    try:
+        return bytes(core.Program(kernel.source(), "c++", options).compile("cubin").code)
+    except Exception as error:  # cuda-core's own exception types moved between its versions
+        raise RuntimeError(
+            f"fusedopt: NVRTC could not compile {kernel} for {arch}: {error}\nIf NVRTC itself is missing, {_REMEDY}"
+        ) from error
+
+
+# ---- cache ----------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """``$FUSEDOPT_CACHE_DIR``, else ``$XDG_CACHE_HOME/fusedopt``, else ``~/.cache/fusedopt``."""
+    if path := os.environ.get("FUSEDOPT_CACHE_DIR"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedopt"
+
+
+def _cache_path(kernel: KernelSpec, arch: str) -> Path:
+    text = "\0".join((kernel.source(), repr(sorted(_DEFINES.items())), arch, _compiler_version()))
+    key = hashlib.sha256(_source_hash() + text.encode()).hexdigest()
+    return cache_dir() / f"{kernel.template}-{arch}-{key[:40]}.cubin"
+
+
+def _read_entry(path: Path) -> bytes | None:
+    """The cubin, or None where there is none, or none to be trusted."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _warn_once(path.parent, f"could not be read ({error})")
+        return None
+    magic, digest, cubin = content[: len(_MAGIC)], content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+    if magic == _MAGIC and digest == hashlib.sha256(cubin).digest():
+        return cubin
+    _warn_once(path.parent, f"holds a damaged or foreign entry, {path.name}")
+    return None
+
+
+def _write_entry(path: Path, cubin: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(cubin).digest() + cubin)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        _warn_once(path.parent, f"could not be written ({error})")
+
+
+_warned: set[Path] = set()
+
+
+def _warn_once(folder: Path, problem: str) -> None:
+    if folder not in _warned:
+        _warned.add(folder)
+        warnings.warn(
+            f"fusedopt: the kernel cache {folder} {problem}; the kernel is compiled again. "
+            "Set FUSEDOPT_CACHE_DIR to another folder if this persists.",
+            stacklevel=2,
+        )
+
+
+def get_cubin(kernel: KernelSpec, arch: str) -> bytes:
+    """From the cache, or compiled and put there."""
+    path = _cache_path(kernel, arch)
+    cubin = _read_entry(path)
+    if cubin is None:
+        cubin = compile_kernel(kernel, arch)
+        _write_entry(path, cubin)
+    return cubin

@@ -1,0 +1,142 @@
+"""Checks of what users hand us. Every message says where, what was got, what was expected, and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .specs import DTYPES, NORM_TYPES
+
+__all__ = [
+    "check_clipping",
+    "check_dense",
+    "check_grad",
+    "check_hyperparameters",
+    "check_param",
+    "check_params",
+    "overlaps",
+]
+
+NONFINITE = ("propagate", "skip")
+
+
+def _number(value: Any) -> float | None:
+    """The value of a number or of a one-element tensor on the CPU; None for a tensor elsewhere, which is not read."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"expected one element, got a tensor of shape {tuple(value.shape)}")
+        return float(value) if value.device.type == "cpu" else None
+    return float(value)
+
+
+def check_hyperparameters(where: str, values: dict[str, Any]) -> None:
+    """lr, eps, weight_decay must be >= 0, betas in [0, 1); none of them NaN. Keys that are absent are not checked."""
+    for name in ("lr", "eps", "weight_decay"):
+        if name in values:
+            number = _number(values[name])
+            if number is not None and not number >= 0.0:
+                raise ValueError(f"{where}: got {name}={values[name]}, expected a number >= 0; pass a valid {name}")
+    if "betas" in values:
+        betas = values["betas"]
+        if len(betas) != 2:
+            raise ValueError(f"{where}: got betas={betas}, expected two numbers; pass betas=(beta1, beta2)")
+        for i, beta in enumerate(betas):
+            number = _number(beta)
+            if number is not None and not 0.0 <= number < 1.0:
+                raise ValueError(
+                    f"{where}: got betas[{i}]={beta}, expected a number in [0, 1); pass a valid beta{i + 1}"
+                )
+    for name in ("amsgrad", "differentiable"):
+        if values.get(name):
+            raise ValueError(
+                f"{where}: got {name}=True, expected False: the fused kernels have no such mode; "
+                f"use torch.optim for {name}"
+            )
+
+
+def check_clipping(where: str, max_grad_norm: Any, norm_type: Any, max_grad_value: Any, nonfinite: Any) -> None:
+    """The keyword-only additions to torch's signatures."""
+    for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
+        if value is not None and not float(value) > 0.0:
+            raise ValueError(f"{where}: got {name}={value}, expected a number > 0; pass None to switch it off")
+    if math.isnan(float(norm_type)) or float(norm_type) not in NORM_TYPES:
+        raise ValueError(f"{where}: got norm_type={norm_type}, expected 1, 2 or inf; use torch.nn.utils for others")
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"{where}: got nonfinite={nonfinite!r}, expected one of {NONFINITE}; choose one of them")
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory. Exact for every layout that indexing, transposing or expand can make."""
+    span = 1  # of memory, in elements, that the dimensions so far reach
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if size == 0:
+            return False
+        if stride < span:
+            return True
+        span += (size - 1) * stride
+    return False
+
+
+def check_dense(where: str, tensor: Any, written: bool = True) -> None:
+    """A dense tensor of a supported floating-point dtype; if it is written, each element in memory of its own."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"{where} is a {type(tensor).__name__}, expected a torch.Tensor; pass tensors such as model.parameters()"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{where} has layout {tensor.layout}, expected a dense tensor; use torch.optim.SparseAdam")
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(DTYPES)}; leave it out or convert it")
+    if written and overlaps(tensor):
+        raise ValueError(
+            f"{where} has strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected elements that do not share "
+            "memory; pass the tensor that was expanded, or a .clone()"
+        )
+
+
+def check_param(where: str, param: Any) -> None:
+    """As ``check_dense``, and a leaf."""
+    check_dense(where, param)
+    if not (param.is_leaf or param.retains_grad):
+        raise ValueError(f"{where} is not a leaf, expected a leaf tensor; pass the tensor that it was computed from")
+
+
+def check_params(where: str, params: Iterable[Any]) -> None:
+    """Every one of them, and none twice."""
+    seen: dict[int, int] = {}
+    for i, param in enumerate(params):
+        check_param(f"{where}[{i}]", param)
+        if id(param) in seen:
+            raise ValueError(
+                f"{where}[{i}] is the same parameter as {where}[{seen[id(param)]}], expected each once; "
+                "remove the second one (tied weights are listed once by model.parameters())"
+            )
+        seen[id(param)] = i
+
+
+def check_grad(where: str, grad: torch.Tensor, param: torch.Tensor) -> None:
+    """Dense, of a supported dtype, and of the parameter's shape and device."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{where} has layout {grad.layout}, expected a dense gradient; "
+            "use torch.optim.SparseAdam, or build the embedding with sparse=False"
+        )
+    name = str(grad.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(DTYPES)}; convert it")
+    if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
+        raise TypeError(
+            f"{where} has dtype {name}, expected {'float64' if param.dtype == torch.float64 else 'a lower precision'} "
+            f"beside a parameter of dtype {str(param.dtype).removeprefix('torch.')}; convert the gradient"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(grad.shape)}, expected the parameter's {tuple(param.shape)}; "
+            "assign a gradient of the parameter's shape"
+        )
+    if grad.device != param.device:
+        raise ValueError(f"{where} is on {grad.device}, expected the parameter's {param.device}; move it there")

@@ -1,0 +1,16 @@
+"""The command line: ``fusedopt``."""
+
+import click
+
+from .warmup import warmup
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fusedopt")
+def main() -> None:
+    """Fused optimizer kernels for PyTorch."""
+
+
+main.add_command(warmup)

@@ -1,0 +1,62 @@
+"""``fusedopt warmup``: fills the kernel cache, for container images. Needs no GPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import click
+
+from ..backends import nvrtc
+from ..specs import DTYPES, RULES
+
+__all__ = ["warmup"]
+
+
+def _matches(kernel: nvrtc.KernelSpec, rules: tuple[str, ...], dtypes: tuple[str, ...]) -> bool:
+    wanted_rules = {RULES[name].cpp for name in rules} or {spec.cpp for spec in RULES.values()}
+    wanted_formats = {DTYPES[name].cpp for name in dtypes} or {spec.cpp for spec in DTYPES.values()}
+    if kernel.template == "update_pass" and kernel.arguments[0] not in wanted_rules:
+        return False
+    formats = {argument for argument in kernel.arguments if argument in {spec.cpp for spec in DTYPES.values()}}
+    return formats <= wanted_formats
+
+
+@click.command()
+@click.option(
+    "--arch", "archs", multiple=True, metavar="sm_XY", help="Architecture; repeat for several. Default: the GPUs here."
+)
+@click.option("--rule", "rules", multiple=True, type=click.Choice(sorted(RULES)), help="Only these rules.")
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(sorted(DTYPES)), help="Only these parameter dtypes."
+)
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Compilations at a time.")
+def warmup(archs: tuple[str, ...], rules: tuple[str, ...], dtypes: tuple[str, ...], jobs: int) -> None:
+    """Compile CUDA kernels into the cache, so that no first step has to. Works without a GPU."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    archs = archs or _local_architectures()
+    if not archs:
+        raise click.UsageError("no GPU here to take the architecture from; name one, such as --arch sm_90")
+    bad = [arch for arch in archs if not (arch.startswith("sm_") and arch[3:6].rstrip("af").isdigit())]
+    if bad:
+        raise click.BadParameter(
+            f"got {bad[0]!r}, expected sm_ and two or three digits, such as sm_90", param_hint="--arch"
+        )
+    work = [(kernel, arch) for arch in archs for kernel in nvrtc.all_kernels() if _matches(kernel, rules, dtypes)]
+    try:
+        nvrtc.require_compiler()
+        with ThreadPoolExecutor(jobs) as pool:
+            results = pool.map(lambda item: nvrtc.get_cubin(*item), work)
+            sizes = [len(cubin) for cubin in track(results, "Compiling", total=len(work), console=console)]
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    console.print(f"{len(sizes)} kernels for {', '.join(archs)}, {sum(sizes) / 1e6:.1f} MB, in {nvrtc.cache_dir()}")
+
+
+def _local_architectures() -> tuple[str, ...]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(sorted({"sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(count)}))

@@ -1,0 +1,37 @@
+"""The results of a step on one device, as 0-dim tensors that cost nothing until they are read."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Control"]
+
+
+class Control:
+    """``struct Control`` of ``csrc/core/structs.h``: 64 bytes on ``device``, seen through views."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.zeros(8, dtype=torch.float64, device=device)
+        as_float = self.buffer.view(torch.float32)
+        self.local_sums = self.buffer[0:2]
+        """(Σ|g|^p or max |g|, number of non-finite findings) over this device's gradients, float64."""
+        self.total_norm64 = self.buffer[2]
+        self.clip_coef64 = self.buffer[3]
+        self.total_norm = as_float[8]
+        self.clip_coef = as_float[9]
+        self.norm_found_inf = as_float[10]
+        self.skipped = as_float[11]
+        self.skipped_steps = self.buffer.view(torch.int64)[6]
+        self.reset_norm()
+
+    def reset_norm(self) -> None:
+        """Makes the norm read as "not taken": NaN, with a coefficient of 1."""
+        self.total_norm64.fill_(float("nan"))
+        self.total_norm.fill_(float("nan"))
+        self.clip_coef64.fill_(1.0)
+        self.clip_coef.fill_(1.0)
+        self.norm_found_inf.fill_(0.0)
+
+    @property
+    def address(self) -> int:
+        return self.buffer.data_ptr()

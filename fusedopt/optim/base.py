@@ -1,0 +1,266 @@
+"""What all optimizers share: the step, the results of a step, checkpoints. A subclass adds a rule and its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+
+from .. import passes
+from ..backends import for_device
+from ..checks import check_clipping, check_hyperparameters, check_params
+from ..control import Control
+from ..specs import RULES
+from . import checkpoint
+from .plan import OptimizerPlan
+
+__all__ = ["FusedOptimizer"]
+
+_OPTIONS = ("max_grad_norm", "norm_type", "max_grad_value", "nonfinite")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose step takes one kernel launch per dtype, or two with clipping.
+
+    Args:
+        params: tensors, named tensors, or param groups: dense leaf tensors of dtype float32, bfloat16, float16 or
+            float64, any shape and layout, any mixture of devices and dtypes.
+        defaults: the hyper-parameters of param groups that do not set their own.
+        max_grad_norm: clip the gradients' total norm to this; None for no clipping.
+        norm_type: order of that norm: 1, 2 or inf.
+        max_grad_value: clamp each unscaled gradient element to ± this, before the norm is taken; None for no clamping.
+        nonfinite: what an inf or NaN gradient element does: "propagate" into the parameters, as torch.optim does, or
+            "skip" the whole step, decided on the device.
+
+    Gradients are only read. The four keyword arguments are attributes and may be changed between steps.
+
+    Raises:
+        ValueError, TypeError: bad hyper-parameters or parameters.
+        RuntimeError: a CUDA parameter where kernels cannot be compiled; sparse gradients.
+    """
+
+    rule: ClassVar[str]
+    """Name of the rule in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        max_grad_value: float | None = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        where = type(self).__name__
+        check_hyperparameters(where, defaults)
+        self._forget_plan()
+        self._controls: dict[torch.device, Control] = {}
+        self._options: dict[str, Any] = {}
+        self._set_options(
+            max_grad_norm=max_grad_norm, norm_type=norm_type, max_grad_value=max_grad_value, nonfinite=nonfinite
+        )
+        if isinstance(params, torch.Tensor):
+            raise TypeError(f"{where}: params is a Tensor, expected an iterable of them; pass [param]")
+        params = list(params)
+        if not params:
+            raise ValueError(f"{where}: params is empty, expected at least one parameter; pass model.parameters()")
+        super().__init__(params, defaults)
+
+    # ---- options --------------------------------------------------------------------------------------
+
+    def _set_options(self, **changes: Any) -> None:
+        options = {**self._options, **changes}
+        check_clipping(type(self).__name__, **options)
+        self._options = options
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Bound of the gradients' total norm, or None."""
+        return self._options["max_grad_norm"]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._set_options(max_grad_norm=value)
+
+    @property
+    def norm_type(self) -> float:
+        """Order of the norm: 1, 2 or inf."""
+        return self._options["norm_type"]
+
+    @norm_type.setter
+    def norm_type(self, value: float) -> None:
+        self._set_options(norm_type=value)
+
+    @property
+    def max_grad_value(self) -> float | None:
+        """Bound of each unscaled gradient element, or None."""
+        return self._options["max_grad_value"]
+
+    @max_grad_value.setter
+    def max_grad_value(self, value: float | None) -> None:
+        self._set_options(max_grad_value=value)
+
+    @property
+    def nonfinite(self) -> str:
+        """What an inf or NaN gradient element does: "propagate" or "skip"."""
+        return self._options["nonfinite"]
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._set_options(nonfinite=value)
+
+    @property
+    def _takes_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.nonfinite == "skip"
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over its scale and verdict and always calls step.
+
+        Only where somebody asked for a fused step: wrappers such as Accelerate and Lightning treat such optimizers
+        differently.
+        """
+        asked = self._takes_norm or self.max_grad_value is not None
+        return asked or any(group.get("fused") for group in self.param_groups)
+
+    # ---- param groups ---------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim; ValueError or TypeError, and no group added, for bad parameters or hyper-parameters."""
+        where = type(self).__name__
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            if not isinstance(params, torch.Tensor | set):
+                param_group = {**param_group, "params": list(params)}
+            plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
+            check_params(f"{where}: params", [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain])
+            check_hyperparameters(where, {**self.defaults, **param_group})
+            for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
+                for_device(device)
+        super().add_param_group(param_group)
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        self._plan: OptimizerPlan | None = None
+        self._norm_taken = False
+
+    def _rule_name(self) -> str:
+        return self.rule
+
+    # ---- the step -------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, with gradients enabled.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: sparse gradients; a first step while a CUDA graph is being captured.
+            ValueError, TypeError: a gradient whose shape, device or dtype does not fit its parameter. Nothing has
+            been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._plan
+        if plan is None or not plan.refresh(self):
+            plan = self._replan()
+        if plan.tables:
+            self._run(plan)
+        return loss
+
+    def _replan(self) -> OptimizerPlan:
+        self._plan = None
+        with torch.no_grad():
+            plan = OptimizerPlan.make(self, RULES[self._rule_name()], self._controls)
+        if not plan.refresh(self):
+            raise RuntimeError(
+                f"{type(self).__name__}.step: parameters or gradients changed while they were being read"
+            )
+        self._plan = plan
+        return plan
+
+    def _run(self, plan: OptimizerPlan) -> None:
+        for device in plan.tables:
+            device.pack_hypers(self.param_groups)
+        options = self._options
+        scalars = passes.StepScalars(
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            max_grad_value=options["max_grad_value"],
+            max_grad_norm=options["max_grad_norm"],
+            norm_type=float(options["norm_type"]),
+            skip_nonfinite=options["nonfinite"] == "skip",
+        )
+        takes_norm = self._takes_norm
+        passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",))
+        plan.gather_copies()
+        if takes_norm:
+            passes.norm(plan.tables)
+        passes.run_update(plan.tables)
+        plan.scatter_copies()
+        # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
+        plan.bump_versions()
+        self._norm_taken = takes_norm
+
+    # ---- results of the last step -----------------------------------------------------------------------
+
+    def _control(self) -> Control:
+        """Of the first parameter's device."""
+        device = self.param_groups[0]["params"][0].device
+        if device not in self._controls:
+            self._controls[device] = Control(device)
+        return self._controls[device]
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """Total norm of the unscaled gradients before clipping, 0-dim float32; NaN if the step took none."""
+        control = self._control()
+        return control.total_norm.clone() if self._norm_taken else torch.full_like(control.total_norm, float("nan"))
+
+    @property
+    def clip_coef(self) -> torch.Tensor:
+        """What the gradients were multiplied by to clip their norm, 0-dim float32; 1 if the step took no norm."""
+        control = self._control()
+        return control.clip_coef.clone() if self._norm_taken else torch.ones_like(control.clip_coef)
+
+    @property
+    def step_was_skipped(self) -> torch.Tensor:
+        """Whether the last step changed nothing because of inf or NaN, 0-dim bool."""
+        return self._control().skipped != 0
+
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        """How many steps were skipped since this optimizer was made, 0-dim int64."""
+        return self._control().skipped_steps.clone()
+
+    # ---- checkpoints, copies ------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of the torch.optim class of the same name.
+
+        Unlike torch's, it keeps the dtype of every state tensor, and copies instead of sharing memory.
+
+        Raises:
+            ValueError: other param groups, other shapes or missing keys. Nothing has been changed then.
+        """
+        checkpoint.load(self, state_dict, RULES[self._rule_name()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_options", dict(zip(_OPTIONS, (None, 2.0, None, "propagate"))))
+        self.__dict__.setdefault("_controls", {})
+        self._forget_plan()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)

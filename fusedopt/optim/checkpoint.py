@@ -1,0 +1,98 @@
+"""Loading optimizer checkpoints: as ``torch.optim.Optimizer.load_state_dict``, but dtypes are kept and shapes checked.
+
+torch casts every state tensor to its parameter's dtype, integers included, and offers no way to override that.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ..specs import RuleSpec
+
+__all__ = ["load"]
+
+
+def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], rule: RuleSpec) -> None:
+    """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
+    state_dict = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+
+    where = f"{type(optimizer).__name__}.load_state_dict"
+    params = _match(where, optimizer.param_groups, state_dict)
+    for index, param in params.items():
+        _check_entry(where, index, state_dict["state"].get(index, {}), param, rule)
+    groups = [_merge(old, new) for old, new in zip(optimizer.param_groups, state_dict["param_groups"])]
+    for group in groups:
+        if group.get("amsgrad"):
+            raise ValueError(f"{where}: the checkpoint has amsgrad=True, expected False; continue it with torch.optim")
+    state: dict[Any, Any] = {}
+    for index, entry in state_dict["state"].items():
+        param = params.get(index)
+        state[index if param is None else param] = _copy(entry, param)
+
+    kept = optimizer.state
+    kept.clear()
+    kept.update(state)
+    optimizer.__setstate__({"state": kept, "param_groups": groups})
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
+
+
+def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
+    """Parameter by its index in the checkpoint."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"{where}: got keys {sorted(map(str, state_dict))}, expected '{key}'; pass opt.state_dict()"
+            )
+    saved = state_dict["param_groups"]
+    got, expected = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if got != expected:
+        raise ValueError(
+            f"{where}: the checkpoint's param groups hold {got} parameters, expected {expected}; "
+            "build the optimizer as it was when the checkpoint was saved"
+        )
+    indices = chain.from_iterable(g["params"] for g in saved)
+    return dict(zip(indices, chain.from_iterable(g["params"] for g in groups)))
+
+
+def _check_entry(where: str, index: Any, entry: dict, param: torch.Tensor, rule: RuleSpec) -> None:
+    if not entry:
+        return
+    missing = [key for key in ("step", *rule.states) if key not in entry]
+    if missing:
+        raise ValueError(
+            f"{where}: state[{index}] has keys {sorted(map(str, entry))}, expected {missing} too; "
+            f"load a checkpoint of an optimizer with the state of '{rule.name}'"
+        )
+    for key in rule.states:
+        shape = tuple(getattr(entry[key], "shape", ()))
+        if shape != tuple(param.shape):
+            raise ValueError(
+                f"{where}: state[{index}]['{key}'] has shape {shape}, expected {tuple(param.shape)}; "
+                "load the checkpoint of this model"
+            )
+
+
+def _merge(old: dict, new: dict) -> dict:
+    """The checkpoint's hyper-parameters with the optimizer's own parameters, as torch merges them."""
+    merged = deepcopy({key: value for key, value in new.items() if key != "params"})
+    if "param_names" in old:
+        merged.setdefault("param_names", old["param_names"])
+    return {**merged, "params": old["params"]}
+
+
+def _copy(value: Any, param: torch.Tensor | None) -> Any:
+    """A copy that shares no memory with the checkpoint, tensors on the parameter's device and in their own dtype."""
+    if isinstance(value, torch.Tensor):
+        device = value.device if param is None else param.device
+        return value.detach().to(device=device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(each, param) for key, each in value.items()}
+    return deepcopy(value)

@@ -1,0 +1,127 @@
+"""Runs passes over the tables of all devices: what the optimizers and the functions have in common."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .backends import for_device
+from .plan import Bucket, DeviceTables, TensorRow, build_tables
+from .specs import NORM_TYPES, RuleSpec
+
+__all__ = ["StepScalars", "TablesCache", "begin", "norm", "run_update", "scale"]
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """What a step is told besides tensors.
+
+    grad_scale: divides the gradients; 0-dim or one-element float32 tensor, any device, or a number.
+    found_inf: non-zero makes the step the identity; like ``grad_scale``.
+    clip_coef: multiplies the gradients; ignored where the norm pass computes it.
+    max_grad_value: bound of each unscaled element, or None.
+    max_grad_norm, norm_type: of the norm pass; None takes the norm without clipping.
+    skip_nonfinite: whether the norm pass makes the step the identity if it meets inf or NaN.
+    """
+
+    grad_scale: torch.Tensor | float | None = None
+    found_inf: torch.Tensor | float | None = None
+    clip_coef: torch.Tensor | float | None = None
+    max_grad_value: float | None = None
+    max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    skip_nonfinite: bool = False
+
+
+def _address(value: torch.Tensor | float | None, tables: DeviceTables, dtype: torch.dtype = torch.float32) -> int:
+    """Where a scalar stands on the tables' device; 0 for None."""
+    if value is None:
+        return 0
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((), float(value), dtype=dtype, device=tables.device)
+    return tables.scalar(value, dtype).data_ptr()
+
+
+def begin(tables: Sequence[DeviceTables], scalars: StepScalars, passes: tuple[str, ...], out: int = 0) -> None:
+    """Gets every device ready for ``passes``; whatever can fail fails here. out: see ``PassArgs.nonfinite_out``."""
+    infinity = float("inf")
+    for device in tables:
+        device.keep_alive.clear()
+        grad_scale = _address(scalars.grad_scale, device)
+        found_inf = _address(scalars.found_inf, device)
+        if "norm" in passes:
+            clip_coef, norm_found_inf = device.control.clip_coef64.data_ptr(), device.control.norm_found_inf.data_ptr()
+        else:
+            clip_coef, norm_found_inf = _address(scalars.clip_coef, device, torch.float64), 0
+        for bucket in device.buckets:
+            args = bucket.args
+            args.grad_scale, args.found_inf = grad_scale, found_inf
+            args.clip_coef, args.norm_found_inf = clip_coef, norm_found_inf
+            args.max_grad_value = infinity if scalars.max_grad_value is None else scalars.max_grad_value
+            args.max_norm = infinity if scalars.max_grad_norm is None else scalars.max_grad_norm
+            args.norm_type = NORM_TYPES[scalars.norm_type][1]
+            args.skip_nonfinite = scalars.skip_nonfinite
+            args.nonfinite_out = out
+        for_device(device.device).begin(device, passes)
+
+
+def norm(tables: Sequence[DeviceTables]) -> None:
+    """The total norm over all devices into the ``control`` of each. Waits for nothing if all devices are GPUs."""
+    if len(tables) == 1:
+        for_device(tables[0].device).norm(tables[0], finalize=True)
+        return
+    for device in tables:
+        for_device(device.device).norm(device, finalize=False)
+    for device in tables:
+        gathered = torch.stack([other.control.local_sums.to(device.device) for other in tables])
+        device.keep_alive.append(gathered)
+        for_device(device.device).finalize_norm(device, gathered)
+
+
+def run_update(tables: Sequence[DeviceTables]) -> None:
+    """The update pass on every device."""
+    for device in tables:
+        for_device(device.device).update(device)
+
+
+def scale(tables: Sequence[DeviceTables]) -> None:
+    """The gradients of every device, multiplied and clamped in place."""
+    for device in tables:
+        for_device(device.device).scale(device)
+
+
+class TablesCache:
+    """The tables of the last calls, for functions, which have nowhere of their own to keep them.
+
+    The key is all that tables are made of (addresses, sizes, dtypes, devices), so what is found is right
+    whoever owns the memory now. One cache serves one thread at a time, hence the thread-local storage.
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
+        self.capacity = capacity
+        self.local = threading.local()
+
+    def get(
+        self, rule: RuleSpec | None, rows: Sequence[TensorRow]
+    ) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
+        """As ``build_tables``, with the backends' ``prepare`` done."""
+        entries: OrderedDict = self.local.__dict__.setdefault("entries", OrderedDict())
+        key = (rule and rule.name, tuple(self._key(row) for row in rows))
+        found = entries.pop(key, None)
+        if found is None:
+            found = build_tables(rule, rows)
+            for tables in found[0]:
+                for_device(tables.device).prepare(tables)
+            if len(entries) >= self.capacity:
+                entries.popitem(last=False)
+        entries[key] = found
+        return found
+
+    @staticmethod
+    def _key(row: TensorRow) -> tuple:
+        tensors = () if row.param is None else (row.param, *row.states, row.step)
+        return (row.device, row.numel, row.key, *(tensor.data_ptr() for tensor in tensors))

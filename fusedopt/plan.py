@@ -1,0 +1,174 @@
+"""The tables that a pass walks: which tensors, on which device, in which combination of dtypes.
+
+A ``DeviceTables`` holds everything of one device; each of its ``Bucket`` s is one combination of dtypes, hence one
+kernel launch per pass. What they are made from are addresses, so they are valid as long as the addresses are: the
+optimizer checks that each step (``_C.Watch``), the functions look them up by the addresses themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _C
+from .control import Control
+from .specs import CPU_CHUNK, CUDA_CHUNK, DTYPES, RuleSpec
+
+__all__ = [
+    "Bucket",
+    "DeviceTables",
+    "TensorRow",
+    "build_tables",
+    "dtype_code",
+    "is_dense",
+    "like_parameter",
+    "same_layout",
+]
+
+_CODES = {getattr(torch, name): spec.code for name, spec in DTYPES.items()}
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The C++ code of a supported floating-point dtype; KeyError for others."""
+    return _CODES[dtype]
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their span of memory, each exactly once, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_layout(tensor: torch.Tensor, dense: torch.Tensor) -> bool:
+    """Whether ``tensor``, of the same shape as ``dense``, has its elements in the same order in memory."""
+    return all(a == b for a, b, n in zip(tensor.stride(), dense.stride(), dense.shape) if n > 1) or not dense.numel()
+
+
+def like_parameter(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A copy of ``grad`` in the memory layout of the dense tensor ``param``."""
+    return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+
+
+@dataclass
+class TensorRow:
+    """One tensor of a pass. ``param`` is dense; None, like ``step``, where a pass only reads gradients."""
+
+    numel: int
+    device: torch.device
+    grad_dtype: torch.dtype
+    param: torch.Tensor | None = None
+    states: Sequence[torch.Tensor] = ()
+    step: torch.Tensor | None = None
+    group: int = 0
+
+    @property
+    def key(self) -> tuple:
+        """What must be equal for two tensors to share a launch."""
+        return (
+            self.grad_dtype,
+            self.param.dtype if self.param is not None else None,
+            self.states[0].dtype if self.states else None,
+        )
+
+
+@dataclass
+class Bucket:
+    """The tensors of one device and one combination of dtypes."""
+
+    grad_dtype: torch.dtype
+    param_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None
+    table: _C.Table
+    args: _C.PassArgs
+    device_memory: list[torch.Tensor] = field(default_factory=list)
+    """Keeps alive what ``args`` points to."""
+    step_table: torch.Tensor | None = None
+    """CUDA: the step table, where it does not fit a kernel parameter."""
+    functions: dict[str, int] = field(default_factory=dict)
+    """CUDA: the kernels of this bucket, by pass."""
+    functions_key: tuple = ()
+    """CUDA: what ``functions`` were chosen for."""
+
+    @property
+    def num_chunks(self) -> int:
+        return self.table.num_chunks
+
+
+class DeviceTables:
+    """All buckets of one device, with the hyper-parameters and the results of its passes."""
+
+    def __init__(self, device: torch.device, rule: RuleSpec | None, control: Control | None = None) -> None:
+        self.device = device
+        self.rule = rule
+        self.buckets: list[Bucket] = []
+        self.hypers = _C.Hypers([(key, index) for _, key, index in rule.hyper] if rule else [])
+        self.num_groups = 0
+        self.control = control or Control(device)
+        self.keep_alive: list[torch.Tensor] = []
+        """Tensors whose addresses the passes of this step were given."""
+
+    def add(self, rows: Iterable[TensorRow]) -> list[tuple[Bucket, int]]:
+        """Adds rows; returns where each went: its bucket and its slot in the bucket's table."""
+        buckets: dict[tuple, Bucket] = {}
+        places = []
+        for row in rows:
+            bucket = buckets.get(row.key)
+            if bucket is None:
+                chunk = CUDA_CHUNK if self.device.type == "cuda" else CPU_CHUNK
+                bucket = buckets[row.key] = Bucket(*row.key, _C.Table(chunk), _C.PassArgs())
+            slot = bucket.table.add(
+                param=row.param.data_ptr() if row.param is not None else 0,
+                states=[state.data_ptr() for state in row.states],
+                step=row.step.data_ptr() if row.step is not None else 0,
+                numel=row.numel,
+                group=row.group,
+            )
+            places.append((bucket, slot))
+        self.buckets = list(buckets.values())
+        return places
+
+    def pack_hypers(self, groups: list[dict]) -> None:
+        """Reads the hyper-parameters of all groups. A device lr stays on the device; other tensors are read here."""
+        self.num_groups = len(groups)
+        for group, position in self.hypers.pack(groups):
+            _, key, index = self.rule.hyper[position]
+            value = groups[group][key] if index < 0 else groups[group][key][index]
+            if position == 0 and isinstance(value, torch.Tensor) and value.device.type == "cuda" == self.device.type:
+                address = self.scalar(value)
+                self.hypers.set_lr_address(group, address.data_ptr())
+            else:
+                self.hypers.set_value(group, position, float(value))
+
+    def scalar(self, value: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A one-element tensor on this device, kept alive until the next step. A copy only where needed."""
+        moved = value.detach().to(device=self.device, dtype=dtype, non_blocking=self.device.type == "cuda")
+        self.keep_alive.append(moved)
+        return moved
+
+
+def build_tables(
+    rule: RuleSpec | None, rows: Sequence[TensorRow], controls: dict[torch.device, Control] | None = None
+) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
+    """Sorts rows by device and dtypes. Returns the tables, and each row's bucket and slot.
+
+    controls: where each device's results go; devices that it lacks are added. By default new ones.
+    """
+    controls = {} if controls is None else controls
+    by_device: dict[torch.device, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_device.setdefault(row.device, []).append(i)
+    tables, places = [], [None] * len(rows)
+    for device, indices in by_device.items():
+        if device not in controls:
+            controls[device] = Control(device)
+        table = DeviceTables(device, rule, controls[device])
+        for i, place in zip(indices, table.add(rows[i] for i in indices)):
+            places[i] = place
+        tables.append(table)
+    return tables, places

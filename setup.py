@@ -1,0 +1,81 @@
+"""Builds the extension ``fusedopt._C`` with ninja. Everything else about the package is in pyproject.toml.
+
+Neither torch nor a CUDA toolkit is needed: the extension takes addresses, and CUDA kernels are compiled at run time.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+# Contraction off: a*b+c rounds twice on every compiler, so that all engines give the same bits.
+# The other two only let sqrt and selects be vectorised; they change no result.
+ARITHMETIC_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# One copy of the CPU engine per instruction set, chosen at run time.
+ISA_FLAGS = {
+    "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mf16c"],
+    "csrc/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/cpu/isa_baseline.cpp",
+    "csrc/cpu/passes.cpp",
+    "csrc/cpu/threads.cpp",
+    "csrc/host/cuda_driver.cpp",
+    "csrc/host/tensor_ref.cpp",
+    "csrc/host/watch.cpp",
+]
+if X86:
+    SOURCES += list(ISA_FLAGS)
+
+
+class NinjaBuildExt(build_ext):
+    """Writes a build.ninja with flags of its own for each source, and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise SystemExit("fusedopt: the Microsoft compiler is not supported; build with g++ or clang")
+        import ninja
+        import pybind11
+
+        work = (Path(self.build_temp) / "ninja").resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [sysconfig.get_paths()["include"], pybind11.get_include()]
+        (work / "build.ninja").write_text(self.ninja_file(ext, target, includes))
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)]
+        subprocess.run(command + (["-v"] if self.verbose else []), check=True, stdout=sys.stderr)
+
+    def ninja_file(self, ext: Extension, target: Path, includes: list[str]) -> str:
+        compiler = os.environ.get("CXX", "c++")
+        # $in is escaped by ninja for the shell; paths in this file need "$ " for a space.
+        escape = lambda text: str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+        flags = COMMON_FLAGS + ARITHMETIC_FLAGS + (["-DFUSEDOPT_X86"] if X86 else [])
+        flags += [f"'-I{path}'" for path in includes] + os.environ.get("CXXFLAGS", "").split()
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-ldl"]
+        lines = [
+            f"flags = {' '.join(flags)}",
+            f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags $isa -c $in -o $out\n  depfile = $out.d",
+            "  deps = gcc\n  description = compile $in",
+            f"rule link\n  command = {compiler} -pthread $in {' '.join(shared)} -o $out\n  description = link $out",
+        ]
+        objects = []
+        for source in ext.sources:
+            objects.append(source.replace("/", "_") + ".o")
+            lines.append(f"build {objects[-1]}: compile {escape(ROOT / source)}")
+            lines.append(f"  isa = {' '.join(ISA_FLAGS.get(source, []))}")
+        lines.append(f"build {escape(target)}: link {' '.join(objects)}")
+        return "\n".join(lines) + "\n"
+
+
+setup(ext_modules=[Extension("fusedopt._C", SOURCES)], cmdclass={"build_ext": NinjaBuildExt})

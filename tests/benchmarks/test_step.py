@@ -1,0 +1,168 @@
+"""The step benchmark: a smoke run of the command, and the parts whose errors would go unnoticed in its figures."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
+
+from benchmarks import contracts
+from benchmarks.checks import check
+from benchmarks.contracts import Case, build
+from benchmarks.step import VARIANTS
+from benchmarks.timing import split_steps
+from benchmarks.workloads import FORMATS, WORKLOADS, Model
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "out" / "step.json"
+    command = [sys.executable, ROOT / "benchmarks" / "step.py", "--device", "cpu", "--quick", "--json", path]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(path.read_text()) | {"stdout": run.stdout}
+
+
+def test_result_says_where_it_was_made(result):
+    assert result["torch"] == torch.__version__
+    assert {"device", "driver", "torch", "triton", "cuda", "commit", "date", "copy_gbps", "rows"} <= result.keys()
+    assert result["device"] and result["copy_gbps"] > 0
+    assert result["left_out"] == []
+
+
+def test_every_case_is_measured_by_every_library_that_offers_it(result):
+    measured = {(r["optimizer"], r["format"], r["contract"], r["library"]) for r in result["rows"]}
+    assert len(measured) == len(result["rows"])
+    assert {row[:3] for row in measured if row[3] == "fusedopt-cpu"} == set(VARIANTS)
+    for contract in ("clip_step", "scaler_clip_step"):
+        libraries = {row[3] for row in measured if row[:3] == ("adamw", "fp32", contract)}
+        assert libraries == {"fusedopt-cpu", "torch-fused", "torch-grad-scale"}
+
+
+def test_figures_of_a_row_fit_together(result):
+    workload = WORKLOADS["tiny"]
+    for row in result["rows"]:
+        assert row["error"] is None
+        assert (row["params"], row["tensors"]) == (workload.numel, len(workload.shapes))
+        assert 0 < row["wall_ms_min"] <= row["wall_ms"] <= row["wall_ms_max"]
+        assert 0 < row["host_ms"] <= row["wall_ms_max"]
+        assert row["gpu_ms"] is None and row["launches"] is None
+        floor_ms = workload.numel * row["bytes_per_param"] / (result["copy_gbps"] * 1e9) * 1e3
+        assert row["floor_ms"] == pytest.approx(floor_ms)
+        assert row["efficiency"] == pytest.approx(floor_ms / row["wall_ms"])
+        assert 0 <= row["check_error_ratio"] <= 1
+
+
+def test_table_shows_every_library(result):
+    for library in ("fusedopt-cpu", "torch-fused", "torch-grad-scale"):
+        assert library in result["stdout"]
+
+
+def test_a_failed_check_is_reported_and_fails_the_run(tmp_path):
+    """A step that does nothing must not be timed."""
+    path = tmp_path / "step.json"
+    program = (
+        "import sys; sys.argv[1:] = sys.argv[2:]\n"
+        "import torch; torch.optim.AdamW.step = lambda self, closure=None: None\n"
+        "from benchmarks.step import main; main()"
+    )
+    arguments = ["--device", "cpu", "--quick", "--select", "adamw/fp32/clip_step", "--json", str(path)]
+    command = [sys.executable, "-c", program, "-", *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1, run.stdout + run.stderr
+    failed = [row for row in json.loads(path.read_text())["rows"] if row["error"]]
+    assert {row["library"] for row in failed} == {"torch-fused", "torch-grad-scale"}
+    assert all(row["wall_ms"] is None and row["efficiency"] is None for row in failed)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [("step", "clip_step"), ("clip_step", "step"), ("clip_step", "scaler_clip_step")],
+)
+def test_check_notices_a_tail_that_does_something_else(built, expected, format_):
+    model = Model(WORKLOADS["tiny"], FORMATS[format_], CPU)
+    for gradient in model.gradients:
+        gradient.div_(2)  # a norm of 1.7: clipped, but no longer once it is unscaled by 2
+    right, wrong = Case("tiny", "adamw", format_, built), Case("tiny", "adamw", format_, expected)
+    assert check(right, build("torch-fused", right, model.params), model) <= 1
+    with pytest.raises(AssertionError, match="exp_avg"):
+        check(wrong, build("torch-fused", right, model.params), model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "format_", "contract", "expected"),
+    [
+        ("adamw", "fp32", "step", 28),
+        ("adamw", "fp32", "clip_step", 32),
+        ("adamw", "fp32", "scaler_clip_step", 32),
+        ("adamw", "bf16", "step", 14),
+        ("adamw", "bf16", "clip_step", 16),
+        ("lion", "fp32", "step", 20),
+        ("lion", "fp32", "clip_step", 24),
+    ],
+)
+def test_bytes_per_param(optimizer, format_, contract, expected):
+    assert Case("tiny", optimizer, format_, contract).bytes_per_param == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "numel"),
+    [("llama-1.3B", 219, 1.35e9), ("gpt2-124M", 148, 124e6), ("1000-small", 1000, 2.1e6), ("cpu-100M", 148, 100e6)],
+)
+def test_workload_sizes(name, tensors, numel):
+    assert len(WORKLOADS[name].shapes) == tensors
+    assert WORKLOADS[name].numel == pytest.approx(numel, rel=0.01)
+
+
+def test_gradients_are_new_tensors_with_the_same_values():
+    model = Model(WORKLOADS["tiny"], torch.float32, CPU)
+    model.backward()
+    before = [param.grad for param in model.params]
+    for gradient in before:
+        gradient.zero_()
+    model.backward()
+    for param, old, pristine in zip(model.params, before, model.gradients, strict=True):
+        assert param.grad is not old
+        assert torch.equal(param.grad, pristine)
+        assert math.sqrt(pristine.square().mean()) > 0
+
+
+def event(category, name, start_us, duration_us):
+    return {"ph": "X", "cat": category, "name": name, "ts": start_us, "dur": duration_us}
+
+
+def test_split_steps_counts_device_work_between_markers_only():
+    marker = "void at::native::elementwise_kernel<128, 4, at::native::bitwise_not_kernel_cuda(at::TensorIteratorBase&)>"
+    steps = split_steps(
+        [
+            event("kernel", "update", 100, 4000),  # out of order, as traces are
+            event("kernel", "clone", 0, 10),  # before the first marker
+            event("kernel", marker, 20, 500),
+            event("kernel", "norm", 50, 1000),
+            event("gpu_memset", "Memset (Device)", 40, 2),
+            event("gpu_user_annotation", "Optimizer.step#AdamW.step", 40, 9000),
+            event("cuda_runtime", "cudaLaunchKernel", 30, 8),
+            {"ph": "M", "name": "process_name"},
+            event("kernel", marker, 5000, 500),
+            event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 5600, 3),
+            event("kernel", "update", 5700, 4100),
+        ]
+    )
+    assert [step.ms for step in steps] == pytest.approx([5.002, 4.103])
+    assert [step.kernels for step in steps] == [2, 1]
+    assert [step.memory_operations for step in steps] == [1, 1]
+
+
+def test_every_contract_is_built_for_the_device_it_names():
+    assert contracts.reported_name("fusedopt", CPU) == "fusedopt-cpu"
+    assert contracts.reported_name("fusedopt", torch.device("cuda")) == "fusedopt-cuda"
+    assert contracts.reported_name("torch-fused", torch.device("cuda")) == "torch-fused"

@@ -1,0 +1,73 @@
+"""Markers, the `device` fixture, seeds, and the record of a GPU run."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "multigpu: needs two CUDA devices")
+    if hasattr(config, "workerinput"):
+        # Threads of parallel test processes that spin for each other's cores slow the suite down tenfold.
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+
+
+def pytest_collection_modifyitems(items):
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        needed = 2 if "multigpu" in item.keywords else 1 if "gpu" in item.keywords else 0
+        if available < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {available}"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """With FUSEDOPT_GPU_RESULTS=path, write what ran where, and how many tests passed, to that path as JSON."""
+    path = os.environ.get("FUSEDOPT_GPU_RESULTS")
+    if not path:
+        return
+    counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "skipped")}
+    counts["failed"] += len(terminalreporter.stats.get("error", []))
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    record = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "driver": driver.splitlines()[0] if driver else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "commit": os.environ.get("FUSEDOPT_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **counts,
+    }
+    with open(path, "w") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,153 @@
+"""The rules as functions over lists of tensors."""
+
+import pytest
+import torch
+from bounds import assert_within, bounded_step
+from cases import BY_NAME, DTYPES, assert_same_bits, hard_values, normal, parameters, set_gradients
+
+import fusedopt
+from fusedopt import reference
+
+FUNCTIONS = {
+    "adam": fusedopt.functional.adam_,
+    "adamw": fusedopt.functional.adamw_,
+    "lion": fusedopt.functional.lion_,
+}
+HYPER = {
+    "adam": {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
+    "adamw": {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
+    "lion": {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1},
+}
+SIZES = [0, 1, 17, 4097, 16385]
+
+
+def tensors(rule, dtype, device, values=normal):
+    """Lists of params, grads and every state (the second moment positive), and steps that differ."""
+    params, grads, *states = (
+        [values((n,), dtype, device, seed=10 * role + i) for i, n in enumerate(SIZES)]
+        for role in range(2 + len(reference.STATES[rule]))
+    )
+    if "exp_avg_sq" in reference.STATES[rule]:
+        states[1] = [v.abs() for v in states[1]]
+    steps = [torch.tensor(float(i), device=device) for i in range(len(SIZES))]
+    return params, grads, states, steps
+
+
+def scalar(x, device):
+    return None if x is None else torch.tensor(x, device=device)
+
+
+@pytest.mark.parametrize(
+    "maximize, transform",
+    [
+        (False, {}),
+        (False, {"grad_scale": 8.0}),
+        (True, {"clip_coef": 0.3}),
+        (True, {"grad_scale": 3.0, "max_grad_value": 0.2, "clip_coef": 0.7}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", FUNCTIONS)
+def test_follows_the_reference(rule, dtype, maximize, transform, device):
+    params, grads, states, steps = tensors(rule, dtype, device, values=hard_values)
+    old_params, old_grads = [p.clone() for p in params], [g.clone() for g in grads]
+    old_states = [[s.clone() for s in group] for group in states]
+    given = {key: value if key == "max_grad_value" else scalar(value, device) for key, value in transform.items()}
+    FUNCTIONS[rule](params, grads, *states, steps, maximize=maximize, **given, **HYPER[rule])
+    held = {key: value if key == "max_grad_value" else given[key].item() for key, value in transform.items()}
+    for i, (param, grad) in enumerate(zip(old_params, old_grads, strict=True)):
+        before = {name: group[i] for name, group in zip(reference.STATES[rule], old_states, strict=True)}
+        expected = bounded_step(rule, param, grad, before, step=i + 1, maximize=maximize, hyper=HYPER[rule], **held)
+        assert_within(params[i], expected["param"], f"params[{i}]")
+        for name, group in zip(reference.STATES[rule], states, strict=True):
+            assert_within(group[i], expected[name], f"{name}s[{i}]")
+    assert [step.item() for step in steps] == [1, 2, 3, 4, 5]
+    assert_same_bits(grads, old_grads)
+
+
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in ("adam-l2", "adamw-decay", "lion-decay")], ids=str)
+def test_same_bits_as_the_optimizer(case, device):
+    params = parameters(SIZES, device=device)
+    plain = [p.detach().clone() for p in params]
+    states = [[torch.zeros_like(p) for p in plain] for _ in reference.STATES[case.rule]]
+    steps = [torch.zeros((), device=device) for _ in plain]
+    opt = case.make(params)
+    for seed in range(3):
+        set_gradients(params, seed=seed)
+        opt.step()
+        FUNCTIONS[case.rule](plain, [p.grad for p in params], *states, steps, **case.kwargs)
+    assert_same_bits(plain, [p.detach() for p in params])
+    for name, group in zip(reference.STATES[case.rule], states, strict=True):
+        assert_same_bits(group, [opt.state[p][name] for p in params])
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0])
+@pytest.mark.parametrize("rule", FUNCTIONS)
+def test_found_inf_is_the_identity(rule, found_inf, device):
+    params, grads, states, steps = tensors(rule, torch.float32, device)
+    everything = [*params, *(s for group in states for s in group), *steps]
+    before = [t.clone() for t in everything]
+    flag = scalar(found_inf, device)
+    FUNCTIONS[rule](params, grads, *states, steps, found_inf=flag, **HYPER[rule])
+    assert_same_bits(everything, before)
+    FUNCTIONS[rule](params, grads, *states, steps, found_inf=flag.zero_(), **HYPER[rule])
+    assert [step.item() for step in steps] == [1, 2, 3, 4, 5]
+    assert not torch.equal(params[-1], before[4])
+
+
+def test_whole_tail_by_hand_is_the_optimizers_step(device):
+    """get_total_norm and a clip coefficient of one's own, then the update: as AdamW(max_grad_norm=...) does it."""
+    params = parameters(SIZES, device=device)
+    plain = [p.detach().clone() for p in params]
+    states = [[torch.zeros_like(p) for p in plain] for _ in range(2)]
+    steps = [torch.zeros((), device=device) for _ in plain]
+    set_gradients(params)
+    opt = BY_NAME["adamw-decay"].make(params, max_grad_norm=0.5)
+    opt.step()
+    norm = fusedopt.get_total_norm([p.grad for p in params])
+    torch.testing.assert_close(norm, opt.grad_norm, rtol=2.0**-22, atol=0)
+    kwargs = BY_NAME["adamw-decay"].kwargs
+    fusedopt.functional.adamw_(plain, [p.grad for p in params], *states, steps, clip_coef=opt.clip_coef, **kwargs)
+    assert_same_bits(plain, [p.detach() for p in params])
+
+
+def test_tensor_lr(device):
+    results = []
+    for lr in (0.25, torch.tensor(0.25), torch.tensor(0.25, device=device)):
+        params, grads, states, steps = tensors("lion", torch.float32, device)
+        fusedopt.functional.lion_(params, grads, *states, steps, **HYPER["lion"] | {"lr": lr})
+        results.append(params)
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("rule", FUNCTIONS)
+def test_bad_lists(rule, device):
+    """Lists of different lengths, other shapes, an integer parameter: refused before anything is written."""
+
+    def shorter(params, grads, states, steps):
+        grads.pop()
+
+    def other_shape(params, grads, states, steps):
+        grads[-1] = grads[-1][:-1]
+
+    def state_of_other_shape(params, grads, states, steps):
+        states[0][-1] = states[0][-1][:-1]
+
+    def integer(params, grads, states, steps):
+        params[-1] = params[-1].int()
+
+    for spoil, exception in (
+        (shorter, ValueError),
+        (other_shape, ValueError),
+        (state_of_other_shape, ValueError),
+        (integer, TypeError),
+    ):
+        params, grads, states, steps = tensors(rule, torch.float32, device)
+        spoil(params, grads, states, steps)
+        everything = [*params, *(s for group in states for s in group), *steps]
+        before = [t.clone() for t in everything]
+        with pytest.raises(exception):
+            FUNCTIONS[rule](params, grads, *states, steps, **HYPER[rule])
+        assert_same_bits(everything, before)

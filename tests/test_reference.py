@@ -1,0 +1,177 @@
+"""The reference against numbers worked out by hand and torch in float64, and the bounds against wrong optimizers."""
+
+import math
+
+import pytest
+import torch
+from bounds import assert_within, bounded_step
+from cases import WITH_PEER, hard_values, normal, parameter, set_gradients
+
+from fusedopt import reference
+
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
+LION_HYPER = {key: HYPER[key] for key in ("lr", "betas", "weight_decay")}
+
+
+def scalar(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def test_first_steps_by_hand():
+    p, g, m, v = scalar(2.0), scalar(0.5), scalar(0.25), scalar(0.01)
+    # AdamW, step 2: m = .9*.25 + .1*.5 = .275, m_hat = .275 / .19; v = .99*.01 + .01*.25 = .0124, v_hat = .0124 / .0199
+    new, states = reference.reference_step("adamw", p, g, {"exp_avg": m, "exp_avg_sq": v}, step=2, **HYPER)
+    update = (0.275 / 0.19) / (math.sqrt(0.0124 / 0.0199) + 1e-4)
+    assert new.item() == pytest.approx(2.0 * 0.999 - 1e-2 * update, rel=1e-14)
+    assert (states["exp_avg"].item(), states["exp_avg_sq"].item()) == pytest.approx((0.275, 0.0124), rel=1e-13)
+    # Adam: the gradient is .5 + .1*2 = .7, so m = .225 + .07 = .295, v = .0099 + .0049 = .0148
+    new, states = reference.reference_step("adam", p, g, {"exp_avg": m, "exp_avg_sq": v}, step=2, **HYPER)
+    assert new.item() == pytest.approx(2 - 1e-2 * (0.295 / 0.19) / (math.sqrt(0.0148 / 0.0199) + 1e-4), rel=1e-14)
+    # Lion: c = .9*(-.1) + .1*.5 < 0, m = .99*(-.1) + .01*.5
+    new, states = reference.reference_step("lion", p, g, {"exp_avg": scalar(-0.1)}, step=5, **LION_HYPER)
+    assert new.item() == pytest.approx(2.0 * 0.999 + 1e-2, rel=1e-14)
+    assert states["exp_avg"].item() == pytest.approx(-0.094, rel=1e-13)
+
+
+def test_lion_sign():
+    grad = torch.tensor([0.0, -0.0, 3.0, -math.inf, math.nan])
+    hyper = {"lr": 1.0, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    new, _ = reference.reference_step("lion", torch.zeros(5), grad, {"exp_avg": torch.zeros(5)}, step=1, **hyper)
+    assert new[:4].tolist() == [0, 0, -1, 1] and new[4].isnan()
+
+
+def test_gradient_transform_order():
+    grad = torch.tensor([8.0, -80.0])
+    got = reference.transform_gradient(grad, grad_scale=4.0, max_grad_value=5.0, clip_coef=0.5)
+    assert got.tolist() == [1.0, -2.5]
+
+
+def test_total_norm_and_clip_coefficient():
+    tensors = [torch.tensor([3.0]), torch.zeros(0), torch.tensor([[-4.0]], dtype=torch.float64)]
+    assert [reference.total_norm(tensors, t).item() for t in (1.0, 2.0, math.inf)] == [7.0, 5.0, 4.0]
+    assert reference.total_norm([torch.full((3,), 1e30)]).item() == pytest.approx(math.sqrt(3) * 1e30, rel=1e-6)
+    assert reference.total_norm([]).item() == 0
+    assert reference.clip_coefficient(scalar(5.0), 2.5).item() == pytest.approx(0.5, rel=1e-6)
+    assert reference.clip_coefficient(scalar(5.0), 6.0).item() == 1
+    assert reference.clip_coefficient(scalar(math.nan), 1.0).isnan()
+
+
+def test_ulp_and_rounding():
+    values = torch.tensor([0.0, 1.0, -1.5, 2.0, 3e-42], dtype=torch.float64)
+    assert reference.ulp(values, torch.float32).tolist() == [2.0**-149, 2.0**-23, 2.0**-23, 2.0**-22, 2.0**-149]
+    assert reference.ulp(scalar(1.0), torch.bfloat16) == 2.0**-7
+    # Rounded to float32 first, this becomes the tie 1 + 2^-8 and then 1.
+    just_above_tie = scalar(1 + 2.0**-8 + 2.0**-40)
+    assert reference.round_to(just_above_tie, torch.bfloat16).item() == 1 + 2.0**-7
+    assert reference.round_to(scalar(65519.99), torch.float16).item() == 65504
+    assert reference.round_to(scalar(65520.0), torch.float16).item() == math.inf
+
+
+@pytest.mark.parametrize("case", WITH_PEER, ids=str)
+def test_equals_torch_in_float64(case):
+    p = parameter(normal((1000,), torch.float64))
+    opt = case.make_peer([p], foreach=False)
+    group = opt.param_groups[0]
+    expected, states = p.detach().clone(), dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(p.data))
+    for step in range(1, 11):
+        set_gradients([p], seed=step)
+        hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")}
+        expected, states = reference.reference_step(case.rule, expected, p.grad, states, step=step, **hyper)
+        opt.step()
+    torch.testing.assert_close(p.data, expected, rtol=1e-13, atol=1e-14)
+    for name in states:
+        torch.testing.assert_close(opt.state[p][name], states[name], rtol=1e-13, atol=1e-14)
+
+
+# ---- the bounds: right float32 arithmetic passes, every wrong optimizer is noticed ---------------------------------
+
+
+def adamw_float32(p, g, m, v, *, step, lr, betas, eps, weight_decay, **wrong):
+    """AdamW in float32 in torch's order of operations; `wrong` switches one mistake on."""
+    beta1, beta2 = betas
+    if wrong.get("coupled"):
+        g = g + weight_decay * p
+    elif not wrong.get("decay_last"):
+        p = p - lr * weight_decay * p
+    m = m + (1 - beta1) * (g - m)
+    one_minus_beta2 = (1 - torch.tensor(beta2)).item() if wrong.get("float_beta") else 1 - beta2
+    v = beta2 * v + one_minus_beta2 * g * g
+    if wrong.get("moment_stored_first"):
+        m = m.bfloat16().float()
+    step = step + wrong.get("late", 0)
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    if wrong.get("no_bias_correction"):
+        bias1 = bias2 = 1
+    if wrong.get("eps_inside_root"):
+        denominator = (v / bias2 + eps).sqrt()
+    elif wrong.get("eps_before_correction"):
+        denominator = (v.sqrt() + eps) / math.sqrt(bias2)
+    else:
+        denominator = v.sqrt() / math.sqrt(bias2) + eps
+    p = p - lr / bias1 * (m / denominator)
+    if wrong.get("decay_last"):
+        p = p - lr * weight_decay * p
+    if wrong.get("skips_last"):
+        p[-1] = p[-2]
+    return p, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def lion_float32(p, g, m, *, step, lr, betas, weight_decay, **wrong):
+    beta1, beta2 = reversed(betas) if wrong.get("betas_swapped") else betas
+    p = p * (1 - lr * weight_decay)
+    new = beta2 * m + (1 - beta2) * g
+    c = new if wrong.get("moment_first") else beta1 * m + (1 - beta1) * g
+    sign = torch.where(c > 0, 1.0, -1.0) if wrong.get("zero_is_negative") else c.sign()
+    return p - lr * sign, {"exp_avg": new}
+
+
+IMPLEMENTATIONS = {"adamw": adamw_float32, "lion": lion_float32}
+MISTAKES = {
+    "adamw": [
+        "coupled",
+        "decay_last",
+        "float_beta",
+        "moment_stored_first",
+        "late",
+        "no_bias_correction",
+        "eps_inside_root",
+        "eps_before_correction",
+        "skips_last",
+    ],
+    "lion": ["betas_swapped", "moment_first", "zero_is_negative"],
+}
+
+
+def step_within_bounds(rule, dtype, **wrong):
+    p, g, m = (hard_values((5000,), dtype, seed=seed) for seed in range(3))
+    states = {"exp_avg": m, "exp_avg_sq": m.float().square().to(dtype)}
+    states = {name: states[name] for name in reference.STATES[rule]}
+    hyper = HYPER if rule == "adamw" else LION_HYPER
+    expected = bounded_step(rule, p, g, states, step=3, hyper=hyper)
+    floats = {name: t.float() for name, t in states.items()}
+    new, new_states = IMPLEMENTATIONS[rule](p.float(), g.float(), *floats.values(), step=3, **hyper, **wrong)
+    for name, value in {"param": new, **new_states}.items():
+        assert_within(value.to(dtype), expected[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", IMPLEMENTATIONS)
+def test_bounds_accept_right_arithmetic(rule, dtype):
+    step_within_bounds(rule, dtype)
+
+
+@pytest.mark.parametrize("rule, mistake", [(rule, mistake) for rule in MISTAKES for mistake in MISTAKES[rule]])
+def test_bounds_reject(rule, mistake):
+    with pytest.raises(AssertionError, match="elements are wrong"):
+        step_within_bounds(rule, torch.float32, **{mistake: 1})
+
+
+def test_bounded_values_are_the_reference():
+    p, g, m = (normal((100,), seed=seed) for seed in range(3))
+    states = {"exp_avg": m, "exp_avg_sq": m.square()}
+    transform = {"grad_scale": 8.0, "max_grad_value": 0.1, "clip_coef": 0.3}
+    for rule, hyper in (("adam", HYPER), ("adamw", HYPER), ("lion", LION_HYPER)):
+        bounded = bounded_step(rule, p, g, states, step=7, maximize=True, hyper=hyper, **transform)
+        param, new_states = reference.reference_step(rule, p, g, states, step=7, maximize=True, **transform, **hyper)
+        for name, value in {"param": param, **new_states}.items():
+            torch.testing.assert_close(bounded[name].value, value, rtol=0, atol=0)
