@@ -31,6 +31,7 @@ SOURCES = [
     "csrc/cpu/passes.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/host/cuda_driver.cpp",
+    "csrc/host/state_guard.cpp",
     "csrc/host/tensor_ref.cpp",
     "csrc/host/watch.cpp",
 ]

@@ -43,8 +43,11 @@ def get_total_norm(
     check_clipping("get_total_norm", None, norm_type, None, "propagate")
     if not tensors:
         return torch.tensor(0.0)
-    tables = _begin("get_total_norm", tensors, passes.StepScalars(norm_type=float(norm_type)), ("norm",))[0]
-    return _take_norm("get_total_norm", tensors, tables, error_if_nonfinite)
+    scalars = passes.StepScalars(norm_type=float(norm_type))
+    tables, dense = _begin("get_total_norm", tensors, scalars, ("norm",))
+    total_norm = _take_norm("get_total_norm", tensors, tables, error_if_nonfinite)
+    del dense  # not earlier: the pass reads these copies
+    return total_norm
 
 
 @torch.no_grad()

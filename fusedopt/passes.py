@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,11 +13,10 @@ from .backends import for_device
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
 from .specs import NORM_TYPES, RuleSpec
 
-__all__ = ["StepScalars", "TablesCache", "begin", "norm", "run_update", "scale"]
+__all__ = ["StepScalars", "TablesCache", "begin", "norm", "prepare", "run_update", "scale"]
 
 
-@dataclass(frozen=True)
-class StepScalars:
+class StepScalars(NamedTuple):
     """What a step is told besides tensors.
 
     grad_scale: divides the gradients; 0-dim or one-element float32 tensor, any device, or a number.
@@ -46,6 +45,13 @@ def _address(value: torch.Tensor | float | None, tables: DeviceTables, dtype: to
     return tables.scalar(value, dtype).data_ptr()
 
 
+def prepare(tables: Sequence[DeviceTables]) -> None:
+    """Puts new tables where each device's passes read them."""
+    for device in tables:
+        device.backend = for_device(device.device)
+        device.backend.prepare(device)
+
+
 def begin(tables: Sequence[DeviceTables], scalars: StepScalars, passes: tuple[str, ...], out: int = 0) -> None:
     """Gets every device ready for ``passes``; whatever can fail fails here. out: see ``PassArgs.nonfinite_out``."""
     infinity = float("inf")
@@ -66,32 +72,32 @@ def begin(tables: Sequence[DeviceTables], scalars: StepScalars, passes: tuple[st
             args.norm_type = NORM_TYPES[scalars.norm_type][1]
             args.skip_nonfinite = scalars.skip_nonfinite
             args.nonfinite_out = out
-        for_device(device.device).begin(device, passes)
+        device.backend.begin(device, passes)
 
 
 def norm(tables: Sequence[DeviceTables]) -> None:
     """The total norm over all devices into the ``control`` of each. Waits for nothing if all devices are GPUs."""
     if len(tables) == 1:
-        for_device(tables[0].device).norm(tables[0], finalize=True)
+        tables[0].backend.norm(tables[0], finalize=True)
         return
     for device in tables:
-        for_device(device.device).norm(device, finalize=False)
+        device.backend.norm(device, finalize=False)
     for device in tables:
         gathered = torch.stack([other.control.local_sums.to(device.device) for other in tables])
         device.keep_alive.append(gathered)
-        for_device(device.device).finalize_norm(device, gathered)
+        device.backend.finalize_norm(device, gathered)
 
 
 def run_update(tables: Sequence[DeviceTables]) -> None:
     """The update pass on every device."""
     for device in tables:
-        for_device(device.device).update(device)
+        device.backend.update(device)
 
 
 def scale(tables: Sequence[DeviceTables]) -> None:
     """The gradients of every device, multiplied and clamped in place."""
     for device in tables:
-        for_device(device.device).scale(device)
+        device.backend.scale(device)
 
 
 class TablesCache:
@@ -114,8 +120,7 @@ class TablesCache:
         found = entries.pop(key, None)
         if found is None:
             found = build_tables(rule, rows)
-            for tables in found[0]:
-                for_device(tables.device).prepare(tables)
+            prepare(found[0])
             if len(entries) >= self.capacity:
                 entries.popitem(last=False)
         entries[key] = found

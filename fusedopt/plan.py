@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 
@@ -90,14 +91,12 @@ class Bucket:
     """Keeps alive what ``args`` points to."""
     step_table: torch.Tensor | None = None
     """CUDA: the step table, where it does not fit a kernel parameter."""
+    num_chunks: int = 0
+    numel: int = 0
     functions: dict[str, int] = field(default_factory=dict)
     """CUDA: the kernels of this bucket, by pass."""
     functions_key: tuple = ()
     """CUDA: what ``functions`` were chosen for."""
-
-    @property
-    def num_chunks(self) -> int:
-        return self.table.num_chunks
 
 
 class DeviceTables:
@@ -109,6 +108,10 @@ class DeviceTables:
         self.buckets: list[Bucket] = []
         self.hypers = _C.Hypers([(key, index) for _, key, index in rule.hyper] if rule else [])
         self.num_groups = 0
+        self.backend: ModuleType | None = None
+        """Set with the tables' preparation, as is what else it needs to know."""
+        self.stream = 0
+        """CUDA: the stream of the step under way."""
         self.control = control or Control(device)
         self.keep_alive: list[torch.Tensor] = []
         """Tensors whose addresses the passes of this step were given."""
@@ -130,7 +133,10 @@ class DeviceTables:
                 group=row.group,
             )
             places.append((bucket, slot))
+            bucket.numel += row.numel
         self.buckets = list(buckets.values())
+        for bucket in self.buckets:
+            bucket.num_chunks = bucket.table.num_chunks
         return places
 
     def pack_hypers(self, groups: list[dict]) -> None:
@@ -140,8 +146,9 @@ class DeviceTables:
             _, key, index = self.rule.hyper[position]
             value = groups[group][key] if index < 0 else groups[group][key][index]
             if position == 0 and isinstance(value, torch.Tensor) and value.device.type == "cuda" == self.device.type:
-                address = self.scalar(value)
-                self.hypers.set_lr_address(group, address.data_ptr())
+                is_double = value.dtype == torch.float64
+                address = self.scalar(value, torch.float64 if is_double else torch.float32)
+                self.hypers.set_lr_address(group, address.data_ptr(), is_double)
             else:
                 self.hypers.set_value(group, position, float(value))
 

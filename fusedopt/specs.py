@@ -69,5 +69,5 @@ NORM_TYPES: dict[float, tuple[str, int]] = {2.0: ("kL2", 0), 1.0: ("kL1", 1), fl
 CPU_CHUNK = 1 << 16
 """Elements per unit of work of a CPU thread: large against its cost, small against a model."""
 
-CUDA_CHUNK = 1 << 12
-"""Elements per thread block: 16 for each of 256 threads, all loaded before the first is used."""
+CUDA_CHUNK = 1 << 13
+"""Elements per thread block: 32 for each of 256 threads."""

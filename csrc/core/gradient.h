@@ -53,6 +53,7 @@ FUSEDOPT_HD double combine(double a, double b, NormType type) {
 FUSEDOPT_HD bool is_finite(double x) { return x - x == 0.0; }
 
 // coefficient = min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_.
+// Leaves control.sum and control.nonfinite alone: other devices may still have to read this device's share.
 FUSEDOPT_HD void finalize_norm(Control& control, double sum, double nonfinite, const NormOptions& options) {
   const double norm = options.type == NormType::kL2 ? square_root(sum) : sum;
   double coef = 1.0;
@@ -60,8 +61,6 @@ FUSEDOPT_HD void finalize_norm(Control& control, double sum, double nonfinite, c
     coef = options.max_norm / (norm + 1e-6);
     coef = coef > 1.0 ? 1.0 : coef;  // NaN stays NaN
   }
-  control.sum = sum;
-  control.nonfinite = nonfinite;
   control.total_norm = norm;
   control.clip_coef = coef;
   control.total_norm_f32 = float(norm);

@@ -32,9 +32,9 @@ struct Chunk {
 // The hyper-parameters of one param group, in the order of the rule's kHyper.
 struct Hyper {
   double value[kMaxHyper];
-  const float* lr;  // if set, value[0] is read from here when the kernel runs (lr as a device tensor)
+  const void* lr;  // if set, value[0] is read from here when the kernel runs (lr as a device tensor)
+  uint32 lr_is_double;  // what `lr` points to: a double, else a float
   uint32 maximize;
-  uint32 unused;
 };
 static_assert(sizeof(Hyper) == 80, "travels in kernel parameters");
 

@@ -16,17 +16,21 @@ namespace FUSEDOPT_ISA {
 constexpr int kThreads = 256;
 constexpr int kChunk = FUSEDOPT_CHUNK;  // elements; fusedopt/backends/nvrtc.py sets it
 
-// How many elements a thread of the update pass loads at once, and how many blocks share a multiprocessor, by the
-// size of the smallest element. Measured: with 4 bytes, few blocks with much in flight are best; with 2 bytes arithmetic
-// takes longer than memory, and more warps hide its latency. The macros are for trying others.
+// What the update pass is tuned for. Large models are bound by memory: few blocks with much in flight are best for
+// elements of 4 bytes; with 2 bytes arithmetic takes as long as memory, and more warps hide its latency. Models of a
+// few million parameters are bound by the latency of one block, so more blocks must run at once.
+enum class Tuning { kBandwidth, kLatency };
+
+// How many elements a thread loads at once, and how many blocks share a multiprocessor, by the size of the smallest
+// element. The macros are for trying others.
 #ifndef FUSEDOPT_ELEMENTS
-#define FUSEDOPT_ELEMENTS(bytes) ((bytes) == 4 ? 16 : 8)
+#define FUSEDOPT_ELEMENTS(tuning, bytes) ((tuning) == Tuning::kBandwidth && (bytes) == 4 ? 16 : 8)
 #endif
 #ifndef FUSEDOPT_UPDATE_BLOCKS
-#define FUSEDOPT_UPDATE_BLOCKS(bytes) ((bytes) == 2 ? 4 : 2)
+#define FUSEDOPT_UPDATE_BLOCKS(tuning, bytes) ((bytes) == 2 || ((tuning) == Tuning::kLatency && (bytes) == 4) ? 4 : 2)
 #endif
 #ifndef FUSEDOPT_NORM_ELEMENTS
-#define FUSEDOPT_NORM_ELEMENTS 16
+#define FUSEDOPT_NORM_ELEMENTS 32
 #endif
 #ifndef FUSEDOPT_NORM_BLOCKS
 #define FUSEDOPT_NORM_BLOCKS 4
@@ -139,7 +143,8 @@ __device__ __forceinline__ const void* grad_of(const PassArgs& args, const StepT
 template <int kBytes>
 __device__ __forceinline__ Hyper hyper_of(const PassArgs& args, const StepTable<kBytes>& table, int group) {
   Hyper hyper = reinterpret_cast<const Hyper*>(table.bytes)[group];
-  if (hyper.lr) hyper.value[0] = double(*hyper.lr);
+  if (hyper.lr)
+    hyper.value[0] = hyper.lr_is_double ? *static_cast<const double*>(hyper.lr) : *static_cast<const float*>(hyper.lr);
   return hyper;
 }
 
@@ -197,14 +202,14 @@ __device__ __forceinline__ void count_steps(const PassArgs& args, const Table& t
     if (grad_of(args, table, t)) *args.tensors[t].step += 1.0f;
 }
 
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, Tuning kTuning>
 struct Update {
   using T = typename P::Compute;
   static constexpr int kSmallest = minimum(sizeof(typename P::Storage),
                                            minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
   static constexpr int V = 16 / kSmallest;
-  static constexpr int kVectors = FUSEDOPT_ELEMENTS(kSmallest) / V;  // per thread and round
-  static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kSmallest);
+  static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
+  static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest);
   static constexpr int kRound = kThreads * kVectors * V;
   static_assert(kVectors >= 1 && kChunk % kRound == 0, "a chunk is a whole number of rounds");
 
@@ -301,9 +306,9 @@ struct Update {
   }
 };
 
-template <class Rule, class P, class G, class S, class Table>
+template <class Rule, class P, class G, class S, Tuning kTuning, class Table>
 __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& table) {
-  using Pass = Update<Rule, P, G, S>;
+  using Pass = Update<Rule, P, G, S, kTuning>;
   __shared__ typename Pass::Plan shared_plan;
   __shared__ bool last;
 

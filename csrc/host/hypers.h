@@ -37,7 +37,10 @@ class Hypers {
   }
 
   void set_value(int group, int k, double value) { rows_.at(group).value[k] = value; }
-  void set_lr_address(int group, uint64 address) { rows_.at(group).lr = reinterpret_cast<const float*>(address); }
+  void set_lr_address(int group, uint64 address, bool is_double) {
+    rows_.at(group).lr = reinterpret_cast<const void*>(address);
+    rows_.at(group).lr_is_double = is_double;
+  }
   const std::vector<Hyper>& rows() const { return rows_; }
 
  private:

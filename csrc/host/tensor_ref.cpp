@@ -71,7 +71,7 @@ bool find_all(TorchFunctions& f) {
 }
 
 // The c10::TensorImpl of a Python tensor; null if torch does not give it.
-void* impl_of(const TorchFunctions& f, const py::object& tensor) {
+void* impl_of(const TorchFunctions& f, py::handle tensor) {
   try {
     const py::object make = py::module_::import("torch").attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
     const py::object capsule = make(tensor);
@@ -158,7 +158,7 @@ const TorchNames& torch_names() {
   return *names;
 }
 
-bool read_attributes(const py::object& tensor, TensorInfo& info) {
+bool read_attributes(py::handle tensor, TensorInfo& info) {
   static thread_local std::vector<int64> extents;
   const TorchNames& names = torch_names();
   try {
@@ -190,7 +190,7 @@ bool read_attributes(const py::object& tensor, TensorInfo& info) {
 
 bool has_torch_functions() { return torch_functions() != nullptr; }
 
-TensorRef::TensorRef(py::object tensor) : object_(std::move(tensor)), impl_(nullptr) {
+TensorRef::TensorRef(py::handle tensor) : object_(tensor.ptr()), impl_(nullptr) {
   if (const TorchFunctions* f = torch_functions()) impl_ = impl_of(*f, object_);
 }
 
@@ -203,7 +203,7 @@ bool TensorRef::read(TensorInfo& info) const {
 void* TensorRef::data() const {
   if (!impl_) {
     try {
-      return reinterpret_cast<void*>(object_.attr("data_ptr")().cast<uint64>());
+      return reinterpret_cast<void*>(py::handle(object_).attr("data_ptr")().cast<uint64>());
     } catch (py::error_already_set&) {  // not a tensor, or one without memory
       return nullptr;
     }
@@ -213,18 +213,24 @@ void* TensorRef::data() const {
   return torch_functions()->get_data_ptr(&tensor, &data) == 0 ? data : nullptr;
 }
 
-TensorRef::Grad TensorRef::read_grad(TensorInfo& info) const {
+const void* TensorRef::find_grad() const {
+  if (!impl_) return nullptr;
+  const void* grad = torch_functions()->grad(impl_);
+  prefetch_tensor(grad);
+  return grad;
+}
+
+TensorRef::Grad TensorRef::read_grad(const void* found, TensorInfo& info) const {
   if (!impl_) {
-    const py::object grad = object_.attr("grad");
+    const py::object grad = py::handle(object_).attr("grad");
     if (grad.is_none()) return Grad::kNone;
     return read_attributes(grad, info) ? Grad::kDense : Grad::kOther;
   }
   const TorchFunctions& f = *torch_functions();
-  Tensor grad = f.grad(impl_);
   bool defined = false;
-  if (f.is_defined(&grad, &defined) != 0) return Grad::kOther;
+  if (f.is_defined(&found, &defined) != 0) return Grad::kOther;
   if (!defined) return Grad::kNone;
-  return read_through(f, &grad, info) ? Grad::kDense : Grad::kOther;
+  return read_through(f, &found, info) ? Grad::kDense : Grad::kOther;
 }
 
 bool TensorRef::bump_version() const {

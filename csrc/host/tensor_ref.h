@@ -30,22 +30,30 @@ struct TensorInfo {
 // Whether torch's own functions are used.
 bool has_torch_functions();
 
+// Does not own the tensor: whoever holds a TensorRef sees to it that the Python object lives.
 class TensorRef {
- public:
-  explicit TensorRef(pybind11::object tensor);
+  static void prefetch_tensor(const void* impl) {
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(impl) + 64 * line);
+  }
 
-  PyObject* object() const { return object_.ptr(); }
+ public:
+  explicit TensorRef(pybind11::handle tensor);
+
+  PyObject* object() const { return object_; }
   // False, with no Python error set, where this is not an ordinary dense tensor.
   bool read(TensorInfo& info) const;
   void* data() const;  // null where `read` fails
   enum class Grad { kNone, kDense, kOther };
-  Grad read_grad(TensorInfo& info) const;
+  // In two halves, so that many tensors' gradients can be on their way from memory at once.
+  const void* find_grad() const;
+  Grad read_grad(const void* found, TensorInfo& info) const;
+  void prefetch() const { prefetch_tensor(impl_); }
   // Tells autograd that the memory was written, as an in-place operation would. False: ask torch in Python.
   bool bump_version() const;
 
  private:
-  pybind11::object object_;  // owns the tensor
-  void* impl_;               // its c10::TensorImpl, so that &impl_ can serve as an `at::Tensor*`; null: use attributes
+  PyObject* object_;
+  void* impl_;  // its c10::TensorImpl, so that &impl_ can serve as an `at::Tensor*`; null: use attributes
 };
 
 }  // namespace fusedopt

@@ -25,63 +25,66 @@ bool same_strides(const TensorInfo& info, const int64* strides) {
   return true;
 }
 
+constexpr size_t kAhead = 8;  // tensors whose memory is fetched before it is looked at
+
 }  // namespace
 
 void Watch::add(py::object param, py::object as_seen, int32 grad_dtype, py::object table, int32 slot) {
   TensorInfo info, seen;
-  TensorRef ref(param);
-  const TensorRef seen_ref(as_seen);
+  const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
-  Row row = {std::move(ref),   info.data,         table.is_none() ? nullptr : table.cast<Table*>(),
-             slot,             info.dtype,        grad_dtype,
-             info.device_type, info.device_index, info.ndim,
-             extents_.size(),  table};
+  const Row row = {ref,        info.data,        table.is_none() ? nullptr : table.cast<Table*>(), slot,      info.dtype,
+                   grad_dtype, info.device_type, info.device_index,                                info.ndim, extents_.size()};
   if (!seen_ref.read(seen)) throw py::type_error("Watch.add: as_seen is not a dense tensor");
   extents_.insert(extents_.end(), seen.shape, seen.shape + seen.ndim);
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);
-  rows_.push_back(std::move(row));
+  rows_.push_back(row);
+  grads_.push_back(nullptr);
+  owned_.push_back(std::move(param));
+  owned_.push_back(std::move(table));
 }
 
 void Watch::remember_state(py::dict state) {
-  state_rows_.clear();
   state_tensors_.clear();
   for (const auto& [param, entries] : state) {
-    const size_t first = state_tensors_.size();
-    if (PyDict_Check(entries.ptr()))
-      for (const auto& item : py::reinterpret_borrow<py::dict>(entries)) {
-        TensorRef tensor(py::reinterpret_borrow<py::object>(item.second));
-        void* data = tensor.data();
-        state_tensors_.push_back({std::move(tensor), data});
-      }
-    state_rows_.push_back({py::reinterpret_borrow<py::object>(param), py::reinterpret_borrow<py::object>(entries), first,
-                           state_tensors_.size()});
+    if (!PyDict_Check(entries.ptr())) continue;
+    for (const auto& item : py::reinterpret_borrow<py::dict>(entries)) {
+      const TensorRef tensor(item.second);
+      if (void* data = tensor.data()) state_tensors_.push_back({tensor, data});
+    }
   }
+  state_.remember(state);
 }
 
-bool Watch::state_unchanged(PyObject* state) const {
-  if (PyDict_Size(state) != Py_ssize_t(state_rows_.size())) return false;
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  for (const StateRow& row : state_rows_) {
-    if (!PyDict_Next(state, &position, &key, &value)) return false;
-    if (key != row.param.ptr() || value != row.entries.ptr()) return false;
-    if (!PyDict_Check(value)) continue;
-    PyObject* const entries = value;
-    if (PyDict_Size(entries) != Py_ssize_t(row.last - row.first)) return false;
-    Py_ssize_t inner = 0;
-    for (size_t i = row.first; i < row.last; ++i) {
-      const StateTensor& each = state_tensors_[i];
-      if (!PyDict_Next(entries, &inner, &key, &value) || value != each.tensor.object()) return false;
-      if (each.data && each.tensor.data() != each.data) return false;
-    }
+bool Watch::same_parameters(PyObject* param_groups) const {
+  static PyObject* const params_name = PyUnicode_InternFromString("params");
+  size_t next = 0;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
+    PyObject* params = PyDict_GetItem(PyList_GET_ITEM(param_groups, g), params_name);
+    if (!params || !PyList_Check(params)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++next)
+      if (next >= rows_.size() || PyList_GET_ITEM(params, i) != rows_[next].param.object()) return false;
+  }
+  return next == rows_.size();
+}
+
+// Of parameters and state. Looks up the gradients on the way.
+bool Watch::same_addresses() {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (i + kAhead < rows_.size()) rows_[i + kAhead].param.prefetch();
+    if (rows_[i].param.data() != rows_[i].data) return false;
+    grads_[i] = rows_[i].param.find_grad();
+  }
+  for (size_t i = 0; i < state_tensors_.size(); ++i) {
+    if (i + kAhead < state_tensors_.size()) state_tensors_[i + kAhead].tensor.prefetch();
+    if (state_tensors_[i].tensor.data() != state_tensors_[i].data) return false;
   }
   return true;
 }
 
-bool Watch::refresh_row(const Row& row, Py_ssize_t index, py::list& relayout) {
-  if (row.param.data() != row.data) return false;
+bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::list& relayout) {
   TensorInfo grad;
-  switch (row.param.read_grad(grad)) {
+  switch (row.param.read_grad(found, grad)) {
     case TensorRef::Grad::kNone:
       if (row.table) row.table->set_grad(row.slot, nullptr);
       return true;
@@ -102,17 +105,9 @@ bool Watch::refresh_row(const Row& row, Py_ssize_t index, py::list& relayout) {
 }
 
 bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout) {
-  static PyObject* const params_name = PyUnicode_InternFromString("params");
-  size_t next = 0;
-  for (const py::handle group : param_groups) {
-    PyObject* params = PyDict_GetItem(group.ptr(), params_name);
-    if (!params || !PyList_Check(params)) return false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++next)
-      if (next >= rows_.size() || PyList_GET_ITEM(params, i) != rows_[next].param.object()) return false;
-  }
-  if (next != rows_.size() || !state_unchanged(state.ptr())) return false;
+  if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr()) || !same_addresses()) return false;
   for (size_t i = 0; i < rows_.size(); ++i)
-    if (!refresh_row(rows_[i], Py_ssize_t(i), relayout)) return false;
+    if (!read_grad(rows_[i], grads_[i], Py_ssize_t(i), relayout)) return false;
   return true;
 }
 
@@ -124,26 +119,16 @@ bool Watch::bump_versions() const {
 }
 
 int Watch::traverse(visitproc visit, void* arg) const {
-  for (const Row& row : rows_) {
-    Py_VISIT(row.param.object());
-    Py_VISIT(row.table_object.ptr());
-  }
-  for (const StateRow& row : state_rows_) {
-    Py_VISIT(row.param.ptr());
-    Py_VISIT(row.entries.ptr());
-  }
-  for (const StateTensor& each : state_tensors_) Py_VISIT(each.tensor.object());
-  return 0;
+  for (const py::object& object : owned_) Py_VISIT(object.ptr());
+  return state_.traverse(visit, arg);
 }
 
 void Watch::clear() {
-  // Freed only after the members are empty, because freeing may call back into Python.
-  const auto rows = std::move(rows_);
-  const auto state_rows = std::move(state_rows_);
-  const auto state_tensors = std::move(state_tensors_);
   rows_.clear();
-  state_rows_.clear();
   state_tensors_.clear();
+  state_.clear();
+  const auto owned = std::move(owned_);  // freed last, because freeing may call back into Python
+  owned_.clear();
 }
 
 }  // namespace fusedopt

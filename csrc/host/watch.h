@@ -1,7 +1,7 @@
 // Watches the parameters of one optimizer: finds their gradients each step, and notices when the plan is stale.
 //
 // Other code replaces elements of group["params"], swaps .data, moves bucket views and rewrites state without
-// notice, so every step compares all of it with what the plan was made from. Objects are held, not only
+// notice, so every step compares all of it with what the plan was made from. Parameters are held, not only
 // their addresses: an address could be reused by another object.
 #pragma once
 
@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "state_guard.h"
 #include "table.h"
 #include "tensor_ref.h"
 
@@ -45,23 +46,21 @@ class Watch {
     int32 device_type, device_index;
     int32 ndim;
     size_t extents;  // where in extents_ its shape and then the strides that the kernels see begin
-    pybind11::object table_object;
   };
   struct StateTensor {
-    TensorRef tensor;
+    TensorRef tensor;  // lives as long as state_ is unchanged
     void* data;
   };
-  struct StateRow {
-    pybind11::object param, entries;
-    size_t first, last;  // of its values in state_tensors_
-  };
 
-  bool refresh_row(const Row& row, Py_ssize_t index, pybind11::list& relayout);
-  bool state_unchanged(PyObject* state) const;
+  bool same_parameters(PyObject* param_groups) const;
+  bool same_addresses();
+  bool read_grad(const Row& row, const void* found, Py_ssize_t index, pybind11::list& relayout);
 
   std::vector<Row> rows_;
+  std::vector<pybind11::object> owned_;  // parameters and tables of the rows
   std::vector<int64> extents_;
-  std::vector<StateRow> state_rows_;
+  std::vector<const void*> grads_;  // scratch, by row
+  StateGuard state_;
   std::vector<StateTensor> state_tensors_;
 };
 

@@ -19,6 +19,7 @@ Scalars of the step (``grad_scale``, ``found_inf`` …) stand in each bucket's `
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -26,6 +27,7 @@ import torch
 __all__ = ["for_device"]
 
 
+@functools.cache
 def for_device(device: torch.device) -> ModuleType:
     """The backend of a device; RuntimeError with the remedy if there is none."""
     if device.type == "cpu":

@@ -14,6 +14,8 @@ from . import nvrtc
 __all__ = ["begin", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
 
 _NORM_BLOCKS_PER_SM = 4
+# A model of fewer elements is bound by the latency of a block, not by memory.
+_LATENCY_BOUND = 1 << 23
 _NORM_ORDERS = {code: order for order, (_, code) in NORM_TYPES.items()}
 
 
@@ -33,8 +35,9 @@ class Device:
         self.multiprocessors = properties.multi_processor_count
         self.arch = f"sm_{properties.major}{properties.minor}"
         self.context = _C.cuda_primary_context(index)
-        large = _C.cuda_driver_version() >= 12010 and properties.major >= 7
-        self.table_sizes = (nvrtc.SMALL_TABLE, nvrtc.LARGE_TABLE) if large else (nvrtc.SMALL_TABLE,)
+        self.table_sizes = (nvrtc.SMALL_TABLE,)
+        if _C.cuda_driver_version() >= 12010 and properties.major >= 7:
+            self.table_sizes += (nvrtc.MEDIUM_TABLE, nvrtc.LARGE_TABLE)
         self.functions: dict[nvrtc.KernelSpec, int] = {}
 
     def function(self, kernel: nvrtc.KernelSpec) -> int:
@@ -43,9 +46,6 @@ class Device:
             cubin = nvrtc.get_cubin(kernel, self.arch)
             function = self.functions[kernel] = _C.cuda_load(self.context, cubin, nvrtc.ENTRY)
         return function
-
-    def stream(self) -> int:
-        return torch.cuda.current_stream(self.index).cuda_stream
 
 
 @functools.cache
@@ -62,12 +62,7 @@ def _on_device(content: bytes, device: torch.device) -> torch.Tensor:
 
 
 def prepare(tables: DeviceTables) -> None:
-    """Copies the tables to the device. Not under capture: a replay would copy again from memory that is gone."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while a "
-            "CUDA graph is being captured; call step() once before the capture"
-        )
+    """Copies the tables to the device."""
     device = _device(tables.device.index)
     norm_blocks = device.multiprocessors * _NORM_BLOCKS_PER_SM
     partials = torch.zeros(2 * norm_blocks * len(tables.buckets), dtype=torch.float64, device=tables.device)
@@ -86,6 +81,7 @@ def prepare(tables: DeviceTables) -> None:
 def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
     """Packs hyper-parameters and gradient addresses; those that fit no kernel parameter are sent to the device."""
     device = _device(tables.device.index)
+    tables.stream = torch.cuda.current_stream(tables.device).cuda_stream
     for bucket in tables.buckets:
         bucket.args.num_groups = tables.num_groups
         needed = bucket.table.packed_bytes(tables.num_groups)
@@ -106,7 +102,10 @@ def _kernel(name: str, tables: DeviceTables, bucket: Bucket, capacity: int) -> n
         return nvrtc.norm_kernel(grad, _NORM_ORDERS[bucket.args.norm_type], capacity)
     if name == "scale":
         return nvrtc.scale_kernel(grad, capacity)
-    return nvrtc.update_kernel(tables.rule.name, _name(bucket.param_dtype), grad, _name(bucket.state_dtype), capacity)
+    low = bucket.param_dtype == torch.float32 and bucket.numel < _LATENCY_BOUND
+    return nvrtc.update_kernel(
+        tables.rule.name, _name(bucket.param_dtype), grad, _name(bucket.state_dtype), capacity, low
+    )
 
 
 def _upload_step_table(device: Device, bucket: Bucket, tables: DeviceTables) -> None:
@@ -116,15 +115,16 @@ def _upload_step_table(device: Device, bucket: Bucket, tables: DeviceTables) -> 
         bucket.step_table = torch.empty(needed, dtype=torch.uint8, device=tables.device)
     address = bucket.args.step_table = bucket.step_table.data_ptr()
     piece = device.table_sizes[-1]
-    function, stream = device.function(nvrtc.upload_kernel(piece)), device.stream()
+    function = device.function(nvrtc.upload_kernel(piece))
     for offset in range(0, needed, piece):
         size = min(piece, needed - offset)
-        _C.cuda_upload(device.context, function, stream, address + offset, bucket.table, offset, size, piece)
+        _C.cuda_upload(device.context, function, tables.stream, address + offset, bucket.table, offset, size, piece)
 
 
-def _launch(device: Device, name: str, grid: int, bucket: Bucket) -> None:
+def _launch(name: str, grid: int, bucket: Bucket, tables: DeviceTables) -> None:
+    context = _device(tables.device.index).context
     table = bucket.table if bucket.functions_key[0] else None
-    _C.cuda_launch(device.context, bucket.functions[name], grid, device.stream(), bucket.args, table)
+    _C.cuda_launch(context, bucket.functions[name], grid, tables.stream, bucket.args, table)
 
 
 def norm(tables: DeviceTables, finalize: bool = True) -> None:
@@ -135,26 +135,24 @@ def norm(tables: DeviceTables, finalize: bool = True) -> None:
         # Partial sums of blocks that a small bucket does not have stay zero from the start.
         bucket.args.num_partials = most * len(tables.buckets) if bucket is last else 0
         bucket.args.finalize = int(finalize)
-        _launch(device, "norm", max(1, min(most, bucket.num_chunks)), bucket)
+        _launch("norm", max(1, min(most, bucket.num_chunks)), bucket, tables)
 
 
 def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
     device = _device(tables.device.index)
     args = tables.buckets[0].args
     own, args.partials, args.num_partials = args.partials, gathered.data_ptr(), gathered.shape[0]
-    _C.cuda_launch(device.context, device.function(nvrtc.FINALIZE), 1, device.stream(), args, None)
+    _C.cuda_launch(device.context, device.function(nvrtc.FINALIZE), 1, tables.stream, args, None)
     args.partials = own
 
 
 def update(tables: DeviceTables) -> None:
-    device = _device(tables.device.index)
     for i, bucket in enumerate(tables.buckets):
         bucket.args.lead = int(i == 0)
-        _launch(device, "update", max(1, bucket.num_chunks), bucket)
+        _launch("update", max(1, bucket.num_chunks), bucket, tables)
 
 
 def scale(tables: DeviceTables) -> None:
-    device = _device(tables.device.index)
     for bucket in tables.buckets:
         if bucket.num_chunks:
-            _launch(device, "scale", bucket.num_chunks, bucket)
+            _launch("scale", bucket.num_chunks, bucket, tables)

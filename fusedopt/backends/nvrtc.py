@@ -28,8 +28,9 @@ ENTRY = "fusedopt_entry"
 _MAGIC = b"fusedopt-cubin-1\n"
 
 # Bytes of step table that a kernel parameter may carry beside PassArgs. 4,096 bytes of parameters is what every driver
-# takes; 32,764 need CUDA 12.1 and sm_70.
+# takes; 32,764 need CUDA 12.1 and sm_70. A launch copies all of it, which takes time: hence the one between.
 SMALL_TABLE = 3840
+MEDIUM_TABLE = 11776
 LARGE_TABLE = 32256
 
 _DEFINES = {"FUSEDOPT_CHUNK": CUDA_CHUNK}
@@ -74,10 +75,13 @@ class KernelSpec:
         )
 
 
-def update_kernel(rule: str, param: str, grad: str, state: str, table_bytes: int = SMALL_TABLE) -> KernelSpec:
-    """The update pass of a rule for the given dtypes (torch's names)."""
+def update_kernel(
+    rule: str, param: str, grad: str, state: str, table_bytes: int = SMALL_TABLE, latency_bound: bool = False
+) -> KernelSpec:
+    """The update pass of a rule for the given dtypes (torch's names). latency_bound: for models of a few million."""
     formats = (DTYPES[dtype].cpp for dtype in (param, grad, state))
-    return KernelSpec("update_pass", (RULES[rule].cpp, *formats), table_bytes)
+    tuning = "Tuning::kLatency" if latency_bound else "Tuning::kBandwidth"
+    return KernelSpec("update_pass", (RULES[rule].cpp, *formats, tuning), table_bytes)
 
 
 def norm_kernel(grad: str, norm_type: float, table_bytes: int = SMALL_TABLE) -> KernelSpec:
@@ -98,12 +102,13 @@ def upload_kernel(table_bytes: int) -> KernelSpec:
     return KernelSpec("upload", (), table_bytes)
 
 
-def all_kernels(table_sizes: tuple[int, ...] = (SMALL_TABLE, LARGE_TABLE, 0)) -> list[KernelSpec]:
+def all_kernels(table_sizes: tuple[int, ...] = (SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE, 0)) -> list[KernelSpec]:
     """Every kernel that gradients of the parameter's own dtype can ask for."""
     kernels = [FINALIZE, *(upload_kernel(size) for size in table_sizes if size)]
     for size in table_sizes:
         for dtype in DTYPES:
-            kernels += [update_kernel(rule, dtype, dtype, dtype, size) for rule in RULES]
+            tunings = (False, True) if dtype == "float32" else (False,)
+            kernels += [update_kernel(rule, dtype, dtype, dtype, size, low) for rule in RULES for low in tunings]
             kernels += [norm_kernel(dtype, norm_type, size) for norm_type in NORM_TYPES]
             kernels.append(scale_kernel(dtype, size))
     return kernels
@@ -208,6 +213,11 @@ def _cache_path(kernel: KernelSpec, arch: str) -> Path:
     return cache_dir() / f"{kernel.template}-{arch}-{key[:40]}.cubin"
 
 
+def _header(path: Path, cubin: bytes) -> bytes:
+    """What precedes the cubin: binds it to its key, which the file's name holds."""
+    return _MAGIC + hashlib.sha256(path.name.encode() + b"\0" + cubin).digest()
+
+
 def _read_entry(path: Path) -> bytes | None:
     """The cubin, or None where there is none, or none to be trusted."""
     try:
@@ -217,8 +227,8 @@ def _read_entry(path: Path) -> bytes | None:
     except OSError as error:
         _warn_once(path.parent, f"could not be read ({error})")
         return None
-    magic, digest, cubin = content[: len(_MAGIC)], content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
-    if magic == _MAGIC and digest == hashlib.sha256(cubin).digest():
+    cubin = content[len(_MAGIC) + 32 :]
+    if content[: len(_MAGIC) + 32] == _header(path, cubin):
         return cubin
     _warn_once(path.parent, f"holds a damaged or foreign entry, {path.name}")
     return None
@@ -230,7 +240,7 @@ def _write_entry(path: Path, cubin: bytes) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(cubin).digest() + cubin)
+                file.write(_header(path, cubin) + cubin)
             os.replace(temporary, path)
         except OSError:
             os.unlink(temporary)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import increment_version
 
-from .. import _C
-from ..backends import for_device
+from .. import _C, passes
 from ..checks import check_grad, check_param
 from ..control import Control
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
@@ -50,8 +49,14 @@ class OptimizerPlan:
     ) -> OptimizerPlan:
         """Checks everything, then creates what state is missing and builds the tables.
 
-        Raises as ``check_grad`` and ``check_param``; state is as it was then.
+        Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # A replay would copy the tables again, from memory that is gone.
+            raise RuntimeError(
+                "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while a "
+                "CUDA graph is being captured; call step() once before the capture"
+            )
         tracked = list(_track(optimizer))
         for each in tracked:
             if each.grad_dtype is not None:
@@ -82,8 +87,7 @@ class OptimizerPlan:
         tables, places = build_tables(rule, [each.row for each in active], controls)
         for each, place in zip(active, places):
             each.place = place
-        for table in tables:
-            for_device(table.device).prepare(table)
+        passes.prepare(tables)
 
         plan = cls(tracked, tables, _C.Watch())
         for each in tracked:

@@ -1,5 +1,6 @@
 """The example that `make demo` runs, on a tiny model; and that its verdict can be negative."""
 
+import io
 import json
 import math
 import os
@@ -18,9 +19,9 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_gpt.py"
 TINY = {"steps": 40, "batch_size": 8, "context": 32, "width": 64, "layers": 1}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Losses are float32 around 5, whose ulp is 4.8e-7. Without chaos both runs stay within a few ulps of each other; bfloat16
-# activations flip by 2^-9 at a time instead, of which the mean over 256 bytes a batch leaves about 2^-9 / 16 * loss.
-LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 5e-3}
+# float32: the losses are about 5, whose ulp is 4.8e-7, and the runs stay a few ulps apart. bfloat16 activations: flips
+# of their last bit left the final losses up to 1e-4 apart where four seeds were tried (autocast on a CPU).
+LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}
 
 
 def run_example(*options: str) -> subprocess.CompletedProcess:
@@ -87,7 +88,7 @@ def test_a_wrong_optimizer_is_reported(train_gpt, monkeypatch, wrong):
 
     monkeypatch.setitem(train_gpt.CONTENDERS, "fusedopt", contender)
     settings = replace(train_gpt.PRESETS["cpu"], **TINY)
-    device, console = torch.device("cpu"), Console(record=True, quiet=True)
+    device, console = torch.device("cpu"), Console(quiet=True)
     runs = train_gpt.train_all(train_gpt.Task.create(settings, device), console)
     report = train_gpt.Report.create(settings, device, runs)
     assert not report.within_rounding
@@ -100,7 +101,7 @@ def test_a_nan_loss_is_reported(train_gpt):
     runs["fusedopt"].losses[-1] = math.nan
     report = train_gpt.Report.create(settings, device, runs)
     assert not report.within_rounding
-    console = Console(record=True, file=open(os.devnull, "w"))
+    console = Console(file=io.StringIO(), record=True)
     train_gpt.print_report(report, console)
     assert "NOT THE SAME TRAINING" in console.export_text()
 

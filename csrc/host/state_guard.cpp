@@ -1,0 +1,108 @@
+#include "state_guard.h"
+
+#include <unordered_map>
+
+namespace py = pybind11;
+
+namespace fusedopt {
+
+#if PY_VERSION_HEX >= 0x030C0000
+
+namespace {
+
+// Under the GIL. Never destroyed: dicts may die after static destructors have run.
+std::unordered_map<PyObject*, StateGuard*>& guards() {
+  static auto* const map = new std::unordered_map<PyObject*, StateGuard*>;
+  return *map;
+}
+
+}  // namespace
+
+void note_change(PyObject* dict) {
+  const auto found = guards().find(dict);
+  if (found != guards().end()) found->second->changed_ = true;
+}
+
+namespace {
+
+int on_event(PyDict_WatchEvent, PyObject* dict, PyObject*, PyObject*) {
+  note_change(dict);
+  return 0;
+}
+
+int watcher_id() {
+  static const int id = [] {
+    const int made = PyDict_AddWatcher(&on_event);
+    if (made < 0) throw py::error_already_set();  // all eight watchers of this interpreter are in use
+    return made;
+  }();
+  return id;
+}
+
+}  // namespace
+
+void StateGuard::remember(py::dict state) {
+  clear();
+  dicts_.push_back(state);
+  for (const auto& item : state)
+    if (PyDict_Check(item.second.ptr())) dicts_.push_back(py::reinterpret_borrow<py::object>(item.second));
+  for (const py::object& dict : dicts_) {
+    if (PyDict_Watch(watcher_id(), dict.ptr()) != 0) throw py::error_already_set();
+    guards()[dict.ptr()] = this;
+  }
+  changed_ = false;
+}
+
+bool StateGuard::unchanged(PyObject* state) const { return !changed_ && dicts_.front().ptr() == state; }
+
+void StateGuard::clear() {
+  changed_ = true;
+  for (const py::object& dict : dicts_) {
+    const auto found = guards().find(dict.ptr());
+    if (found == guards().end() || found->second != this) continue;  // a newer guard watches it
+    guards().erase(found);
+    if (PyDict_Unwatch(watcher_id(), dict.ptr()) != 0) PyErr_Clear();
+  }
+  const auto dicts = std::move(dicts_);  // freed last, because freeing may call back into Python
+  dicts_.clear();
+}
+
+#else
+
+namespace {
+
+uint64 version_of(const py::object& dict) { return reinterpret_cast<PyDictObject*>(dict.ptr())->ma_version_tag; }
+
+}  // namespace
+
+void StateGuard::remember(py::dict state) {
+  clear();
+  dicts_.push_back(state);
+  for (const auto& item : state)
+    if (PyDict_Check(item.second.ptr())) dicts_.push_back(py::reinterpret_borrow<py::object>(item.second));
+  for (const py::object& dict : dicts_) versions_.push_back(version_of(dict));
+  changed_ = false;
+}
+
+bool StateGuard::unchanged(PyObject* state) const {
+  if (changed_ || dicts_.front().ptr() != state) return false;
+  for (size_t i = 0; i < dicts_.size(); ++i)
+    if (version_of(dicts_[i]) != versions_[i]) return false;
+  return true;
+}
+
+void StateGuard::clear() {
+  changed_ = true;
+  versions_.clear();
+  const auto dicts = std::move(dicts_);
+  dicts_.clear();
+}
+
+#endif
+
+int StateGuard::traverse(visitproc visit, void* arg) const {
+  for (const py::object& dict : dicts_) Py_VISIT(dict.ptr());
+  return 0;
+}
+
+}  // namespace fusedopt
