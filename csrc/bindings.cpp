@@ -80,6 +80,19 @@ void bind_cpu_scale(Table& table, int32 grad_dtype, const PassArgs& args, int th
   cpu_scale({grad_table(table, grad_dtype), args.scaling, args.nonfinite_out}, table.chunks(), threads);
 }
 
+// ---- the scalars of a step --------------------------------------------------------------------------------
+
+void set_scalars(const std::vector<PassArgs*>& all, uint64 grad_scale, uint64 found_inf, uint64 clip_coef,
+                 uint64 norm_found_inf, double max_grad_value, double max_norm, int32 norm_type, bool skip_nonfinite,
+                 uint64 nonfinite_out) {
+  for (PassArgs* args : all) {
+    args->scaling = {address<float>(grad_scale), address<float>(found_inf), address<double>(clip_coef), max_grad_value};
+    args->norm_found_inf = address<float>(norm_found_inf);
+    args->norm = {max_norm, NormType(norm_type), skip_nonfinite};
+    args->nonfinite_out = address<float>(nonfinite_out);
+  }
+}
+
 // ---- CUDA passes ----------------------------------------------------------------------------------------
 
 constexpr uint32 kCudaThreads = 256;  // kThreads of cuda/engine.cuh
@@ -124,17 +137,7 @@ void bind_pass_args(py::module_& m) {
       .FUSEDOPT_ADDRESS("control", control)
       .FUSEDOPT_ADDRESS("ticket", ticket)
       .FUSEDOPT_ADDRESS("partials", partials)
-      .FUSEDOPT_ADDRESS("grad_scale", scaling.grad_scale)
-      .FUSEDOPT_ADDRESS("found_inf", scaling.found_inf)
-      .FUSEDOPT_ADDRESS("clip_coef", scaling.clip_coef)
-      .FUSEDOPT_VALUE("max_grad_value", scaling.max_grad_value)
-      .FUSEDOPT_ADDRESS("norm_found_inf", norm_found_inf)
-      .FUSEDOPT_ADDRESS("nonfinite_out", nonfinite_out)
-      .FUSEDOPT_VALUE("max_norm", norm.max_norm)
-      .def_property(
-          "norm_type", [](const PassArgs& args) { return int32(args.norm.type); },
-          [](PassArgs& args, int32 type) { args.norm.type = NormType(type); })
-      .FUSEDOPT_VALUE("skip_nonfinite", norm.skip_nonfinite)
+      .def_property_readonly("norm_type", [](const PassArgs& args) { return int32(args.norm.type); })
       .FUSEDOPT_VALUE("num_tensors", num_tensors)
       .FUSEDOPT_VALUE("num_groups", num_groups)
       .FUSEDOPT_VALUE("num_chunks", num_chunks)
@@ -190,14 +193,15 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
       .def(py::init<>())
-      .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("grad_dtype"), py::arg("table"),
-           py::arg("slot"))
+      .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
+           py::arg("table"), py::arg("slot"))
       .def("remember_state", &Watch::remember_state)
       .def("refresh", &Watch::refresh)
       .def("bump_versions", &Watch::bump_versions)
       .def("__len__", &Watch::size);
 
   bind_pass_args(m);
+  m.def("set_scalars", &set_scalars);
   m.def("cpu_update", &bind_cpu_update);
   m.def("cpu_norm", &bind_cpu_norm);
   m.def("cpu_scale", &bind_cpu_scale);

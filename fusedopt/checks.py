@@ -91,10 +91,15 @@ def check_dense(where: str, tensor: Any, written: bool = True) -> None:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(DTYPES)}; leave it out or convert it")
+    if tensor.numel() and not tensor.data_ptr():
+        raise TypeError(
+            f"{where} is a {type(tensor).__name__} on '{tensor.device}' without memory of its own, expected a plain "
+            "tensor with data; for sharded parameters (DTensor) use torch.optim"
+        )
     if written and overlaps(tensor):
         raise ValueError(
-            f"{where} has strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected elements that do not share "
-            "memory; pass the tensor that was expanded, or a .clone()"
+            f"{where} has strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected elements that do not "
+            "share memory; pass the tensor that was expanded, or a .clone()"
         )
 
 

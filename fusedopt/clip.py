@@ -1,7 +1,7 @@
 """Norms, clipping and unscaling of gradients, as ``torch.nn.utils`` has them, in one or two launches.
 
-Norms are accumulated so that they are finite whenever the gradients are and the result fits its dtype; torch sums in the
-gradients' own dtype, where a float16 norm of 1e5 becomes inf.
+Norms are accumulated so that they are finite whenever the gradients are and the result fits its dtype; torch sums in
+the gradients' own dtype, where a float16 norm of 1e5 becomes inf.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def clip_grad_norm_(
         parameters: whose ``.grad`` to clip; those without one are passed over.
         max_norm: > 0.
         norm_type: 1, 2 or inf.
-        error_if_nonfinite: raise RuntimeError, before any gradient is written, if the norm is inf or NaN; this waits for
-            the device.
+        error_if_nonfinite: raise RuntimeError, before any gradient is written, if the norm is inf or NaN; this waits
+            for the device.
         foreach: accepted for torch's sake.
 
     Returns:
@@ -110,8 +110,8 @@ def unscale_grads_(
     Args:
         parameters: whose ``.grad`` to unscale.
         grad_scale: a number or a one-element tensor.
-        found_inf: a one-element float32 tensor on the device of the first gradient, set to 1 if an element is inf or NaN and
-            else left as it is; made if not given.
+        found_inf: a one-element float32 tensor on the device of the first gradient, set to 1 if an element is inf or
+            NaN and else left as it is; made if not given.
 
     Returns:
         ``found_inf``, 0-dim float32 on the device of the first gradient.

@@ -22,6 +22,9 @@ class Control:
         self.norm_found_inf = as_float[10]
         self.skipped = as_float[11]
         self.skipped_steps = self.buffer.view(torch.int64)[6]
+        self.address = self.buffer.data_ptr()
+        self.clip_coef_address = self.clip_coef64.data_ptr()
+        self.norm_found_inf_address = self.norm_found_inf.data_ptr()
         self.reset_norm()
 
     def reset_norm(self) -> None:
@@ -31,7 +34,3 @@ class Control:
         self.clip_coef64.fill_(1.0)
         self.clip_coef.fill_(1.0)
         self.norm_found_inf.fill_(0.0)
-
-    @property
-    def address(self) -> int:
-        return self.buffer.data_ptr()

@@ -1,7 +1,7 @@
 """The rules as functions over lists of tensors, for training loops of your own.
 
-All are in place, take one launch per dtype, wait for nothing, and write nothing if they raise. On CUDA they can be captured in
-a graph once they have run with the same tensors outside of it.
+All are in place, take one launch per dtype, wait for nothing, and write nothing if they raise. On CUDA they can be
+captured in a graph once they have run with the same tensors outside of it.
 
 Common arguments:
     params: tensors of dtype float32, bfloat16, float16 or float64, any shape and layout.
@@ -173,7 +173,8 @@ def _check_lists(
     for name, tensors in zip(names, (grads, *states, steps)):
         if len(tensors) != len(params):
             raise ValueError(
-                f"{where}: {name} holds {len(tensors)} tensors, expected {len(params)} as params; pass one per parameter"
+                f"{where}: {name} holds {len(tensors)} tensors, expected {len(params)} as params; "
+                "pass one per parameter"
             )
     for i, (param, grad, step) in enumerate(zip(params, grads, steps)):
         check_dense(f"{where}: params[{i}]", param)
@@ -183,8 +184,8 @@ def _check_lists(
             _check_state(f"{where}: {key}s[{i}]", state, param, own[0])
         if step.dtype != torch.float32 or step.numel() != 1 or step.device != param.device:
             raise ValueError(
-                f"{where}: steps[{i}] is {step.dtype} of shape {tuple(step.shape)} on {step.device}, expected a float32 "
-                f"scalar on {param.device}; make it with torch.zeros((), device=param.device)"
+                f"{where}: steps[{i}] is {step.dtype} of shape {tuple(step.shape)} on {step.device}, expected a "
+                f"float32 scalar on {param.device}; make it with torch.zeros((), device=param.device)"
             )
     for device in {param.device for param in params}:
         for_device(device)
@@ -194,8 +195,8 @@ def _check_state(where: str, state: torch.Tensor, param: torch.Tensor, first: to
     check_dense(where, state)
     if state.shape != param.shape or state.device != param.device:
         raise ValueError(
-            f"{where} has shape {tuple(state.shape)} on {state.device}, expected the parameter's {tuple(param.shape)} on "
-            f"{param.device}; create it with torch.zeros_like(param)"
+            f"{where} has shape {tuple(state.shape)} on {state.device}, expected the parameter's "
+            f"{tuple(param.shape)} on {param.device}; create it with torch.zeros_like(param)"
         )
     if state.dtype != first.dtype or (state.dtype == torch.float64) != (param.dtype == torch.float64):
         raise ValueError(

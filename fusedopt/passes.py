@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import torch
 
+from . import _C
 from .backends import for_device
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
 from .specs import NORM_TYPES, RuleSpec
 
 __all__ = ["StepScalars", "TablesCache", "begin", "norm", "prepare", "run_update", "scale"]
+
+
+_INFINITY = float("inf")
 
 
 class StepScalars(NamedTuple):
@@ -54,24 +58,24 @@ def prepare(tables: Sequence[DeviceTables]) -> None:
 
 def begin(tables: Sequence[DeviceTables], scalars: StepScalars, passes: tuple[str, ...], out: int = 0) -> None:
     """Gets every device ready for ``passes``; whatever can fail fails here. out: see ``PassArgs.nonfinite_out``."""
-    infinity = float("inf")
     for device in tables:
         device.keep_alive.clear()
-        grad_scale = _address(scalars.grad_scale, device)
-        found_inf = _address(scalars.found_inf, device)
         if "norm" in passes:
-            clip_coef, norm_found_inf = device.control.clip_coef64.data_ptr(), device.control.norm_found_inf.data_ptr()
+            clip_coef, norm_found_inf = device.control.clip_coef_address, device.control.norm_found_inf_address
         else:
             clip_coef, norm_found_inf = _address(scalars.clip_coef, device, torch.float64), 0
-        for bucket in device.buckets:
-            args = bucket.args
-            args.grad_scale, args.found_inf = grad_scale, found_inf
-            args.clip_coef, args.norm_found_inf = clip_coef, norm_found_inf
-            args.max_grad_value = infinity if scalars.max_grad_value is None else scalars.max_grad_value
-            args.max_norm = infinity if scalars.max_grad_norm is None else scalars.max_grad_norm
-            args.norm_type = NORM_TYPES[scalars.norm_type][1]
-            args.skip_nonfinite = scalars.skip_nonfinite
-            args.nonfinite_out = out
+        _C.set_scalars(
+            [bucket.args for bucket in device.buckets],
+            _address(scalars.grad_scale, device),
+            _address(scalars.found_inf, device),
+            clip_coef,
+            norm_found_inf,
+            _INFINITY if scalars.max_grad_value is None else scalars.max_grad_value,
+            _INFINITY if scalars.max_grad_norm is None else scalars.max_grad_norm,
+            NORM_TYPES[scalars.norm_type][1],
+            scalars.skip_nonfinite,
+            out,
+        )
         device.backend.begin(device, passes)
 
 

@@ -93,10 +93,12 @@ class Bucket:
     """CUDA: the step table, where it does not fit a kernel parameter."""
     num_chunks: int = 0
     numel: int = 0
-    functions: dict[str, int] = field(default_factory=dict)
-    """CUDA: the kernels of this bucket, by pass."""
-    functions_key: tuple = ()
-    """CUDA: what ``functions`` were chosen for."""
+    capacity: int = 0
+    """CUDA: bytes of step table that the kernels take as a parameter; 0 if they read it from device memory."""
+    launches: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """CUDA: context, kernel and number of blocks, by pass."""
+    launches_key: tuple = ()
+    """CUDA: what ``launches`` were chosen for."""
 
 
 class DeviceTables:

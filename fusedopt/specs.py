@@ -1,7 +1,7 @@
 """What the rules and formats are called, and in which order their parts travel. Standard library only.
 
-A new rule needs a row in ``RULES`` here, a header in ``csrc/rules/``, a reference in ``reference.py`` and an optimizer in
-``optim/``; a test asserts that these registries agree.
+A new rule needs a row in ``RULES`` here, a header in ``csrc/rules/``, a reference in ``reference.py`` and an optimizer
+in ``optim/``; a test asserts that these registries agree.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ struct GradientTransform {
 
   FUSEDOPT_HD bool clamps() const { return max_value - max_value == T(0); }  // it is finite
 
+  FUSEDOPT_HD bool is_identity() const { return !clamps() && inv_scale == T(1) && clip_coef == T(1); }
+
   FUSEDOPT_HD T clamp(T grad) const {
     grad = grad * inv_scale;
     // Comparisons, not fmin: NaN must stay NaN.

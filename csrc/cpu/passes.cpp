@@ -48,7 +48,9 @@ const CpuEngine& cpu_engine() {
 void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads) {
   if (skip) return;
   const CpuEngine& engine = cpu_engine();
-  parallel_for(threads, int64(chunks.size()), [&](int64 i) { engine.update(job, chunks[i]); });
+  // Backwards: a norm pass before this one left the last gradients in the cache.
+  const int64 last = int64(chunks.size()) - 1;
+  parallel_for(threads, last + 1, [&](int64 i) { engine.update(job, chunks[last - i]); });
   for (int64 t = 0; t < tensors; ++t)
     if (job.table.grads[t]) *job.table.tensors[t].step += 1.0f;
 }

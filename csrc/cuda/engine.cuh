@@ -481,9 +481,7 @@ __device__ __forceinline__ void scale_pass(const PassArgs& args, const Table& ta
   using T = typename G::Compute;
   constexpr int V = 16 / int(sizeof(typename G::Storage));
   const GradientTransform<T> transform = gradient_transform<T>(args.scaling);
-  const bool clamps = transform.clamps();
-  // Nothing to do and nothing to look for: leave memory alone.
-  if (!clamps && transform.inv_scale == T(1) && transform.clip_coef == T(1) && !args.nonfinite_out) return;
+  if (transform.is_identity() && !args.nonfinite_out) return;  // nothing to do and nothing to look for
 
   const Chunk chunk = args.chunks[blockIdx.x];
   const void* base = grad_of(args, table, chunk.tensor);

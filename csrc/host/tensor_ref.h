@@ -47,7 +47,14 @@ class TensorRef {
   // In two halves, so that many tensors' gradients can be on their way from memory at once.
   const void* find_grad() const;
   Grad read_grad(const void* found, TensorInfo& info) const;
+  // Hints, in this order and some tensors ahead: fetch the tensor's memory, then that of the storage it points to.
   void prefetch() const { prefetch_tensor(impl_); }
+  void prefetch_storage() const { prefetch_storage_of(impl_); }
+  // The pointer to the storage follows one or two words of reference counts. A wrong guess fetches something else.
+  static void prefetch_storage_of(const void* impl) {
+    if (!impl) return;
+    for (int word = 2; word < 4; ++word) __builtin_prefetch(static_cast<const void* const*>(impl)[word]);
+  }
   // Tells autograd that the memory was written, as an in-place operation would. False: ask torch in Python.
   bool bump_version() const;
 

@@ -29,12 +29,14 @@ constexpr size_t kAhead = 8;  // tensors whose memory is fetched before it is lo
 
 }  // namespace
 
-void Watch::add(py::object param, py::object as_seen, int32 grad_dtype, py::object table, int32 slot) {
+void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dtype, py::object table, int32 slot) {
   TensorInfo info, seen;
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
-  const Row row = {ref,        info.data,        table.is_none() ? nullptr : table.cast<Table*>(), slot,      info.dtype,
-                   grad_dtype, info.device_type, info.device_index,                                info.ndim, extents_.size()};
+  Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
+  const Row row = {ref,        info.data,  rows_table,       slot,              group,
+                   info.dtype, grad_dtype, info.device_type, info.device_index, info.ndim,
+                   extents_.size()};
   if (!seen_ref.read(seen)) throw py::type_error("Watch.add: as_seen is not a dense tensor");
   extents_.insert(extents_.end(), seen.shape, seen.shape + seen.ndim);
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);
@@ -63,7 +65,8 @@ bool Watch::same_parameters(PyObject* param_groups) const {
     PyObject* params = PyDict_GetItem(PyList_GET_ITEM(param_groups, g), params_name);
     if (!params || !PyList_Check(params)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++next)
-      if (next >= rows_.size() || PyList_GET_ITEM(params, i) != rows_[next].param.object()) return false;
+      if (next >= rows_.size() || rows_[next].group != g || PyList_GET_ITEM(params, i) != rows_[next].param.object())
+        return false;
   }
   return next == rows_.size();
 }
@@ -71,12 +74,14 @@ bool Watch::same_parameters(PyObject* param_groups) const {
 // Of parameters and state. Looks up the gradients on the way.
 bool Watch::same_addresses() {
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kAhead < rows_.size()) rows_[i + kAhead].param.prefetch();
+    if (i + 2 * kAhead < rows_.size()) rows_[i + 2 * kAhead].param.prefetch();
+    if (i + kAhead < rows_.size()) rows_[i + kAhead].param.prefetch_storage();
     if (rows_[i].param.data() != rows_[i].data) return false;
     grads_[i] = rows_[i].param.find_grad();
   }
   for (size_t i = 0; i < state_tensors_.size(); ++i) {
-    if (i + kAhead < state_tensors_.size()) state_tensors_[i + kAhead].tensor.prefetch();
+    if (i + 2 * kAhead < state_tensors_.size()) state_tensors_[i + 2 * kAhead].tensor.prefetch();
+    if (i + kAhead < state_tensors_.size()) state_tensors_[i + kAhead].tensor.prefetch_storage();
     if (state_tensors_[i].tensor.data() != state_tensors_[i].data) return false;
   }
   return true;
@@ -106,8 +111,10 @@ bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::l
 
 bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout) {
   if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr()) || !same_addresses()) return false;
-  for (size_t i = 0; i < rows_.size(); ++i)
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (i + kAhead < rows_.size()) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
     if (!read_grad(rows_[i], grads_[i], Py_ssize_t(i), relayout)) return false;
+  }
   return true;
 }
 

@@ -17,9 +17,10 @@ namespace fusedopt {
 
 class Watch {
  public:
-  // param: as found in param_groups. as_seen: the tensor whose layout the kernels see (param itself, or a dense copy of it).
+  // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense copy of it).
   // table, slot: where its gradient pointer goes; table is None while it never had a gradient.
-  void add(pybind11::object param, pybind11::object as_seen, int32 grad_dtype, pybind11::object table, int32 slot);
+  void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
+           int32 slot);
 
   // Remembers the optimizer's state as it is now.
   void remember_state(pybind11::dict state);
@@ -42,6 +43,7 @@ class Watch {
     void* data;
     Table* table;
     int32 slot;
+    int32 group;
     int32 dtype, grad_dtype;
     int32 device_type, device_index;
     int32 ndim;

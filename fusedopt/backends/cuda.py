@@ -64,8 +64,8 @@ def _on_device(content: bytes, device: torch.device) -> torch.Tensor:
 def prepare(tables: DeviceTables) -> None:
     """Copies the tables to the device."""
     device = _device(tables.device.index)
-    norm_blocks = device.multiprocessors * _NORM_BLOCKS_PER_SM
-    partials = torch.zeros(2 * norm_blocks * len(tables.buckets), dtype=torch.float64, device=tables.device)
+    most = device.multiprocessors * _NORM_BLOCKS_PER_SM
+    partials = torch.zeros(2 * most * len(tables.buckets), dtype=torch.float64, device=tables.device)
     for i, bucket in enumerate(tables.buckets):
         entries = _on_device(bucket.table.entries(), tables.device)
         chunks = _on_device(bucket.table.chunks(), tables.device)
@@ -75,41 +75,56 @@ def prepare(tables: DeviceTables) -> None:
         args.tensors, args.chunks, args.ticket = entries.data_ptr(), chunks.data_ptr(), ticket.data_ptr()
         args.partials, args.control = partials.data_ptr(), tables.control.address
         args.num_tensors, args.num_chunks = bucket.table.num_tensors, bucket.num_chunks
-        args.first_partial = i * norm_blocks
+        args.lead = int(i == 0)
+        args.first_partial = i * most
+        # The last launch adds all up. Partial sums of blocks that a small bucket does not have are zero from the start.
+        args.num_partials = most * len(tables.buckets) if i + 1 == len(tables.buckets) else 0
 
 
 def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
     """Packs hyper-parameters and gradient addresses; those that fit no kernel parameter are sent to the device."""
+    tables.stream = torch._C._cuda_getCurrentRawStream(tables.device.index)
+    for bucket in tables.buckets:
+        key = (tables.num_groups, passes, bucket.args.norm_type)
+        if key != bucket.launches_key:
+            _choose_kernels(tables, bucket, passes)
+            bucket.launches_key = key
+        bucket.table.pack(tables.hypers, bucket.capacity)
+    for bucket in tables.buckets:
+        if not bucket.capacity:
+            _upload_step_table(bucket, tables)
+
+
+def _choose_kernels(tables: DeviceTables, bucket: Bucket, passes: tuple[str, ...]) -> None:
+    """Compiles or loads what the passes need, for the way in which the step table will travel."""
     device = _device(tables.device.index)
-    tables.stream = torch.cuda.current_stream(tables.device).cuda_stream
-    for bucket in tables.buckets:
-        bucket.args.num_groups = tables.num_groups
-        needed = bucket.table.packed_bytes(tables.num_groups)
-        capacity = next((size for size in device.table_sizes if size >= needed), 0)
-        key = (capacity, passes, bucket.args.norm_type)
-        if key != bucket.functions_key:
-            bucket.functions = {name: device.function(_kernel(name, tables, bucket, capacity)) for name in passes}
-            bucket.functions_key = key
-        bucket.table.pack(tables.hypers, capacity)
-    for bucket in tables.buckets:
-        if not bucket.functions_key[0]:
-            _upload_step_table(device, bucket, tables)
+    needed = bucket.table.packed_bytes(tables.num_groups)
+    bucket.args.num_groups = tables.num_groups
+    bucket.capacity = next((size for size in device.table_sizes if size >= needed), 0)
+    grids = {
+        "norm": max(1, min(device.multiprocessors * _NORM_BLOCKS_PER_SM, bucket.num_chunks)),
+        "update": max(1, bucket.num_chunks),  # counts steps even if every tensor is empty
+        "scale": bucket.num_chunks,
+    }
+    bucket.launches = {
+        name: (device.context, device.function(_kernel(name, tables, bucket)), grids[name]) for name in passes
+    }
 
 
-def _kernel(name: str, tables: DeviceTables, bucket: Bucket, capacity: int) -> nvrtc.KernelSpec:
+def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec:
     grad = _name(bucket.grad_dtype)
     if name == "norm":
-        return nvrtc.norm_kernel(grad, _NORM_ORDERS[bucket.args.norm_type], capacity)
+        return nvrtc.norm_kernel(grad, _NORM_ORDERS[bucket.args.norm_type], bucket.capacity)
     if name == "scale":
-        return nvrtc.scale_kernel(grad, capacity)
+        return nvrtc.scale_kernel(grad, bucket.capacity)
     low = bucket.param_dtype == torch.float32 and bucket.numel < _LATENCY_BOUND
-    return nvrtc.update_kernel(
-        tables.rule.name, _name(bucket.param_dtype), grad, _name(bucket.state_dtype), capacity, low
-    )
+    param, state = _name(bucket.param_dtype), _name(bucket.state_dtype)
+    return nvrtc.update_kernel(tables.rule.name, param, grad, state, bucket.capacity, low)
 
 
-def _upload_step_table(device: Device, bucket: Bucket, tables: DeviceTables) -> None:
+def _upload_step_table(bucket: Bucket, tables: DeviceTables) -> None:
     """Sends the step table in kernel parameters, piece by piece: in stream order, nothing to guard or to wait for."""
+    device = _device(tables.device.index)
     needed = bucket.table.packed_bytes(tables.num_groups)
     if bucket.step_table is None or bucket.step_table.numel() < needed:
         bucket.step_table = torch.empty(needed, dtype=torch.uint8, device=tables.device)
@@ -121,38 +136,32 @@ def _upload_step_table(device: Device, bucket: Bucket, tables: DeviceTables) -> 
         _C.cuda_upload(device.context, function, tables.stream, address + offset, bucket.table, offset, size, piece)
 
 
-def _launch(name: str, grid: int, bucket: Bucket, tables: DeviceTables) -> None:
-    context = _device(tables.device.index).context
-    table = bucket.table if bucket.functions_key[0] else None
-    _C.cuda_launch(context, bucket.functions[name], grid, tables.stream, bucket.args, table)
+def _launch(name: str, bucket: Bucket, tables: DeviceTables) -> None:
+    context, function, grid = bucket.launches[name]
+    if grid:
+        _C.cuda_launch(context, function, grid, tables.stream, bucket.args, bucket.table if bucket.capacity else None)
 
 
 def norm(tables: DeviceTables, finalize: bool = True) -> None:
-    device = _device(tables.device.index)
-    most = device.multiprocessors * _NORM_BLOCKS_PER_SM
-    last = tables.buckets[-1]
     for bucket in tables.buckets:
-        # Partial sums of blocks that a small bucket does not have stay zero from the start.
-        bucket.args.num_partials = most * len(tables.buckets) if bucket is last else 0
         bucket.args.finalize = int(finalize)
-        _launch("norm", max(1, min(most, bucket.num_chunks)), bucket, tables)
+        _launch("norm", bucket, tables)
 
 
 def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
     device = _device(tables.device.index)
     args = tables.buckets[0].args
-    own, args.partials, args.num_partials = args.partials, gathered.data_ptr(), gathered.shape[0]
+    own = args.partials, args.num_partials
+    args.partials, args.num_partials = gathered.data_ptr(), gathered.shape[0]
     _C.cuda_launch(device.context, device.function(nvrtc.FINALIZE), 1, tables.stream, args, None)
-    args.partials = own
+    args.partials, args.num_partials = own
 
 
 def update(tables: DeviceTables) -> None:
-    for i, bucket in enumerate(tables.buckets):
-        bucket.args.lead = int(i == 0)
-        _launch("update", max(1, bucket.num_chunks), bucket, tables)
+    for bucket in tables.buckets:
+        _launch("update", bucket, tables)
 
 
 def scale(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
-        if bucket.num_chunks:
-            _launch("scale", bucket.num_chunks, bucket, tables)
+        _launch("scale", bucket, tables)

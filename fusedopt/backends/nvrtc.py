@@ -1,7 +1,7 @@
 """Compiles the CUDA engine at run time, for one combination at a time, and keeps the result on disk.
 
-The key of a cache entry is a hash of every source, the entry point, the options, the architecture and the compiler's version,
-so an entry never has to be invalidated. Entries carry a checksum; one that is damaged, or that somebody
+The key of a cache entry is a hash of every source, the entry point, the options, the architecture and the compiler's
+version, so an entry never has to be invalidated. Entries carry a checksum; one that is damaged, or that somebody
 else put there, is compiled again. Files appear by renaming, so many processes may start at once.
 """
 
@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,20 +158,24 @@ _REMEDY = (
 )
 
 
+_importing = threading.Lock()  # a thread may find the module half imported by another one
+
+
 def _cuda_core():
     """The module that holds Program: ``cuda.core``, or ``cuda.core.experimental`` before 1.0."""
     try:
-        import cuda.core as core
+        with _importing:
+            import cuda.core as core
 
-        if not hasattr(core, "Program"):
-            import cuda.core.experimental as core
+            if not hasattr(core, "Program"):
+                import cuda.core.experimental as core
     except ImportError as error:
         raise RuntimeError(f"fusedopt: cuda-core could not be imported ({error}); {_REMEDY}") from error
     return core
 
 
 def require_compiler() -> None:
-    """RuntimeError with the remedy where cuda-core is missing. Does not import it: with a warm cache nobody needs to."""
+    """RuntimeError with the remedy where cuda-core is missing. Does not import it: a warm cache can do without."""
     try:
         found = importlib.util.find_spec("cuda.core") is not None
     except ModuleNotFoundError:

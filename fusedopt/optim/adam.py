@@ -39,8 +39,8 @@ class Adam(FusedOptimizer):
         weight_decay: λ, coupled: added to the gradient; decoupled if ``decoupled_weight_decay``.
         amsgrad, differentiable: not supported; True raises ValueError.
         maximize: ascend instead of descend.
-        foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable; fused=True also
-            asks GradScaler to leave unscaling to the step.
+        foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable;
+            fused=True also asks GradScaler to leave unscaling to the step.
         decoupled_weight_decay: the rule of :class:`AdamW`.
         max_grad_norm, norm_type, max_grad_value, nonfinite: as :class:`FusedOptimizer`.
 

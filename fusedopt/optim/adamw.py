@@ -32,8 +32,8 @@ class AdamW(FusedOptimizer):
         weight_decay: λ, per unit of learning rate; >= 0.
         amsgrad, differentiable: not supported; True raises ValueError.
         maximize: ascend instead of descend.
-        foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable; fused=True also
-            asks GradScaler to leave unscaling to the step.
+        foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable;
+            fused=True also asks GradScaler to leave unscaling to the step.
         max_grad_norm, norm_type, max_grad_value, nonfinite: as :class:`FusedOptimizer`.
 
     Raises:

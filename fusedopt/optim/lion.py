@@ -26,8 +26,8 @@ class Lion(FusedOptimizer):
 
     Args:
         params: as :class:`FusedOptimizer`.
-        lr: learning rate η, per step; the paper advises 3 to 10 times less than for AdamW. A float, or a 0-dim tensor, which
-            may change between replays of a CUDA graph.
+        lr: learning rate η, per step; the paper advises 3 to 10 times less than for AdamW. A float, or a 0-dim tensor,
+            which may change between replays of a CUDA graph.
         betas: (β₁, β₂), each in [0, 1).
         weight_decay: λ, per unit of learning rate; >= 0; the paper advises 3 to 10 times more than for AdamW.
         maximize: ascend instead of descend.

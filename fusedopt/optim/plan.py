@@ -54,8 +54,8 @@ class OptimizerPlan:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             # A replay would copy the tables again, from memory that is gone.
             raise RuntimeError(
-                "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while a "
-                "CUDA graph is being captured; call step() once before the capture"
+                "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while "
+                "a CUDA graph is being captured; call step() once before the capture"
             )
         tracked = list(_track(optimizer))
         for each in tracked:
@@ -93,7 +93,7 @@ class OptimizerPlan:
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
-            plan.watch.add(each.param, each.dense, code, bucket.table if bucket else None, slot)
+            plan.watch.add(each.param, each.dense, each.group, code, bucket.table if bucket else None, slot)
         plan.watch.remember_state(optimizer.state)
         plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
         return plan
@@ -132,10 +132,6 @@ def _track(optimizer: torch.optim.Optimizer) -> Iterator[_Tracked]:
         for i, param in enumerate(group["params"]):
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param)
-            if type(param.data) is not torch.Tensor:
-                raise TypeError(
-                    f"{where} is a {type(param.data).__name__}, expected a plain tensor; use torch.optim for this model"
-                )
             dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False)
             each = _Tracked(param, dense, g)
             if param.grad is not None:
@@ -168,13 +164,13 @@ def _check_state(state: dict, rule: RuleSpec, param: torch.Tensor) -> None:
     dtypes = {state[key].dtype for key in rule.states}
     if len(dtypes) > 1 or (torch.float64 in dtypes) != (param.dtype == torch.float64):
         raise ValueError(
-            f"{where}: got states of dtype {sorted(map(str, dtypes))} beside {param.dtype}, expected one dtype, float64 "
-            "only with float64; load a checkpoint of this model"
+            f"{where}: got states of dtype {sorted(map(str, dtypes))} beside {param.dtype}, expected one dtype, "
+            "float64 only with float64; load a checkpoint of this model"
         )
 
 
 def _complete_state(states: dict, rule: RuleSpec, active: list[_Tracked]) -> None:
-    """Creates missing state, and puts step counters and layouts right. Counters of one device are views of one tensor."""
+    """Creates missing state, and puts step counters and layouts right. New counters are views of one tensor."""
     counters: dict[torch.device, list[tuple[dict, float]]] = {}
     for each in active:
         state = states[each.param]

@@ -1,0 +1,77 @@
+# make demo       train the example with torch's AdamW and with fusedopt's; results in demo_out/
+# make test       lint, then the test suite (on a GPU too, where there is one)
+# make gpu-test   the GPU tests alone; writes tests/results/gpu.json
+# make bench      time the step tail beside torch's
+# make lint       ruff and clang-format
+# make clean      remove everything that was made, .venv included
+#
+# Everything is installed into .venv. A torch >= 2.6 that PYTHON can import is used where it is and left as it is;
+# otherwise TORCH is installed into .venv. To try another one: make clean; make test TORCH='torch==2.6.0'
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint gpu-test bench clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/train_gpt.py --out demo_out
+
+test: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+gpu-test: $(VENV)/test.stamp
+	mkdir -p tests/results
+	FUSEDOPT_GPU_RESULTS=tests/results/gpu.json $(BIN)/python -m pytest -q -m gpu
+
+bench: $(VENV)/demo.stamp
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/step.py --device $(DEVICE) --first-step --json benchmarks/results/step-$(DEVICE).json
+
+clean:
+	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up -----------------------------------------------------------------------------------------------
+
+$(VENV)/demo.stamp: EXTRAS := cuda,bench
+$(VENV)/test.stamp: EXTRAS := test,bench
+
+# Editable: Python sources are used where they are. The extension is compiled again when its sources change.
+$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CXX_SOURCES)
+	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
+	touch $@
+
+# Prints where PYTHON has a torch that will do. One that is asked for by name is installed all the same.
+ifeq ($(origin TORCH),file)
+FIND_TORCH = import torch; \
+  assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6); \
+  print(torch.__path__[0].rpartition("/")[0])
+endif
+
+# The .pth file: where PYTHON is itself of a virtual environment, --system-site-packages does not reach its packages.
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, PYTHON is " + sys.version)'
+	@set -e; \
+	found=$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null || true); \
+	if [ -n "$$found" ]; then \
+	  echo "Using torch of $$found"; \
+	  $(PYTHON) -m venv --clear --system-site-packages $(VENV); \
+		  echo "$$found" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth; \
+	else \
+	  echo "Installing $(TORCH)"; \
+	  $(PYTHON) -m venv --clear $(VENV); \
+	  $(PIP_INSTALL) '$(TORCH)'; \
+	fi
+	touch $@

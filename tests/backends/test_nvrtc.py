@@ -1,0 +1,389 @@
+"""Compiling every CUDA kernel, which needs no GPU, and the cache on disk: what it trusts, and what it survives."""
+
+import hashlib
+import struct
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+
+from fusedopt.backends import nvrtc
+from fusedopt.specs import DTYPES, RULES
+
+ARCH = "sm_90"
+KERNEL = nvrtc.FINALIZE  # the smallest
+OTHER_KERNEL = nvrtc.upload_kernel(nvrtc.SMALL_TABLE)
+CUBIN = b"\x7fELF" + bytes(range(256)) * 8
+
+
+# ---- every kernel -------------------------------------------------------------------------------------------------
+
+
+def sections(cubin: bytes):
+    """(name, content) of each section of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in headers:
+        start = headers[names][4] + name
+        yield cubin[start : cubin.index(b"\0", start)].decode(), cubin[offset : offset + length]
+
+
+def frame_bytes(cubin: bytes) -> int:
+    """The largest stack frame of a cubin's functions: spilled registers, and arrays with an index known at run time.
+
+    The compiler records it in section .nv.info, a list of (format, attribute, value or length of a value). Attribute
+    0x11, EIATTR_FRAME_SIZE, holds the function's number and its bytes.
+    """
+    frames = []
+    for content in (content for name, content in sections(cubin) if name == ".nv.info"):
+        at = 0
+        while at < len(content):
+            kind, attribute, value = struct.unpack_from("<2BH", content, at)
+            length = value if kind == 4 else 0
+            if attribute == 0x11:
+                frames.append(struct.unpack_from("<2I", content, at + 4)[1])
+            at += 4 + length
+    return max(frames)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel written out, where a ``KernelSpec`` is expected."""
+
+    text: str
+
+    def source(self) -> str:
+        return self.text
+
+
+# Where launch bounds leave too few registers, the compiler may spill some of a slow path; never whole vectors. The
+# kernels that are tuned by measurement, on this architecture, to be bound by memory spill nothing.
+TUNED_ARCH = "sm_90"
+MAX_SPILLED_BYTES = 96
+
+
+def allowed_frame_bytes(kernel: nvrtc.KernelSpec, arch: str) -> int:
+    arguments = set(kernel.arguments)
+    formats = arguments & {spec.cpp for spec in DTYPES.values()}
+    tuned = arch == TUNED_ARCH and len(formats) <= 1 and not arguments & {"Float64", "Tuning::kLatency"}
+    return 0 if tuned else MAX_SPILLED_BYTES
+
+
+def compile_all(kernels, arch) -> None:
+    """Each must become a cubin that has its entry point and keeps its vectors in registers."""
+    with ThreadPoolExecutor(2) as pool:
+        cubins = list(pool.map(lambda kernel: nvrtc.compile_kernel(kernel, arch), kernels))
+    assert all(cubin.startswith(b"\x7fELF") and nvrtc.ENTRY.encode() in cubin for cubin in cubins)
+    frames = {kernel: frame_bytes(cubin) for kernel, cubin in zip(kernels, cubins, strict=True)}
+    assert not {kernel: size for kernel, size in frames.items() if size > allowed_frame_bytes(kernel, arch)}
+
+
+TABLES = {"small": nvrtc.SMALL_TABLE, "medium": nvrtc.MEDIUM_TABLE, "large": nvrtc.LARGE_TABLE, "device": 0}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_every_kernel_compiles(arch, table):
+    compile_all(nvrtc.all_kernels((TABLES[table],)), arch)
+
+
+def test_table_sizes_are_all_compiled():
+    """The parametrisation above leaves none out."""
+    assert {kernel.table_bytes for kernel in nvrtc.all_kernels()} == set(TABLES.values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_dtypes_compile(rule):
+    """Parameter, gradient and states each in a dtype of its own; float64 mixes with none."""
+    dtypes = [name for name in DTYPES if name != "float64"]
+    mixed = [combination for combination in product(dtypes, repeat=3) if len(set(combination)) > 1]
+    compile_all([nvrtc.update_kernel(rule, *combination) for combination in mixed], ARCH)
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_local_memory_is_noticed(arch):
+    """64 floats with an index known at run time."""
+    kernel = Source(
+        'extern "C" __global__ void fusedopt_entry(float* x, int n) {'
+        "  float a[64];"
+        "  for (int i = 0; i < n; ++i) a[i * 7 % 64] = x[i];"
+        "  for (int i = 0; i < n; ++i) x[i] = a[i * 5 % 64];"
+        "}"
+    )
+    assert frame_bytes(nvrtc.compile_kernel(kernel, arch)) == 64 * 4
+
+
+def test_compiler_errors_are_shown():
+    with pytest.raises(RuntimeError, match=r"NVRTC could not compile .* for sm_90.*(?s:.)*no_such_function"):
+        nvrtc.compile_kernel(Source("__global__ void f() { no_such_function(); }"), ARCH)
+
+
+def test_unknown_architecture_is_named():
+    with pytest.raises(RuntimeError, match="for sm_1"):
+        nvrtc.compile_kernel(KERNEL, "sm_1")
+
+
+def test_threads_may_compile_at_once():
+    """Also the first time in a process, when both import the compiler."""
+    script = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from fusedopt.backends import nvrtc\n"
+        "with ThreadPoolExecutor(2) as pool:\n"
+        f"    cubins = list(pool.map(lambda _: nvrtc.compile_kernel(nvrtc.FINALIZE, '{ARCH}'), range(2)))\n"
+        "assert cubins[0] == cubins[1]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the compiler is missing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_cuda_core(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("cuda.core")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+
+
+@pytest.mark.parametrize("function", [nvrtc.require_compiler, lambda: nvrtc.compile_kernel(KERNEL, ARCH)])
+def test_missing_cuda_core_names_the_remedy(no_cuda_core, function):
+    with pytest.raises(RuntimeError, match=r"cuda-core .*pip install 'fusedopt\[cuda\]'.*nvidia-cuda-nvrtc"):
+        function()
+
+
+def test_missing_cuda_package_names_the_remedy(monkeypatch):
+    """Not even the namespace package ``cuda``."""
+    for name in [name for name in sys.modules if name == "cuda" or name.startswith("cuda.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'fusedopt\[cuda\]'"):
+        nvrtc.require_compiler()
+
+
+# ---- the cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache that has not warned yet."""
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(nvrtc, "_warned", set())
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A compiler that returns `CUBIN`, and the list of what it was asked for."""
+    calls = []
+
+    def compile_kernel(kernel, arch):
+        calls.append((kernel, arch))
+        return CUBIN
+
+    monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
+    return calls
+
+
+@pytest.fixture
+def entry(folder, compiled):
+    """The file of `KERNEL`, written as ever."""
+    nvrtc.get_cubin(KERNEL, ARCH)
+    compiled.clear()
+    (path,) = folder.iterdir()
+    return path
+
+
+def get_silently(kernel=KERNEL, arch=ARCH) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return nvrtc.get_cubin(kernel, arch)
+
+
+def test_hit(entry, compiled):
+    assert get_silently() == CUBIN
+    assert not compiled
+
+
+@pytest.mark.parametrize("kernel, arch", [(OTHER_KERNEL, ARCH), (KERNEL, "sm_80")], ids=["kernel", "architecture"])
+def test_each_kernel_and_architecture_has_its_entry(entry, compiled, kernel, arch):
+    assert get_silently(kernel, arch) == CUBIN
+    assert compiled == [(kernel, arch)]
+    assert len(list(entry.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("part", ["_source_hash", "_compiler_version"])
+def test_other_sources_and_compilers_have_entries_of_their_own(entry, compiled, monkeypatch, part):
+    known = getattr(nvrtc, part)()
+    monkeypatch.setattr(nvrtc, part, lambda: known[:-1])
+    assert get_silently() == CUBIN
+    assert compiled == [(KERNEL, ARCH)]
+
+
+def test_options_are_part_of_the_key(entry, compiled, monkeypatch):
+    monkeypatch.setitem(nvrtc._DEFINES, "FUSEDOPT_CHUNK", 2 * nvrtc._DEFINES["FUSEDOPT_CHUNK"])
+    assert get_silently() == CUBIN
+    assert compiled == [(KERNEL, ARCH)]
+
+
+def test_every_header_is_part_of_the_key(tmp_path, monkeypatch):
+    """One byte in any file that NVRTC may read."""
+    hashes = set()
+    for folder in ("core", "cuda", "formats", "rules"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.h").write_text("// 0")
+    monkeypatch.setattr(nvrtc, "source_dir", lambda: tmp_path)
+    for folder in ("core", "cuda", "formats", "rules"):
+        hashes.add(nvrtc._source_hash.__wrapped__())
+        (tmp_path / folder / "a.h").write_text("// 1")
+    assert len(hashes | {nvrtc._source_hash.__wrapped__()}) == 5
+
+
+def assert_recompiled(entry, compiled):
+    """A warning, once; then the entry is as good as new."""
+    with pytest.warns(UserWarning, match="damaged or foreign.*compiled again.*FUSEDOPT_CACHE_DIR") as caught:
+        assert nvrtc.get_cubin(KERNEL, ARCH) == CUBIN
+    assert len(caught) == 1 and str(entry.parent) in str(caught[0].message)
+    assert compiled == [(KERNEL, ARCH)]
+    assert get_silently() == CUBIN
+    assert compiled == [(KERNEL, ARCH)]
+
+
+@pytest.mark.parametrize("at", [0, 20, 60, -1], ids=["magic", "checksum", "first_byte", "last_byte"])
+def test_a_damaged_entry_is_compiled_again(entry, compiled, at):
+    content = bytearray(entry.read_bytes())
+    content[at] ^= 1
+    entry.write_bytes(content)
+    assert_recompiled(entry, compiled)
+
+
+@pytest.mark.parametrize("length", [0, 5, 17, 48, 49, 1000, -1])
+def test_a_truncated_entry_is_compiled_again(entry, compiled, length):
+    entry.write_bytes(entry.read_bytes()[:length])
+    assert_recompiled(entry, compiled)
+
+
+@pytest.mark.parametrize("content", [CUBIN, CUBIN + b"longer", b"#!/bin/sh\n"], ids=["bare", "longer", "script"])
+def test_a_foreign_entry_is_compiled_again(entry, compiled, content):
+    entry.write_bytes(content)
+    assert_recompiled(entry, compiled)
+
+
+def test_an_intact_entry_of_another_kernel_is_compiled_again(entry, compiled):
+    nvrtc.get_cubin(OTHER_KERNEL, ARCH)
+    compiled.clear()
+    (other,) = set(entry.parent.iterdir()) - {entry}
+    entry.write_bytes(other.read_bytes())
+    assert_recompiled(entry, compiled)
+
+
+def test_a_second_damaged_entry_does_not_warn_again(entry, compiled):
+    entry.write_bytes(b"")
+    assert_recompiled(entry, compiled)
+    entry.write_bytes(b"")
+    assert get_silently() == CUBIN
+
+
+def assert_works_unwritten(folder):
+    """Compiles, warns once, and leaves nothing half-written behind."""
+    with pytest.warns(UserWarning, match="could not be.*compiled again.*FUSEDOPT_CACHE_DIR") as caught:
+        assert nvrtc.get_cubin(KERNEL, ARCH) == CUBIN
+        assert nvrtc.get_cubin(OTHER_KERNEL, ARCH) == CUBIN
+    assert len(caught) == 1 and str(folder) in str(caught[0].message)
+    assert not folder.is_dir() or not list(folder.glob(".partial-*"))
+
+
+def test_a_file_where_the_folder_should_be(folder, compiled):
+    folder.write_text("in the way")
+    assert_works_unwritten(folder)
+    assert folder.read_text() == "in the way"
+
+
+def test_a_folder_that_cannot_be_made(folder, compiled, monkeypatch):
+    folder.write_text("in the way")
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(folder / "below"))
+    assert_works_unwritten(folder / "below")
+
+
+def test_a_folder_where_the_file_should_be(entry, compiled):
+    entry.unlink()
+    entry.mkdir()
+    assert_works_unwritten(entry.parent)
+
+
+def test_a_full_disk(folder, compiled, monkeypatch):
+    def replace(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nvrtc.os, "replace", replace)
+    assert_works_unwritten(folder)
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
+def read_only(entry):
+    entry.parent.chmod(0o500)
+    yield entry
+    entry.parent.chmod(0o700)
+
+
+def test_a_read_only_cache_is_used(read_only, compiled):
+    assert get_silently() == CUBIN
+    assert not compiled
+
+
+def test_a_read_only_cache_is_not_written(read_only, compiled):
+    try:
+        (read_only.parent / "probe").touch()
+    except PermissionError:
+        with pytest.warns(UserWarning, match="could not be written"):
+            assert nvrtc.get_cubin(OTHER_KERNEL, ARCH) == CUBIN
+    else:
+        pytest.skip("this user may write anywhere")
+
+
+def test_processes_may_start_cold_at_once(folder):
+    """They all compile, none fails, and one entry is left that the next one trusts."""
+    script = (
+        "import hashlib\n"
+        "from fusedopt.backends import nvrtc\n"
+        "print('ready', flush=True)\n"
+        "input()\n"
+        f"print(hashlib.sha256(nvrtc.get_cubin(nvrtc.FINALIZE, '{ARCH}')).hexdigest())\n"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(3)]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        results = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, 0], results
+    (path,) = folder.iterdir()
+    assert path.suffix == ".cubin"
+    expected = hashlib.sha256(get_silently()).hexdigest()
+    assert [output for output, _ in results] == [f"{expected}\n"] * 3
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FUSEDOPT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert nvrtc.cache_dir() == tmp_path / "home" / ".cache" / "fusedopt"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert nvrtc.cache_dir() == tmp_path / "xdg" / "fusedopt"
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path / "own"))
+    assert nvrtc.cache_dir() == tmp_path / "own"
+    for name in ("FUSEDOPT_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert nvrtc.cache_dir() == tmp_path / "home" / ".cache" / "fusedopt"

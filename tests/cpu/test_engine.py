@@ -1,0 +1,263 @@
+"""The CPU engine: the same bits with every instruction set and thread count, after a fork, and without the GIL."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, DTYPES, ONE_EACH, SIZES, hard_values, memory, normal, parameters, set_gradients
+
+import fusedopt
+from fusedopt.specs import CPU_CHUNK
+
+TESTS = Path(__file__).resolve().parents[1]
+ISAS = ["baseline", "avx2", "avx512"]
+
+# Tensors of several chunks, and of sizes that no vector divides.
+MANY_CHUNKS = [3 * CPU_CHUNK + 5, 17, 2 * CPU_CHUNK - 1, 1023]
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def digest(tensors) -> str:
+    sums = hashlib.sha256()
+    for t in tensors:
+        sums.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sums.hexdigest()
+
+
+def grads(params) -> list[torch.Tensor]:
+    return [p.grad for p in params]
+
+
+def update_results(cases, sizes, values=normal) -> dict[str, str]:
+    """A digest of parameters and states after two steps with every gradient transform, by case and dtype."""
+    results = {}
+    for case in cases:
+        for dtype in DTYPES:
+            params = parameters(sizes, dtype, values=values)
+            opt = case.make(params, max_grad_norm=1.0, max_grad_value=0.5, nonfinite="skip")
+            for step in range(2):
+                set_gradients(params, seed=step, values=values)
+                opt.grad_scale = torch.tensor(3.0)
+                opt.step()
+            results[f"{case} {dtype}"] = digest([*memory(opt), opt.grad_norm, opt.clip_coef])
+    return results
+
+
+def gradient_results(sizes, values=normal) -> dict[str, str]:
+    """A digest of norms and of scaled gradients, by function and dtype."""
+    results = {}
+    for dtype in DTYPES:
+        params = parameters(sizes, dtype)
+        set_gradients(params, values=values)
+        for norm_type in (1.0, 2.0, float("inf")):
+            results[f"norm {norm_type} {dtype}"] = digest([fusedopt.get_total_norm(grads(params), norm_type)])
+        found_inf = fusedopt.unscale_grads_(params, 3.0)
+        results[f"unscale {dtype}"] = digest([*grads(params), found_inf])
+        fusedopt.clip_grad_value_(params, 0.25)
+        results[f"clip value {dtype}"] = digest(grads(params))
+        results[f"clip norm {dtype}"] = digest([fusedopt.clip_grad_norm_(params, 0.5), *grads(params)])
+    return results
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a script that may import this file and others of the tests."""
+    path = os.pathsep.join(filter(None, [str(TESTS), str(TESTS / "cpu"), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ---- instruction sets ---------------------------------------------------------------------------------------------
+
+DIGESTS = """
+import json
+from cases import CASES, SIZES, hard_values
+from fusedopt import _C
+from test_engine import gradient_results, update_results
+results = {**update_results(CASES, SIZES), **gradient_results(SIZES)}
+hard = {**update_results(CASES, SIZES, hard_values), **gradient_results(SIZES, hard_values)}
+print(json.dumps({"isa": _C.cpu_isa(), "normal": results, "hard": hard}))
+"""
+
+
+@pytest.fixture(scope="module")
+def default_digests():
+    """Of the instruction set that this processor gets without being asked."""
+    return {
+        "normal": {**update_results(CASES, SIZES), **gradient_results(SIZES)},
+        "hard": {**update_results(CASES, SIZES, hard_values), **gradient_results(SIZES, hard_values)},
+    }
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets_give_the_same_bits(isa, default_digests):
+    done = python(DIGESTS, FUSEDOPT_CPU_ISA=isa)
+    if f"got '{isa}'" in done.stderr and isa != "baseline":
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["isa"] == isa
+    for values in ("normal", "hard"):
+        assert found[values] == default_digests[values]
+
+
+def test_unknown_instruction_set_is_an_error():
+    done = python("import fusedopt; fusedopt._C.cpu_isa()", FUSEDOPT_CPU_ISA="sse9")
+    assert done.returncode == 1
+    assert "ValueError: FUSEDOPT_CPU_ISA: got 'sse9', expected one of: " in done.stderr
+    assert "baseline" in done.stderr
+
+
+def test_empty_instruction_set_is_none():
+    done = python("import fusedopt; print(fusedopt._C.cpu_isa())", FUSEDOPT_CPU_ISA="")
+    assert done.stdout.strip() == fusedopt._C.cpu_isa()
+
+
+# ---- threads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_thread_counts_give_the_same_bits(threads, count):
+    def results():
+        return {**update_results(ONE_EACH, MANY_CHUNKS), **gradient_results(MANY_CHUNKS)}
+
+    threads(1)
+    expected = results()
+    threads(count)
+    assert results() == expected
+
+
+def test_python_threads_may_step_at_once(threads):
+    """Each with an optimizer of its own; the engine's threads are shared."""
+    threads(2)
+
+    def train(seed: int, results: dict) -> None:
+        params = parameters(MANY_CHUNKS, seed=seed)
+        opt = fusedopt.AdamW(params, max_grad_norm=1.0)
+        for step in range(3):
+            set_gradients(params, seed=step)
+            opt.step()
+        results[seed] = digest(memory(opt))
+
+    alone, together = {}, {}
+    for seed in range(4):
+        train(seed, alone)
+    workers = [threading.Thread(target=train, args=(seed, together)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert together == alone
+
+
+FORK = """
+import os, sys
+import torch
+import fusedopt
+from cases import parameters, set_gradients
+from test_engine import MANY_CHUNKS, digest
+
+torch.set_num_threads(3)
+params = parameters(MANY_CHUNKS)
+opt = fusedopt.AdamW(params, max_grad_norm=1.0)
+set_gradients(params)
+opt.step()  # the engine has threads now, which a child does not inherit
+child = os.fork()
+opt.step()
+state = opt.state_dict()["state"].values()
+result = digest([*params, *(t for each in state for t in each.values())])  # no copies: torch's threads are gone as well
+if child == 0:
+    print(result, flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(result)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_works_after_a_fork():
+    done = python(FORK)
+    assert done.returncode == 0, done.stderr
+    child, parent = done.stdout.split()
+    assert child == parent
+
+
+# ---- the GIL ------------------------------------------------------------------------------------------------------
+
+ELEMENTS = 1 << 24  # some 20 ms of work for one thread, against a switch interval of 5 ms
+
+
+def longest_pause(work) -> float:
+    """The longest time that another Python thread stood still during `work()`, as a share of its duration."""
+    ticks, stop = [], threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-4)
+
+    other = threading.Thread(target=tick)
+    other.start()
+    time.sleep(0.01)
+    start = time.perf_counter()
+    work()
+    end = time.perf_counter()
+    stop.set()
+    other.join()
+    times = [start, *(t for t in ticks if start < t < end), end]
+    return max(b - a for a, b in zip(times, times[1:])) / (end - start)
+
+
+@pytest.mark.parametrize("work", ["update", "norm", "scale"])
+def test_other_python_threads_run_meanwhile(threads, work):
+    threads(1)
+    params = [torch.nn.Parameter(torch.ones(ELEMENTS))]
+    params[0].grad = torch.ones(ELEMENTS)
+    opt = fusedopt.AdamW(params)
+    functions = {
+        "update": opt.step,
+        "norm": lambda: fusedopt.get_total_norm(grads(params)),
+        "scale": lambda: fusedopt.unscale_grads_(params, 2.0),
+    }
+    functions[work]()  # makes states and tables
+    # Were the GIL held, every share would be close to 1. Others may use the machine, so the least one counts.
+    assert min(longest_pause(functions[work]) for _ in range(10)) < 0.5
+
+
+# ---- without torch's C functions ----------------------------------------------------------------------------------
+
+
+def test_the_suite_passes_without_torchs_c_functions():
+    """Tensors are then read through their Python attributes, as with a torch that lacks those functions."""
+    environment = {"FUSEDOPT_NO_TORCH_FUNCTIONS": "1"}
+    done = python("import fusedopt; print(fusedopt._C.has_torch_functions())", **environment)
+    assert done.stdout.strip() == "False", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider"]
+        + [str(TESTS / "optim" / name) for name in ("test_state.py", "test_torch_parity.py")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

@@ -1,0 +1,313 @@
+"""The layers import one way, the registries agree, and shared memory is read where the C++ structs have it."""
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, parameters, set_gradients
+
+import fusedopt
+from fusedopt import _C, functional, reference
+from fusedopt.control import Control
+from fusedopt.specs import DTYPES, NORM_TYPES, RULES
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, CSRC = ROOT / "fusedopt", ROOT / "csrc"
+MAX_LINES = 600
+
+PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
+CXX_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh"))
+PUBLIC = [getattr(fusedopt, name) for name in fusedopt.__all__]
+OPTIMIZERS = [cls for cls in PUBLIC if isinstance(cls, type) and fusedopt.FusedOptimizer in cls.__mro__[1:]]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# ---- Python layers ------------------------------------------------------------------------------------------------
+
+# A module or subpackage may import those of lower rank, and its own. `reference` judges the others: it shares nothing.
+RANKS = {
+    "reference": 0,
+    "specs": 0,
+    "_C": 0,
+    "control": 1,
+    "checks": 1,
+    "plan": 2,
+    "backends": 3,
+    "passes": 4,
+    "functional": 5,
+    "clip": 5,
+    "optim": 6,
+    "__init__": 7,
+    "cli": 8,
+}
+
+
+def unit_of(path: Path) -> str:
+    """The module or subpackage directly below fusedopt/ that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute dotted names of all that a file imports, at any depth; of `from x import y` both x and x.y."""
+    package = ["fusedopt", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def imported_units(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imported_modules(path) if name.startswith("fusedopt.")]
+    return {part[1] for part in parts if part[1] in RANKS}
+
+
+def test_every_module_has_a_rank():
+    """A new module must be put into its layer here."""
+    units = {unit_of(path) for path in PYTHON_FILES} | {"_C"}
+    assert units == RANKS.keys()
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
+def test_imports_point_one_way(path):
+    unit = unit_of(path)
+    upward = {other for other in imported_units(path) if other != unit and RANKS[other] >= RANKS[unit]}
+    assert not upward, f"{name_of(path)} imports {sorted(upward)}, which are not below it"
+
+
+def test_specs_import_the_standard_library_only():
+    assert {name.split(".")[0] for name in imported_modules(PACKAGE / "specs.py")} <= sys.stdlib_module_names
+
+
+def test_reference_imports_torch_only():
+    assert {name.split(".")[0] for name in imported_modules(PACKAGE / "reference.py")} == {"torch"}
+
+
+# ---- C++ layers ---------------------------------------------------------------------------------------------------
+
+MAY_INCLUDE = {
+    "core": {"core"},
+    "rules": {"core", "rules"},
+    "formats": {"core", "formats"},
+    "cpu": {"core", "rules", "formats", "cpu"},
+    "cuda": {"core", "rules", "formats", "cuda"},
+    "host": {"core", "host"},
+    "bindings.cpp": {"core", "rules", "cpu", "cuda", "host"},
+}
+NVRTC_READS = ("core", "rules", "formats", "cuda")
+
+
+def includes(path: Path) -> list[tuple[str, str]]:
+    """(quote or angle bracket, what is included) of each #include."""
+    return re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", CXX_FILES, ids=name_of)
+def test_cxx_includes_point_one_way(path):
+    unit = path.relative_to(CSRC).parts[0]
+    for quote, name in includes(path):
+        if quote == '"':
+            included = (path.parent / name).resolve()
+            assert included.is_file(), f"{name} is not beside the file that includes it"
+            assert included.relative_to(CSRC).parts[0] in MAY_INCLUDE[unit], f"{unit} must not include {name}"
+        else:
+            library = name.split("/")[0]
+            assert library not in ("torch", "ATen", "c10", "caffe2") and not name.startswith("cuda"), name
+
+
+def test_nvrtc_is_given_no_system_header():
+    """Except in the branch of platform.h that it does not read."""
+    found = {
+        (name_of(path), name)
+        for path in CXX_FILES
+        if path.relative_to(CSRC).parts[0] in NVRTC_READS
+        for quote, name in includes(path)
+        if quote == "<"
+    }
+    assert found == {("csrc/core/platform.h", "cmath")}
+    before = (CSRC / "core/platform.h").read_text().split("#include <cmath>")[0]
+    assert re.findall(r"^#(?:if|else).*", before, re.MULTILINE) == ["#if defined(__CUDACC__)", "#else"]
+
+
+def test_every_cxx_source_is_built():
+    built = set(re.findall(r'"(csrc/[^"]+\.cpp)"', (ROOT / "setup.py").read_text()))
+    assert built == {name_of(path) for path in CXX_FILES if path.suffix == ".cpp"}
+
+
+def test_every_package_is_installed():
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    sources = {"fusedopt._csrc", *(f"fusedopt._csrc.{folder}" for folder in NVRTC_READS)}
+    assert set(re.findall(r'"([^"]+)"', listed[1])) == packages | sources
+
+
+# ---- registries ---------------------------------------------------------------------------------------------------
+
+
+def test_specs_agree_with_cxx_rules():
+    found = [(row["struct_name"], row["name"], tuple(row["states"]), tuple(row["hyper"])) for row in _C.rules()]
+    expected = [
+        (spec.cpp, spec.name, spec.states, tuple(hyper for hyper, _, _ in spec.hyper))
+        for spec in sorted(RULES.values(), key=lambda spec: spec.index)
+    ]
+    assert found == expected
+    assert [spec.index for spec in RULES.values()] == list(range(len(RULES)))
+    assert all(row["num_states"] == len(row["states"]) for row in _C.rules())
+
+
+def test_specs_agree_with_the_reference():
+    assert reference.RULES.keys() == RULES.keys()
+    for name, spec in RULES.items():
+        assert reference.STATES[name] == spec.states
+        signature = inspect.signature(reference.RULES[name]).parameters
+        assert tuple(signature)[:2] == ("param", "grad")
+        assert tuple(signature)[2 : 2 + len(spec.states)] == spec.states
+        keywords = {key for key, parameter in signature.items() if parameter.kind is parameter.KEYWORD_ONLY}
+        assert keywords == {"step"} | {key for _, key, _ in spec.hyper}
+
+
+def test_specs_agree_with_the_optimizers():
+    assert {cls.rule for cls in OPTIMIZERS} == RULES.keys()
+    for cls in OPTIMIZERS:
+        keys = {key for _, key, _ in RULES[cls.rule].hyper}
+        assert keys <= inspect.signature(cls).parameters.keys()
+        assert keys <= cls(parameters([1])).param_groups[0].keys()
+
+
+def test_specs_agree_with_the_functions():
+    for name, spec in RULES.items():
+        signature = inspect.signature(getattr(functional, f"{name}_")).parameters
+        assert {key for _, key, _ in spec.hyper} <= signature.keys()
+        assert {f"{state}s" for state in spec.states} <= signature.keys()
+
+
+def test_specs_agree_with_the_test_table():
+    assert {case.rule for case in CASES} == RULES.keys()
+    assert {case.optimizer for case in CASES} == {cls.__name__ for cls in OPTIMIZERS}
+    for case in CASES:
+        opt = case.make(params := parameters([3]))
+        set_gradients(params)
+        opt.step()
+        assert opt.state[params[0]].keys() == {"step", *RULES[case.rule].states}, case
+
+
+def enumerators(name: str) -> dict[str, int]:
+    """Of an enum class in structs.h."""
+    body = re.search(rf"enum class {name} : int32 {{(.*?)}}", (CSRC / "core/structs.h").read_text(), re.DOTALL)[1]
+    return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
+
+
+def constant(path: str, name: str) -> int:
+    return int(re.search(rf"constexpr \w+ {name} = (\d+);", (CSRC / path).read_text())[1])
+
+
+def test_dtypes_agree_with_cxx():
+    assert enumerators("DType") == {f"k{spec.cpp}": spec.code for spec in DTYPES.values()}
+    assert constant("core/structs.h", "kNumDTypes") == len(DTYPES)
+    formats = (CSRC / "formats/plain.h").read_text()
+    assert all(re.search(rf"^struct {spec.cpp} {{", formats, re.MULTILINE) for spec in DTYPES.values())
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
+
+
+def test_norm_types_agree_with_cxx():
+    assert enumerators("NormType") == dict(NORM_TYPES.values())
+
+
+def test_rows_hold_every_rule():
+    assert max(len(spec.states) for spec in RULES.values()) <= constant("core/structs.h", "kMaxStates")
+    assert max(len(spec.hyper) for spec in RULES.values()) <= constant("core/structs.h", "kMaxHyper")
+
+
+def test_thread_block_agrees_with_the_kernels():
+    assert constant("bindings.cpp", "kCudaThreads") == constant("cuda/engine.cuh", "kThreads")
+
+
+# ---- memory shared with C++ ---------------------------------------------------------------------------------------
+
+CXX_TYPES = {
+    "double": torch.float64,
+    "float": torch.float32,
+    "int64": torch.int64,
+    "uint32": torch.int32,
+}
+VIEWS = {
+    "local_sums": "sum",
+    "total_norm64": "total_norm",
+    "clip_coef64": "clip_coef",
+    "total_norm": "total_norm_f32",
+    "clip_coef": "clip_coef_f32",
+    "norm_found_inf": "found_inf",
+    "skipped": "skipped",
+    "skipped_steps": "skipped_steps",
+}
+
+
+def struct_fields(name: str) -> dict[str, tuple[int, torch.dtype]]:
+    """Offset in bytes and type of each field of a struct of numbers in structs.h, laid out as C++ does."""
+    body = re.search(rf"^struct {name} {{(.*?)^}};", (CSRC / "core/structs.h").read_text(), re.MULTILINE | re.DOTALL)[1]
+    fields, offset = {}, 0
+    for line in filter(None, (line.split("//")[0].strip() for line in body.splitlines())):
+        cxx_type, field = re.fullmatch(r"(\w+) (\w+);", line).groups()
+        size = CXX_TYPES[cxx_type].itemsize
+        offset += -offset % size
+        fields[field] = (offset, CXX_TYPES[cxx_type])
+        offset += size
+    return fields
+
+
+def test_control_reads_the_struct_where_it_is():
+    control, fields = Control(torch.device("cpu")), struct_fields("Control")
+    views = {name for name, value in vars(control).items() if isinstance(value, torch.Tensor)} - {"buffer"}
+    assert views == VIEWS.keys()
+    for name, field in VIEWS.items():
+        view = getattr(control, name)
+        assert (view.data_ptr() - control.address, view.dtype) == fields[field], name
+    assert fields["nonfinite"] == (fields["sum"][0] + 8, torch.float64)  # local_sums holds both
+    assert control.local_sums.shape == (2,)
+    last, dtype = list(fields.values())[-1]
+    assert control.buffer.nbytes == last + dtype.itemsize
+
+
+# ---- torch --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_state_dict_has_torchs_keys(name):
+    def keys(module):
+        params = parameters([3])
+        opt = getattr(module, name)(params)
+        set_gradients(params)
+        opt.step()
+        saved = opt.state_dict()
+        return saved.keys(), saved["param_groups"][0].keys(), saved["state"][0].keys()
+
+    assert keys(fusedopt) == keys(torch.optim)
+
+
+# ---- the repository -----------------------------------------------------------------------------------------------
+
+
+def test_versions_agree():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert version == fusedopt.__version__
+
+
+def test_files_are_short():
+    folders = ("fusedopt", "csrc", "tests", "benchmarks", "examples", "docs", ".ci")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    paths += [path for path in ROOT.iterdir() if path.is_file()]
+    texts = [path for path in paths if path.suffix in (".py", ".h", ".cuh", ".cpp", ".md", ".toml")]
+    texts += [ROOT / "Makefile", ROOT / ".ci/run"]
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in texts}
+    assert not {name: length for name, length in lengths.items() if length >= MAX_LINES}
