@@ -159,7 +159,7 @@ def _begin(
     tables, places = _tables.get(None, [TensorRow(t.numel(), t.device, t.dtype) for t in dense])
     for (bucket, slot), tensor in zip(places, dense):
         bucket.table.set_grad(slot, tensor.data_ptr() or 1)
-    passes.begin(tables, scalars, which, out)
+    passes.begin(tables, scalars, which, nonfinite_out=out)
     return tables, dense
 
 

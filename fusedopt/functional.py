@@ -128,9 +128,7 @@ def _apply(
     staged = [_stage(*tensors) for tensors in zip(params, grads, zip(*states), steps)]
     tables, places = _tables.get(rule, [row for row, _ in staged])
     _set_grads(places, [grad for _, grad in staged])
-    for device in tables:
-        device.pack_hypers([hyper])
-    passes.begin(tables, scalars, ("update",))
+    passes.begin(tables, scalars, ("update",), [hyper])
     passes.run_update(tables)
     for (row, _), param, *own_states in zip(staged, params, *states):
         for kept, used in zip((param, *own_states), (row.param, *row.states)):

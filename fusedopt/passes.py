@@ -56,10 +56,21 @@ def prepare(tables: Sequence[DeviceTables]) -> None:
         device.backend.prepare(device)
 
 
-def begin(tables: Sequence[DeviceTables], scalars: StepScalars, passes: tuple[str, ...], out: int = 0) -> None:
-    """Gets every device ready for ``passes``; whatever can fail fails here. out: see ``PassArgs.nonfinite_out``."""
+def begin(
+    tables: Sequence[DeviceTables],
+    scalars: StepScalars,
+    passes: tuple[str, ...],
+    groups: Sequence[dict] = (),
+    nonfinite_out: int = 0,
+) -> None:
+    """Gets every device ready for ``passes``; whatever can fail fails here.
+
+    groups: param groups, whose hyper-parameters the update pass needs. nonfinite_out: address of the float32 that the
+    scale pass sets to 1 if it meets inf or NaN; 0 for none.
+    """
     for device in tables:
         device.keep_alive.clear()
+        device.pack_hypers(groups)
         if "norm" in passes:
             clip_coef, norm_found_inf = device.control.clip_coef_address, device.control.norm_found_inf_address
         else:
@@ -74,7 +85,7 @@ def begin(tables: Sequence[DeviceTables], scalars: StepScalars, passes: tuple[st
             _INFINITY if scalars.max_grad_norm is None else scalars.max_grad_norm,
             NORM_TYPES[scalars.norm_type][1],
             scalars.skip_nonfinite,
-            out,
+            nonfinite_out,
         )
         device.backend.begin(device, passes)
 

@@ -141,10 +141,10 @@ class DeviceTables:
             bucket.num_chunks = bucket.table.num_chunks
         return places
 
-    def pack_hypers(self, groups: list[dict]) -> None:
+    def pack_hypers(self, groups: Sequence[dict]) -> None:
         """Reads the hyper-parameters of all groups. A device lr stays on the device; other tensors are read here."""
         self.num_groups = len(groups)
-        for group, position in self.hypers.pack(groups):
+        for group, position in self.hypers.pack(list(groups)):
             _, key, index = self.rule.hyper[position]
             value = groups[group][key] if index < 0 else groups[group][key][index]
             if position == 0 and isinstance(value, torch.Tensor) and value.device.type == "cuda" == self.device.type:

@@ -56,13 +56,22 @@ FUSEDOPT_HD double square_root(double x) {
 #endif
 }
 
-// base^n by squaring. Written out because the pow() of CUDA and of the C library differ in the last
-// place, and bias corrections must have the same bits on both. Relative error below n * 2^-53.
-FUSEDOPT_HD double power(double base, uint64 n) {
-  double result = 1.0;
+// a^n and b^n by squaring, both in one loop so that neither waits for the other. Written out because the pow() of
+// CUDA and of the C library differ in the last place, and bias corrections must have the same bits on both. Relative
+// error below n * 2^-53.
+struct TwoPowers {
+  double a, b;
+};
+
+FUSEDOPT_HD TwoPowers powers(double a, double b, uint64 n) {
+  TwoPowers result = {1.0, 1.0};
   for (; n != 0; n >>= 1) {
-    if (n & 1) result *= base;
-    base *= base;
+    if (n & 1) {
+      result.a *= a;
+      result.b *= b;
+    }
+    a *= a;
+    b *= b;
   }
   return result;
 }

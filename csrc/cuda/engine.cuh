@@ -168,7 +168,7 @@ __device__ __forceinline__ bool take_ticket(uint32* ticket) {
   return atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
 }
 
-// What all threads of a block need to know, worked out by one of them while loads are under way.
+// What all threads of a block need to know, worked out by two of them, in different warps, while loads are under way.
 template <class Rule, class T>
 struct BlockPlan {
   typename Rule::template Coefficients<T> coefficients;
@@ -177,12 +177,14 @@ struct BlockPlan {
 
   template <class Table>
   __device__ __forceinline__ void prepare(const PassArgs& args, const Table& table, const TensorEntry& tensor) {
-    skip = must_skip(args);
-    const double step = double(*static_cast<volatile float*>(tensor.step)) + 1.0;
-    const Hyper hyper = hyper_of(args, table, tensor.group);
-    coefficients = Rule::template prepare<T>(hyper.value, step);
-    transform = gradient_transform<T>(args.scaling);
-    if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
+    if (threadIdx.x == 0) {
+      const double step = double(*static_cast<volatile float*>(tensor.step)) + 1.0;
+      coefficients = Rule::template prepare<T>(hyper_of(args, table, tensor.group).value, step);
+    } else if (threadIdx.x == 32) {
+      skip = must_skip(args);
+      transform = gradient_transform<T>(args.scaling);
+      if (hyper_of(args, table, tensor.group).maximize) transform.clip_coef = -transform.clip_coef;
+    }
   }
 };
 
@@ -324,7 +326,7 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
     const Pass pass(tensor, grad, split);
     typename Pass::Registers registers;
     pass.load(registers, 0);
-    if (threadIdx.x == 0) shared_plan.prepare(args, table, tensor);
+    shared_plan.prepare(args, table, tensor);
     __syncthreads();
     const auto plan = shared_plan;
     if (threadIdx.x == 0) last = finish_reading(args, plan.skip);

@@ -22,7 +22,7 @@ class Hypers {
   }
 
   // Returns (group, hyper-parameter) of every value that is not a plain number, for the caller to fill in.
-  std::vector<std::pair<int, int>> pack(pybind11::list groups) {
+  std::vector<std::pair<int, int>> pack(const pybind11::list& groups) {
     std::vector<std::pair<int, int>> others;
     rows_.resize(groups.size());
     for (size_t g = 0; g < rows_.size(); ++g) {

@@ -28,14 +28,14 @@ struct Adam {
   // step: t, counting from 1.
   template <class T>
   static FUSEDOPT_HD Coefficients<T> prepare(const double* hyper, double step) {
-    const uint64 t = uint64(step);
+    const TwoPowers beta_t = powers(hyper[kBeta1], hyper[kBeta2], uint64(step));  // beta1^t, beta2^t
     Coefficients<T> c;
     c.beta1 = T(hyper[kBeta1]);
     c.one_minus_beta1 = T(1.0 - hyper[kBeta1]);
     c.beta2 = T(hyper[kBeta2]);
     c.one_minus_beta2 = T(1.0 - hyper[kBeta2]);
-    c.step_size = T(hyper[kLr] / (1.0 - power(hyper[kBeta1], t)));
-    c.bias_correction2_sqrt = T(square_root(1.0 - power(hyper[kBeta2], t)));
+    c.step_size = T(hyper[kLr] / (1.0 - beta_t.a));
+    c.bias_correction2_sqrt = T(square_root(1.0 - beta_t.b));
     c.eps = T(hyper[kEps]);
     c.weight_decay = T(hyper[kWeightDecay]);
     c.decay = T(1.0 - hyper[kLr] * hyper[kWeightDecay]);

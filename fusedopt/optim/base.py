@@ -74,6 +74,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = {**self._options, **changes}
         check_clipping(type(self).__name__, **options)
         self._options = options
+        self._scalars = passes.StepScalars(
+            max_grad_value=options["max_grad_value"],
+            max_grad_norm=options["max_grad_norm"],
+            norm_type=float(options["norm_type"]),
+            skip_nonfinite=options["nonfinite"] == "skip",
+        )
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -188,19 +194,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         return plan
 
     def _run(self, plan: OptimizerPlan) -> None:
-        for device in plan.tables:
-            device.pack_hypers(self.param_groups)
-        options = self._options
-        scalars = passes.StepScalars(
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            max_grad_value=options["max_grad_value"],
-            max_grad_norm=options["max_grad_norm"],
-            norm_type=float(options["norm_type"]),
-            skip_nonfinite=options["nonfinite"] == "skip",
-        )
-        takes_norm = self._takes_norm
-        passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",))
+        scalars = self._scalars
+        given = self.__dict__  # GradScaler sets these two for the time of a step
+        if "found_inf" in given or "grad_scale" in given:
+            scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
+        takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
+        passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",), self.param_groups)
         plan.gather_copies()
         if takes_norm:
             passes.norm(plan.tables)
@@ -258,7 +257,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_options", dict(zip(_OPTIONS, (None, 2.0, None, "propagate"))))
+        self._set_options(**self.__dict__.setdefault("_options", dict(zip(_OPTIONS, (None, 2.0, None, "propagate")))))
         self.__dict__.setdefault("_controls", {})
         self._forget_plan()
         for group in self.param_groups:
