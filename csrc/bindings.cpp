@@ -24,8 +24,8 @@ T* address(uint64 value) {
 
 py::list rules() {
   py::list result;
-#define FUSEDOPT_ROW(Rule)                                                                            \
-  result.append(py::dict(py::arg("struct_name") = #Rule, py::arg("name") = baseline::Rule::kName,   \
+#define FUSEDOPT_ROW(Rule)                                                                         \
+  result.append(py::dict(py::arg("struct_name") = #Rule, py::arg("name") = baseline::Rule::kName,  \
                          py::arg("states") = py::str(baseline::Rule::kStateNames).attr("split")(), \
                          py::arg("num_states") = int(baseline::Rule::kStates),                     \
                          py::arg("hyper") = py::str(baseline::Rule::kHyperNames).attr("split")()));
@@ -109,17 +109,19 @@ void cuda_upload(uint64 context, uint64 function, uint64 stream, uint64 to, Tabl
   std::vector<char> part(capacity);
   std::memcpy(part.data(), table.packed() + offset, size_t(bytes));
   void* params[3] = {&to, &bytes, part.data()};
-  CudaDriver::instance().launch(address<void>(context), address<void>(function), 1, kCudaThreads,
-                                address<void>(stream), params);
+  CudaDriver::instance().launch(address<void>(context), address<void>(function), 1, kCudaThreads, address<void>(stream),
+                                params);
 }
 
 // A field that is a pointer, seen from Python as an integer.
 #define FUSEDOPT_ADDRESS(name, member)                                                  \
   def_property(                                                                         \
       name, [](const PassArgs& args) { return reinterpret_cast<uint64>(args.member); }, \
-      [](PassArgs& args, uint64 value) { args.member = address<std::remove_pointer_t<decltype(args.member)>>(value); })
-#define FUSEDOPT_VALUE(name, member)                         \
-  def_property(                                              \
+      [](PassArgs& args, uint64 value) {                                                \
+        args.member = address<std::remove_pointer_t<decltype(args.member)>>(value);     \
+      })
+#define FUSEDOPT_VALUE(name, member)                          \
+  def_property(                                               \
       name, [](const PassArgs& args) { return args.member; }, \
       [](PassArgs& args, decltype(PassArgs().member) value) { args.member = value; })
 

@@ -32,7 +32,7 @@ struct Chunk {
 // The hyper-parameters of one param group, in the order of the rule's kHyper.
 struct Hyper {
   double value[kMaxHyper];
-  const void* lr;  // if set, value[0] is read from here when the kernel runs (lr as a device tensor)
+  const void* lr;       // if set, value[0] is read from here when the kernel runs (lr as a device tensor)
   uint32 lr_is_double;  // what `lr` points to: a double, else a float
   uint32 maximize;
 };
@@ -65,10 +65,10 @@ struct NormOptions {
 
 // What every pass is told besides the tables. Null pointers mean "not given".
 struct Scaling {
-  const float* grad_scale;   // divides the gradients
-  const float* found_inf;    // != 0: skip (a sum over devices, may be 2)
-  const double* clip_coef;   // multiplies the gradients
-  double max_grad_value;     // clamps the unscaled gradients; inf: no clamp
+  const float* grad_scale;  // divides the gradients
+  const float* found_inf;   // != 0: skip (a sum over devices, may be 2)
+  const double* clip_coef;  // multiplies the gradients
+  double max_grad_value;    // clamps the unscaled gradients; inf: no clamp
 };
 
 }  // namespace fusedopt

@@ -21,7 +21,7 @@ constexpr int64 kBlock = 1024;  // elements: six float streams of them take 24 K
 
 template <class T>
 struct StreamFunctions {
-  int64 size;  // bytes per element
+  int64 size;   // bytes per element
   bool direct;  // memory already holds the compute type
   void (*load)(const void* from, T* to, int64 n);
   void (*store)(const T* from, void* to, int64 n);
@@ -46,7 +46,7 @@ constexpr bool is_same<A, A> = true;
 
 template <class T>
 inline const StreamFunctions<T>& stream_functions(DType dtype) {
-#define FUSEDOPT_ROW(Format)                                                              \
+#define FUSEDOPT_ROW(Format)                                                                        \
   {sizeof(typename Format::Storage), is_same<typename Format::Storage, T>, &load_stream<Format, T>, \
    &store_stream<Format, T>},
   static const StreamFunctions<T> table[kNumDTypes] = {FUSEDOPT_FOR_EACH_FORMAT(FUSEDOPT_ROW)};
@@ -126,8 +126,8 @@ struct RuleRow {
 };
 
 inline const RuleRow& rule_row(int32 rule) {
-#define FUSEDOPT_ROW(Rule)                               \
-  {Rule::kStates,                                        \
+#define FUSEDOPT_ROW(Rule)                                 \
+  {Rule::kStates,                                          \
    {&prepare_rule<Rule, float>, &apply_rule<Rule, float>}, \
    {&prepare_rule<Rule, double>, &apply_rule<Rule, double>}},
   static const RuleRow table[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
@@ -295,7 +295,8 @@ void scale_chunk(const ScaleJob& job, const Chunk& chunk) {
       nonfinite |= !(data[k] - data[k] == T(0));
       data[k] = transform(data[k]);
     }
-    if (nonfinite && job.nonfinite_out) __atomic_store_n(reinterpret_cast<uint32*>(job.nonfinite_out), kOne, __ATOMIC_RELAXED);
+    if (nonfinite && job.nonfinite_out)
+      __atomic_store_n(reinterpret_cast<uint32*>(job.nonfinite_out), kOne, __ATOMIC_RELAXED);
     grad.commit();
   }
 }

@@ -47,7 +47,7 @@ struct StepTable {
 constexpr FUSEDOPT_HD int minimum(int a, int b) { return a < b ? a : b; }
 
 template <class Format, int V>
-struct alignas(minimum(16, V * int(sizeof(typename Format::Storage)))) Vector {
+struct alignas(minimum(16, V* int(sizeof(typename Format::Storage)))) Vector {
   typename Format::Storage lane[V];
 };
 
@@ -207,8 +207,8 @@ __device__ __forceinline__ void count_steps(const PassArgs& args, const Table& t
 template <class Rule, class P, class G, class S, Tuning kTuning>
 struct Update {
   using T = typename P::Compute;
-  static constexpr int kSmallest = minimum(sizeof(typename P::Storage),
-                                           minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
+  static constexpr int kSmallest =
+      minimum(sizeof(typename P::Storage), minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
   static constexpr int V = 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
   static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest);
@@ -382,7 +382,8 @@ struct Norm {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-        for (int e = 0; e < V; ++e) quick = accumulate(quick, float(magnitude(T(G::decode(vectors[j].lane[e])) * transform.inv_scale)), kType);
+        for (int e = 0; e < V; ++e)
+          quick = accumulate(quick, float(magnitude(T(G::decode(vectors[j].lane[e])) * transform.inv_scale)), kType);
       if (quick > 1e-30f && quick < 1e38f) {
         sum = combine(sum, double(quick), kType);
         return;

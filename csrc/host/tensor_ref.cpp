@@ -73,7 +73,8 @@ bool find_all(TorchFunctions& f) {
 // The c10::TensorImpl of a Python tensor; null if torch does not give it.
 void* impl_of(const TorchFunctions& f, py::handle tensor) {
   try {
-    const py::object make = py::module_::import("torch").attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
+    const py::object make =
+        py::module_::import("torch").attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
     const py::object capsule = make(tensor);
     auto* handle = static_cast<Tensor*>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
     if (!handle) throw py::error_already_set();

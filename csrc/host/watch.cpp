@@ -34,9 +34,8 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
   Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
-  const Row row = {ref,        info.data,  rows_table,       slot,              group,
-                   info.dtype, grad_dtype, info.device_type, info.device_index, info.ndim,
-                   extents_.size()};
+  const Row row = {ref,        info.data,        rows_table,        slot,      group,          info.dtype,
+                   grad_dtype, info.device_type, info.device_index, info.ndim, extents_.size()};
   if (!seen_ref.read(seen)) throw py::type_error("Watch.add: as_seen is not a dense tensor");
   extents_.insert(extents_.end(), seen.shape, seen.shape + seen.ndim);
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);

@@ -17,8 +17,8 @@ namespace fusedopt {
 
 class Watch {
  public:
-  // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense copy of it).
-  // table, slot: where its gradient pointer goes; table is None while it never had a gradient.
+  // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense
+  // copy of it). table, slot: where its gradient pointer goes; table is None while it never had a gradient.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
            int32 slot);
 

@@ -42,10 +42,10 @@ struct Lion {
 
   template <class T>
   static FUSEDOPT_HD void update(T& param, T grad, T (&state)[kStates], const Coefficients<T>& c) {
-    T& exp_avg = state[0];                                            // m
+    T& exp_avg = state[0];                                                // m
     const T update = sign(c.beta1 * exp_avg + c.one_minus_beta1 * grad);  // sign(c_t)
-    param = param * c.decay - c.lr * update;                          // theta_t
-    exp_avg = c.beta2 * exp_avg + c.one_minus_beta2 * grad;           // m_t
+    param = param * c.decay - c.lr * update;                              // theta_t
+    exp_avg = c.beta2 * exp_avg + c.one_minus_beta2 * grad;               // m_t
   }
 };
 

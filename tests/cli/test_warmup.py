@@ -1,4 +1,4 @@
-"""`fusedopt warmup` fills the cache that steps read, compiles nothing twice, and says what is wrong with its arguments."""
+"""`fusedopt warmup` fills the cache that steps read, compiles nothing twice, and names bad arguments."""
 
 import importlib.metadata
 import subprocess

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def longest_pause(work) -> float:
     stop.set()
     other.join()
     times = [start, *(t for t in ticks if start < t < end), end]
-    return max(b - a for a, b in zip(times, times[1:])) / (end - start)
+    return max(b - a for a, b in pairwise(times)) / (end - start)
 
 
 @pytest.mark.parametrize("work", ["update", "norm", "scale"])
