@@ -381,3 +381,26 @@ def test_unwritable_kernel_cache(tmp_path):
     assert run.stdout == python(ONE_STEP, FUSEDOPT_CACHE_DIR=str(tmp_path / "good")).stdout
     assert cache_warnings(run) == 1
     assert "FUSEDOPT_CACHE_DIR" in run.stderr
+
+
+def test_sharded_parameter():
+    """A DTensor has no memory of its own; reading it would be reading address 0."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or distributed.is_initialized():
+        pytest.skip("needs a process group of its own")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        param, grad = (distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]) for _ in range(2))
+        param = torch.nn.Parameter(param)
+        param.grad = grad
+        for call in (lambda: fusedopt.AdamW([param]), lambda: fusedopt.clip_grad_norm_([param], 1.0)):
+            with pytest.raises(TypeError) as error:
+                call()
+            assert_message(error, "DTensor", "torch.optim")
+        assert_same_bits([param.to_local().detach(), param.grad.to_local()], [torch.ones(4, 4)] * 2)
+    finally:
+        distributed.destroy_process_group()

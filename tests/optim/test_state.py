@@ -426,3 +426,17 @@ def test_training_moves_from_cpu_to_cuda(case):
     train(expected, undisturbed, 6)
     # Elementwise updates are bitwise the same on both devices (test_cpu_cuda_bits.py).
     assert_same_bits([p.detach().cpu() for p in params], [p.detach() for p in undisturbed])
+
+
+def test_parameter_moved_to_another_group(device):
+    """The order of all parameters stays the same, only the group of one changes: its hyper-parameters must too."""
+    ours, theirs = (parameters(SIZES, device=device) for _ in range(2))
+    optimizers = fusedopt.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)
+    for opt, params in zip(optimizers, (ours, theirs)):
+        train(opt, params, 1)
+        group = opt.param_groups[0]
+        opt.param_groups.append({**group, "params": group["params"][-1:], "lr": 1.0})
+        group["params"] = group["params"][:-1]
+        train(opt, params, 1, first=1)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
