@@ -17,6 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tools are started as modules: beside a torch that was there already they may have been there too, outside $(BIN).
+CLANG_FORMAT := $(BIN)/python -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: demo test lint gpu-test bench clean
 
@@ -27,9 +29,9 @@ test: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 lint: $(VENV)/test.stamp
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	@$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
 
 gpu-test: $(VENV)/test.stamp
 	mkdir -p tests/results
@@ -53,22 +55,22 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CXX_SOURCES)
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
 	touch $@
 
-# Prints where PYTHON has a torch that will do. One that is asked for by name is installed all the same.
+# If PYTHON has a torch that will do, prints the line of a .pth file that makes it visible from .venv. Where PYTHON is
+# itself of a virtual environment, --system-site-packages does not. A torch asked for by name is installed all the same.
 ifeq ($(origin TORCH),file)
-FIND_TORCH = import torch; \
+FIND_TORCH = import sys, torch; \
   assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6); \
-  print(torch.__path__[0].rpartition("/")[0])
+  print("import site; site.PREFIXES.append(%r); site.addsitedir(%r)" % (sys.prefix, torch.__path__[0].rpartition("/")[0]))
 endif
 
-# The .pth file: where PYTHON is itself of a virtual environment, --system-site-packages does not reach its packages.
 $(VENV)/torch.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, PYTHON is " + sys.version)'
 	@set -e; \
 	found=$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null || true); \
 	if [ -n "$$found" ]; then \
-	  echo "Using torch of $$found"; \
+	  echo "Using the torch of $(PYTHON)"; \
 	  $(PYTHON) -m venv --clear --system-site-packages $(VENV); \
-		  echo "$$found" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth; \
+	  echo "$$found" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth; \
 	else \
 	  echo "Installing $(TORCH)"; \
 	  $(PYTHON) -m venv --clear $(VENV); \
