@@ -151,3 +151,25 @@ def test_bad_lists(rule, device):
         with pytest.raises(exception):
             FUNCTIONS[rule](params, grads, *states, steps, **HYPER[rule])
         assert_same_bits(everything, before)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_another_dtype(dtype, grad_dtype, device):
+    """A gradient is widened exactly, so the step is the one of the same gradient in float32, in every bit."""
+    grad = torch.linspace(2, -1, 5003).to(grad_dtype).to(device)
+
+    def stepped(gradient):
+        param = torch.linspace(-1, 1, 5003).to(dtype).to(device)
+        states = torch.zeros_like(param), torch.zeros_like(param)
+        step = torch.zeros((), device=device)
+        fusedopt.functional.adamw_(
+            [param], [gradient], [states[0]], [states[1]], [step], lr=0.01, weight_decay=0.1, clip_coef=0.3
+        )
+        return param, *states
+
+    before = torch.linspace(-1, 1, 5003).to(dtype).to(device)
+    results, expected = stepped(grad), stepped(grad.float())
+    assert not torch.equal(results[0], before)
+    for got, wanted in zip(results, expected):
+        assert torch.equal(got, wanted)
