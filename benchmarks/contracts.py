@@ -12,6 +12,8 @@ Contracts, all on gradients that the backward pass has just left in ``.grad``:
 Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``torch-fused`` (``torch.nn.utils.clip_grad_norm_``
 and ``torch.optim.AdamW(fused=True)``, with ``GradScaler`` where the contract unscales; its ``update()`` is part of the
 tail) and ``torch-grad-scale`` (the same optimizer made to clip in its own kernel through ``grad_scale``, undocumented).
+Torch has neither Lion nor formats beyond the parameters' dtype; for those there are the libraries of
+``benchmarks/peers.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from benchmarks.workloads import FORMATS
+import fusedopt
+from benchmarks.workloads import FORMATS, Format
+from fusedopt import formats
+from fusedopt.specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
 MAX_NORM = 1.0
 
@@ -37,6 +42,8 @@ HYPER = {
 
 STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
 
+_LARGE = 1 << 20  # elements: more than the least number that is kept in 8 bits
+
 
 @dataclass(frozen=True)
 class Case:
@@ -48,7 +55,12 @@ class Case:
     contract: str
 
     def __str__(self) -> str:
-        return f"{self.workload}/{self.optimizer}/{self.format}/{self.contract}"
+        return f"{self.workload}/{self.variant}"
+
+    @property
+    def variant(self) -> str:
+        """All but the workload."""
+        return f"{self.optimizer}/{self.format}/{self.contract}"
 
     @property
     def clips(self) -> bool:
@@ -59,13 +71,53 @@ class Case:
         return self.contract in ("scaler_clip_step", "torch_scaler_clip_step")
 
     @property
+    def layout(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def rule(self) -> RuleSpec:
+        return RULES[self.optimizer]
+
+    @property
+    def param_spec(self) -> ParamFormatSpec:
+        return formats.param_format(str(self), self.layout.options, self.layout.dtype)
+
+    def state_spec(self, param: torch.Tensor) -> StateFormatSpec:
+        """Small tensors are kept in more bits than large ones."""
+        return formats.state_format(str(self), self.layout.options, param)
+
+    def at_rest(self, param: torch.Tensor) -> dict[str, torch.dtype]:
+        """State keys and their dtypes for one parameter: its second tensor, and its moments without their scales."""
+        state = self.state_spec(param)
+        names = {key: state.dtype(moment) for key, moment in zip(self.rule.states, self.rule.moments)}
+        if self.param_spec.extra:
+            names |= dict([self.param_spec.extra])
+        return {key: getattr(torch, name) for key, name in names.items()}
+
+    @property
     def bytes_per_param(self) -> int:
-        """The fewest bytes an element must move through memory: every tensor of a pass read or written once."""
-        states = len(STATES[self.optimizer])
-        reads = 2 + states  # parameter, gradient, states
-        writes = 1 + states  # parameter, states
-        norm_reads = 1 if self.clips else 0  # the norm must be known before the first element is updated
-        return (reads + writes + norm_reads) * FORMATS[self.format].itemsize
+        """The fewest bytes an element must move through memory: every tensor of a pass read or written once.
+
+        A parameter with a full master beside it is only written. Of 8-bit states the codes are counted, not the scales
+        (4 bytes for 256 of them, read and written: 1/32 of a byte a state).
+        """
+        param = torch.empty(_LARGE, dtype=self.layout.dtype, device="meta")
+        kept = sum(dtype.itemsize for dtype in self.at_rest(param).values())
+        reads = kept if "master_param" in self.at_rest(param) else kept + param.itemsize
+        writes = kept + param.itemsize
+        gradient_reads = 2 if self.clips else 1  # the norm must be known before the first element is updated
+        return reads + writes + gradient_reads * param.itemsize
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an optimizer knows of one parameter, decoded: new tensors, empty states before the first step."""
+
+    steps: float
+    master: torch.Tensor
+    """The parameter to all the digits that are kept of it."""
+    states: dict[str, torch.Tensor]
+    """Under torch's names."""
 
 
 @dataclass(frozen=True)
@@ -74,55 +126,74 @@ class Tail:
 
     optimizer: torch.optim.Optimizer
     run: Callable[[], object]
+    read: Callable[[torch.nn.Parameter], Kept]
+    clips_in_place: bool = False
+    """Whether clipped gradients, or their norm, are rounded to the gradients' dtype."""
+    own_states: bool = False
+    """Whether states are in codes of the library's own: read, to know what a step starts from, but not judged."""
 
     def __call__(self) -> None:
         self.run()
 
 
 Params = list[torch.nn.Parameter]
-Builder = Callable[[str, Params], Tail]
+Builder = Callable[[Case, Params], Tail]
+
+
+def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- fusedopt
 
 
-def _fusedopt_optimizer(optimizer: str, params: Params, **transform: object) -> torch.optim.Optimizer:
-    import fusedopt  # here, so that the baselines can be measured without it
+def _fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **transform: object) -> Tail:
+    """``run(optimizer)`` makes what does the step; its ``step`` method if it is None."""
+    cls = {"adamw": fusedopt.AdamW, "lion": fusedopt.Lion}[case.optimizer]
+    opt = cls(params, **HYPER[case.optimizer], **case.layout.options, **transform)
 
-    cls = {"adamw": fusedopt.AdamW, "lion": fusedopt.Lion}[optimizer]
-    return cls(params, **HYPER[optimizer], **transform)
+    def read(param: torch.nn.Parameter) -> Kept:
+        entry = opt.state.get(param)
+        if not entry:
+            return Kept(0, param.detach().clone(), {})
+        states = clone(formats.decode_states(entry, case.rule))
+        return Kept(float(entry["step"]), formats.decode_master(entry, param), states)
 
-
-def _fusedopt_step(optimizer: str, params: Params) -> Tail:
-    opt = _fusedopt_optimizer(optimizer, params)
-    return Tail(opt, opt.step)
-
-
-def _fusedopt_clip_step(optimizer: str, params: Params) -> Tail:
-    opt = _fusedopt_optimizer(optimizer, params, max_grad_norm=MAX_NORM)
-    return Tail(opt, opt.step)
+    return Tail(opt, run(opt) if run else opt.step, read)
 
 
-def _fusedopt_scaler_clip_step(optimizer: str, params: Params) -> Tail:
-    opt = _fusedopt_optimizer(optimizer, params, max_grad_norm=MAX_NORM, nonfinite="skip")
+def _fusedopt_step(case: Case, params: Params) -> Tail:
+    return _fusedopt_tail(case, params)
+
+
+def _fusedopt_clip_step(case: Case, params: Params) -> Tail:
+    return _fusedopt_tail(case, params, max_grad_norm=MAX_NORM)
+
+
+def _fusedopt_scaler_clip_step(case: Case, params: Params) -> Tail:
     scale = torch.full((), GRAD_SCALE, device=params[0].device)
 
-    def run() -> None:
-        opt.grad_scale = scale
-        opt.step()
+    def unscaling(opt: torch.optim.Optimizer) -> Callable[[], None]:
+        def run() -> None:
+            opt.grad_scale = scale
+            opt.step()
 
-    return Tail(opt, run)
+        return run
+
+    return _fusedopt_tail(case, params, unscaling, max_grad_norm=MAX_NORM, nonfinite="skip")
 
 
-def _fusedopt_torch_scaler_clip_step(optimizer: str, params: Params) -> Tail:
-    opt = _fusedopt_optimizer(optimizer, params, max_grad_norm=MAX_NORM)
-    scaler = _grad_scaler(params[0].device)
+def _fusedopt_torch_scaler_clip_step(case: Case, params: Params) -> Tail:
+    scaler = grad_scaler(params[0].device)
 
-    def run() -> None:
-        scaler.step(opt)
-        scaler.update()
+    def driven(opt: torch.optim.Optimizer) -> Callable[[], None]:
+        def run() -> None:
+            scaler.step(opt)
+            scaler.update()
 
-    return Tail(opt, run)
+        return run
+
+    return _fusedopt_tail(case, params, driven, max_grad_norm=MAX_NORM)
 
 
 # ------------------------------------------------------------------------------------------------------------- torch
@@ -132,30 +203,39 @@ def _torch_adamw(params: Params) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, **HYPER["adamw"], fused=True)
 
 
-def _grad_scaler(device: torch.device) -> torch.amp.GradScaler:
+def _torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: bool) -> Tail:
+    def read(param: torch.nn.Parameter) -> Kept:
+        entry = opt.state.get(param)
+        states = clone({key: entry[key] for key in STATES["adamw"]}) if entry else {}
+        return Kept(float(entry["step"]) if entry else 0, param.detach().clone(), states)
+
+    return Tail(opt, run, read, clips_in_place=clips)
+
+
+def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
     scaler = torch.amp.GradScaler(device.type, init_scale=GRAD_SCALE)
     scaler.scale(torch.zeros((), device=device))  # creates the scale tensor, as the first loss does
     return scaler
 
 
-def _torch_step(optimizer: str, params: Params) -> Tail:
+def _torch_step(case: Case, params: Params) -> Tail:
     opt = _torch_adamw(params)
-    return Tail(opt, opt.step)
+    return _torch_tail(opt, opt.step, clips=False)
 
 
-def _torch_clip_step(optimizer: str, params: Params) -> Tail:
+def _torch_clip_step(case: Case, params: Params) -> Tail:
     opt = _torch_adamw(params)
 
     def run() -> None:
         clip_grad_norm_(params, MAX_NORM)
         opt.step()
 
-    return Tail(opt, run)
+    return _torch_tail(opt, run, clips=True)
 
 
-def _torch_scaler_clip_step(optimizer: str, params: Params) -> Tail:
+def _torch_scaler_clip_step(case: Case, params: Params) -> Tail:
     opt = _torch_adamw(params)
-    scaler = _grad_scaler(params[0].device)
+    scaler = grad_scaler(params[0].device)
 
     def run() -> None:
         scaler.unscale_(opt)
@@ -163,10 +243,10 @@ def _torch_scaler_clip_step(optimizer: str, params: Params) -> Tail:
         scaler.step(opt)
         scaler.update()
 
-    return Tail(opt, run)
+    return _torch_tail(opt, run, clips=True)
 
 
-def _grad_scale_clip_step(optimizer: str, params: Params) -> Tail:
+def _grad_scale_clip_step(case: Case, params: Params) -> Tail:
     opt = _torch_adamw(params)
 
     def run() -> None:
@@ -174,10 +254,10 @@ def _grad_scale_clip_step(optimizer: str, params: Params) -> Tail:
         opt.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0).float()
         opt.step()
 
-    return Tail(opt, run)
+    return _torch_tail(opt, run, clips=True)
 
 
-def _grad_scale_scaler_clip_step(optimizer: str, params: Params) -> Tail:
+def _grad_scale_scaler_clip_step(case: Case, params: Params) -> Tail:
     opt = _torch_adamw(params)
     scale = torch.full((), GRAD_SCALE, device=params[0].device)
 
@@ -187,7 +267,7 @@ def _grad_scale_scaler_clip_step(optimizer: str, params: Params) -> Tail:
         opt.found_inf = norm.isfinite().logical_not().float()
         opt.step()
 
-    return Tail(opt, run)
+    return _torch_tail(opt, run, clips=True)
 
 
 BUILDERS: dict[tuple[str, str], Builder] = {
@@ -204,14 +284,15 @@ BUILDERS: dict[tuple[str, str], Builder] = {
 
 
 def libraries(case: Case) -> list[str]:
-    """The libraries that offer the case. torch has no Lion."""
+    """Those of fusedopt and torch that offer the case. torch has no Lion, and no formats but the parameter's dtype."""
     names = [library for library, contract in BUILDERS if contract == case.contract]
-    return [name for name in names if name == "fusedopt" or case.optimizer == "adamw"]
+    torch_has_it = case.optimizer == "adamw" and not case.layout.options
+    return [name for name in names if name == "fusedopt" or torch_has_it]
 
 
 def build(library: str, case: Case, params: Params) -> Tail:
-    """The tail of one library over ``params``; its optimizer has no state yet."""
-    return BUILDERS[library, case.contract](case.optimizer, params)
+    """The tail of one of ``libraries(case)`` over ``params``; its optimizer has no state yet."""
+    return BUILDERS[library, case.contract](case, params)
 
 
 def reported_name(library: str, device: torch.device) -> str:

@@ -34,7 +34,7 @@ Row = dict[str, object]
 
 def time_first_step(device: torch.device) -> Row:
     """What a child process measures, in seconds."""
-    model = Model(WORKLOADS[WORKLOAD[device.type]], FORMATS["fp32"], device)
+    model = Model(WORKLOADS[WORKLOAD[device.type]], FORMATS["fp32"].dtype, device)
     model.backward()
     before = model.params[0].detach().clone()
     synchronize(device)

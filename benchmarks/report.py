@@ -71,7 +71,7 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure to reach: ``value(rows)`` is at least, at most or exactly ``bound``; None if its rows were not run."""
+    """A figure to reach: ``value(rows)`` is at least or at most ``bound``; None if its rows were not run."""
 
     name: str
     value: Callable[[Rows], float | None]
@@ -80,7 +80,9 @@ class Goal:
 
     def judge(self, rows: Rows) -> Row:
         value = self.value(rows)
-        reached = None if value is None else {">=": value >= self.bound, "<=": value <= self.bound}[self.relation]
+        reached = None
+        if value is not None:
+            reached = value >= self.bound if self.relation == ">=" else value <= self.bound
         return {"name": self.name, "value": value, "relation": self.relation, "bound": self.bound, "reached": reached}
 
 
@@ -99,9 +101,9 @@ class Rows:
                 return row[key]
         return None
 
-    def ratio(self, key: str, case: str, library: str, baseline: str) -> float | None:
-        """How many times less ``library`` takes than ``baseline``."""
-        ours, theirs = self.figure(key, case, library), self.figure(key, case, baseline)
+    def ratio(self, key: str, case: str, library: str, baseline: str, baseline_case: str | None = None) -> float | None:
+        """How many times less ``library`` takes than ``baseline``, which may have been measured on another case."""
+        ours, theirs = self.figure(key, case, library), self.figure(key, baseline_case or case, baseline)
         return None if ours is None or theirs is None else theirs / ours
 
     def first_step_seconds(self, cache: str) -> float | None:
@@ -112,18 +114,24 @@ def _figure(key: str, case: str) -> Callable[[Rows], float | None]:
     return lambda rows: rows.figure(key, case, "fusedopt-cuda")
 
 
-def _ratio(key: str, case: str, baseline: str, library: str = "fusedopt-cuda") -> Callable[[Rows], float | None]:
-    return lambda rows: rows.ratio(key, case, library, baseline)
+def _ratio(
+    key: str, case: str, baseline: str, library: str = "fusedopt-cuda", baseline_case: str | None = None
+) -> Callable[[Rows], float | None]:
+    return lambda rows: rows.ratio(key, case, library, baseline, baseline_case)
 
 
 def _first_step(cache: str) -> Callable[[Rows], float | None]:
     return lambda rows: rows.first_step_seconds(cache)
 
 
+def _share_goal(case: str, efficiency: float) -> Goal:
+    return Goal(f"{case}: share of the floor", _figure("efficiency", case), ">=", efficiency)
+
+
 def _efficiency_goals(case: str, launches: int, efficiency: float) -> list[Goal]:
     return [
         Goal(f"{case}: launches", _figure("launches", case), "<=", launches),
-        Goal(f"{case}: share of the floor", _figure("efficiency", case), ">=", efficiency),
+        _share_goal(case, efficiency),
     ]
 
 
@@ -136,7 +144,7 @@ def _speed_goals(case: str) -> list[Goal]:
 
 SMALL = "1000-small/adamw/fp32/scaler_clip_step"
 
-CUDA_GOALS = [
+TAIL_GOALS = [
     *_efficiency_goals("llama-1.3B/adamw/fp32/step", 1, 0.97),
     *_efficiency_goals("gpt2-124M/adamw/fp32/step", 1, 0.97),
     *_efficiency_goals("llama-1.3B/adamw/fp32/scaler_clip_step", 2, 0.97),
@@ -153,18 +161,47 @@ CUDA_GOALS = [
     Goal("first step of a process, warm kernel cache, s", _first_step("warm"), "<=", 0.3),
 ]
 
+LLAMA = "llama-1.3B"
+SMALLEST = f"{LLAMA}/adamw/bf16+split8+int8/step"
+NO_MASTER = f"{LLAMA}/adamw/bf16+int8/step"
+HALF = f"{LLAMA}/adamw/fp16+fp32 master/scaler_clip_step"
+
+FORMAT_GOALS = [
+    _share_goal(f"{LLAMA}/adamw/bf16+split16/step", 0.94),
+    _share_goal(f"{LLAMA}/adamw/bf16+split16/clip_step", 0.94),
+    _share_goal(SMALLEST, 0.90),
+    _share_goal(f"{LLAMA}/adamw/bf16+split8+int8/clip_step", 0.90),
+    Goal(f"{SMALLEST}: times faster than FlashAdamW", _ratio("gpu_ms", SMALLEST, "flashoptim"), ">=", 1.9),
+    Goal(
+        f"{SMALLEST}: times faster than AdamW8bit",
+        _ratio("gpu_ms", SMALLEST, "bitsandbytes", baseline_case=NO_MASTER),  # which keeps no master at all
+        ">=",
+        6.0,
+    ),
+    _share_goal(f"{LLAMA}/adamw/bf16+sr/step", 0.88),
+    _share_goal(f"{LLAMA}/lion/bf16+split16+bf16/step", 0.95),
+    _share_goal(f"{LLAMA}/lion/bf16+split8+int8/step", 0.88),
+    _share_goal(HALF, 0.93),
+    Goal(f"{HALF}: times faster than apex", _ratio("gpu_ms", HALF, "apex"), ">=", 1.3),
+]
+
 CPU_CLIP = "cpu-100M/adamw/fp32/clip_step"
 
-CPU_GOALS = [
+CPU_TAIL_GOALS = [
     Goal(f"{CPU_CLIP}: times faster than torch", _ratio("wall_ms", CPU_CLIP, "torch-fused", "fusedopt-cpu"), ">=", 1.25)
 ]
 
+GOALS = {
+    "cuda": {"tail": TAIL_GOALS, "formats": FORMAT_GOALS},
+    "cpu": {"tail": CPU_TAIL_GOALS, "formats": []},
+}
+"""By device and set of cases."""
 
-def judge_goals(device: torch.device, rows: list[Row], first_step: list[Row]) -> list[Row]:
-    """Every goal that the run has rows for."""
-    goals = CUDA_GOALS if device.type == "cuda" else CPU_GOALS
-    judged = [goal.judge(Rows(rows, first_step)) for goal in goals]
-    return [row for row in judged if row["value"] is not None]
+
+def judge_goals(device: torch.device, sets: Iterable[str], rows: list[Row], first_step: list[Row]) -> list[Row]:
+    """Every goal of the sets; value and verdict are None where the run has no rows for it."""
+    looked_up = Rows(rows, first_step)
+    return [goal.judge(looked_up) for name in sets for goal in GOALS[device.type][name]]
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -185,7 +222,8 @@ def print_rows(console: Console, rows: list[Row]) -> None:
     console.print(table)
     for row in rows:
         if row["error"]:
-            console.print(f"FAILED {row['workload']} {row['contract']} {row['library']}: {row['error']}", markup=False)
+            case = f"{row['workload']} {row['optimizer']} {row['format']} {row['contract']}"
+            console.print(f"FAILED {case} {row['library']}: {row['error']}", markup=False)
 
 
 def _cells(row: Row) -> list[str]:
@@ -205,6 +243,7 @@ def print_goals(console: Console, goals: list[Row]) -> None:
     table.add_column("goal", justify="right", no_wrap=True)
     table.add_column("")
     for goal in goals:
-        verdict = "[green]reached[/]" if goal["reached"] else "[red]missed[/]"
-        table.add_row(goal["name"], f"{goal['value']:.4g}", f"{goal['relation']} {goal['bound']:g}", verdict)
+        verdict = {None: "not measured", True: "[green]reached[/]", False: "[red]missed[/]"}[goal["reached"]]
+        value = "-" if goal["value"] is None else f"{goal['value']:.4g}"
+        table.add_row(goal["name"], value, f"{goal['relation']} {goal['bound']:g}", verdict)
     console.print(table)

@@ -1,6 +1,7 @@
-"""Times the step tail of fusedopt beside torch's and writes every figure to a JSON file.
+"""Times the step tail of fusedopt beside other libraries' and writes every figure to a JSON file.
 
     python benchmarks/step.py --device cuda --first-step --json benchmarks/results/step-h100.json
+    python benchmarks/step.py --device cuda --set formats --json benchmarks/results/formats-h100.json
     python benchmarks/step.py --device cpu --json benchmarks/results/step-cpu.json
 
 All libraries of a case work on the same parameter and gradient tensors, in turns (A B A B); each is first checked
@@ -37,17 +38,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
+from benchmarks import contracts, peers, timing
 from benchmarks import first_step as first_step_benchmark
-from benchmarks import timing
 from benchmarks.checks import check
-from benchmarks.contracts import Case, Tail, build, libraries, reported_name
+from benchmarks.contracts import Case, Tail, reported_name
 from benchmarks.report import Row, environment, judge_goals, print_goals, print_rows
-from benchmarks.workloads import FORMATS, WORKLOADS, Model
+from benchmarks.workloads import WORKLOADS, Model
 
-DEFAULT_WORKLOADS = {"cuda": ("llama-1.3B", "gpt2-124M", "1000-small"), "cpu": ("cpu-100M",)}
+DEFAULT_WORKLOADS = {
+    "tail": {"cuda": ("llama-1.3B", "gpt2-124M", "1000-small"), "cpu": ("cpu-100M",)},
+    "formats": {"cuda": ("llama-1.3B",), "cpu": ("cpu-100M",)},
+}
 
 # What is run on each workload, the most important first: a run that meets its time limit leaves out the rest.
-VARIANTS = [
+TAIL_VARIANTS = [
     ("adamw", "fp32", "clip_step"),
     ("adamw", "fp32", "scaler_clip_step"),
     ("adamw", "fp32", "step"),
@@ -57,6 +61,23 @@ VARIANTS = [
     ("adamw", "bf16", "step"),
     ("adamw", "bf16", "clip_step"),
 ]
+
+FORMAT_VARIANTS = [
+    ("adamw", "bf16+split8+int8", "step"),
+    ("adamw", "bf16+split8+int8", "clip_step"),
+    ("adamw", "bf16+split16", "step"),
+    ("adamw", "bf16+split16", "clip_step"),
+    ("adamw", "bf16+int8", "step"),
+    ("adamw", "bf16+sr", "step"),
+    ("lion", "bf16+split16+bf16", "step"),
+    ("lion", "bf16+split8+int8", "step"),
+    ("adamw", "fp16+fp32 master", "scaler_clip_step"),
+    ("adamw", "bf16+fp32 master", "step"),
+    ("adamw", "fp32+int8", "step"),
+]
+
+VARIANTS = {"tail": TAIL_VARIANTS, "formats": FORMAT_VARIANTS}
+"""The sets of cases, by name."""
 
 WARM_UP_STEPS = 2
 
@@ -118,9 +139,12 @@ class Runner:
     def run(self, case: Case, model: Model) -> list[Row]:
         """One row a library, measured in turns. An error costs its library the row, and nobody else."""
         free_memory()
-        entries = [Measured(library) for library in libraries(case)]
+        names = contracts.libraries(case) + peers.installed(case, self.device)
+        entries = [Measured(library) for library in names]
         for stage in [self._prepare] + [self._measure] * self.repeats.rounds:
             entries = [entry if entry.error else self._attempt(stage, entry, case, model) for entry in entries]
+        for param in model.params:
+            param.grad = None  # the next case's optimizers may need the room
         return [self._row(case, entry) for entry in entries]
 
     @staticmethod
@@ -133,6 +157,8 @@ class Runner:
 
     @staticmethod
     def _prepare(entry: Measured, case: Case, model: Model) -> None:
+        model.reset()  # some optimizers copy the parameters when they are made
+        build = contracts.build if entry.library in contracts.libraries(case) else peers.build
         entry.tail = build(entry.library, case, model.params)
         entry.error_ratio = check(case, entry.tail, model)
         for _ in range(WARM_UP_STEPS):
@@ -189,9 +215,16 @@ def _spread(key: str, values: list[float]) -> Row:
     }
 
 
-def select_cases(workloads: tuple[str, ...], select: tuple[str, ...]) -> list[Case]:
-    """Cases of the workloads whose name holds one of ``select``; sorted so that tensors are built once a format."""
-    cases = [Case(workload, *variant) for workload in workloads for variant in VARIANTS]
+def select_cases(
+    sets: tuple[str, ...], device_type: str, workloads: tuple[str, ...], select: tuple[str, ...]
+) -> list[Case]:
+    """Cases of the sets on the workloads, or on the sets' own, whose name holds one of ``select``."""
+    cases = [
+        Case(workload, *variant)
+        for name in sets
+        for workload in workloads or DEFAULT_WORKLOADS[name][device_type]
+        for variant in VARIANTS[name]
+    ]
     return [case for case in cases if not select or any(text in str(case) for text in select)]
 
 
@@ -208,10 +241,10 @@ def measure_cases(
         if time.monotonic() > deadline:
             left_out.append(str(case))
         else:
-            if subject != (case.workload, case.format):
-                subject, model = (case.workload, case.format), None  # two models might not fit into memory
+            if subject != (case.workload, case.layout.dtype):
+                subject, model = (case.workload, case.layout.dtype), None  # two models might not fit into memory
                 free_memory()
-                model = Model(WORKLOADS[case.workload], FORMATS[case.format], runner.device)
+                model = Model(WORKLOADS[case.workload], case.layout.dtype, runner.device)
             rows += runner.run(case, model)
         progress.advance(task)
     model = None
@@ -226,7 +259,13 @@ def free_memory() -> None:
 
 
 def measure(
-    device: torch.device, repeats: Repeats, cases: list[Case], first_step: bool, deadline: float, console: Console
+    device: torch.device,
+    repeats: Repeats,
+    sets: tuple[str, ...],
+    cases: list[Case],
+    first_step: bool,
+    deadline: float,
+    console: Console,
 ) -> Row:
     """The whole run, as the JSON file holds it."""
     load_average = os.getloadavg()[0]
@@ -245,8 +284,10 @@ def measure(
         "rows": rows,
         "first_step": starts,
         "first_step_error": starts_error,
-        "goals": judge_goals(device, rows, starts),
+        "goals": judge_goals(device, sets, rows, starts),
         "left_out": left_out,
+        "library_versions": peers.versions(cases, device),
+        "missing_libraries": peers.missing(cases, device),
     }
 
 
@@ -267,6 +308,9 @@ def measure_first_step(device: torch.device, repeats: Repeats) -> tuple[list[Row
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
+@click.option(
+    "--set", "chosen", type=click.Choice([*VARIANTS, "all"]), default="tail", show_default=True, help="Which cases."
+)
 @click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="May be repeated.")
 @click.option("--select", multiple=True, help="Only cases whose workload/optimizer/format/contract holds this text.")
 @click.option("--quick", is_flag=True, help="A smoke run: a tiny workload, few repetitions.")
@@ -276,6 +320,7 @@ def measure_first_step(device: torch.device, repeats: Repeats) -> tuple[list[Row
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(
     device_type: str,
+    chosen: str,
     workloads: tuple[str, ...],
     select: tuple[str, ...],
     quick: bool,
@@ -289,8 +334,9 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     repeats = QUICK if quick else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
-    cases = select_cases(workloads or (("tiny",) if quick else DEFAULT_WORKLOADS[device_type]), select)
-    result = measure(torch.device(device_type), repeats, cases, first_step, deadline, console)
+    sets = tuple(VARIANTS) if chosen == "all" else (chosen,)
+    cases = select_cases(sets, device_type, workloads or (("tiny",) if quick else ()), select)
+    result = measure(torch.device(device_type), repeats, sets, cases, first_step, deadline, console)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -304,6 +350,8 @@ def main(
             f"NOT A QUIET MACHINE: copies ran at {first:.1f} GB/s before the rows and at {last:.1f} after them, "
             f"the load average at the start was {result['load_average']:.1f}; do not quote these figures"
         )
+    for library, reason in result["missing_libraries"].items():
+        console.print(f"not installed, so not compared with: {library} ({reason})", markup=False)
     if result["left_out"]:
         console.print(f"left out by the time limit: {', '.join(result['left_out'])}")
     if result["first_step_error"]:

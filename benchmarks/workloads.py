@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+@dataclass(frozen=True)
+class Format:
+    """How parameters, gradients and states rest in memory."""
+
+    dtype: torch.dtype
+    """Of parameters and gradients."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """What fusedopt's optimizers are told; without any, states are of the parameters' dtype, as torch's are."""
+
+
+FORMATS = {
+    "fp32": Format(torch.float32),
+    "bf16": Format(torch.bfloat16),
+    "bf16+split16": Format(torch.bfloat16, {"master_weights": "split16"}),
+    "bf16+split16+bf16": Format(torch.bfloat16, {"master_weights": "split16", "state_dtype": "bf16"}),
+    "bf16+split8+int8": Format(torch.bfloat16, {"master_weights": "split8", "state_dtype": "int8"}),
+    "bf16+sr": Format(torch.bfloat16, {"stochastic_rounding": True}),
+    "bf16+int8": Format(torch.bfloat16, {"state_dtype": "int8"}),
+    "bf16+fp32 master": Format(torch.bfloat16, {"master_weights": "fp32"}),
+    "fp16+fp32 master": Format(torch.float16, {"master_weights": "fp32"}),
+    "fp32+int8": Format(torch.float32, {"state_dtype": "int8"}),
+}
+"""By name: the parameters' dtype, what is kept beside them, and the states if they are not float32 beside a master."""
 
 # Ordinary magnitudes: weights as after initialisation, gradients whose total norm is above the clipping limit.
 PARAM_STD = 0.02

@@ -22,12 +22,21 @@ T* address(uint64 value) {
 
 // ---- rules ----------------------------------------------------------------------------------------------
 
+// "first" or "second", by state.
+template <class Rule>
+py::list moments() {
+  py::list result;
+  for (int k = 0; k < Rule::kStates; ++k) result.append(Rule::moment(k) == Moment::kFirst ? "first" : "second");
+  return result;
+}
+
 py::list rules() {
   py::list result;
 #define FUSEDOPT_ROW(Rule)                                                                         \
   result.append(py::dict(py::arg("struct_name") = #Rule, py::arg("name") = baseline::Rule::kName,  \
                          py::arg("states") = py::str(baseline::Rule::kStateNames).attr("split")(), \
                          py::arg("num_states") = int(baseline::Rule::kStates),                     \
+                         py::arg("moments") = moments<baseline::Rule>(),                                  \
                          py::arg("hyper") = py::str(baseline::Rule::kHyperNames).attr("split")()));
   FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)
 #undef FUSEDOPT_ROW
@@ -36,10 +45,20 @@ py::list rules() {
 
 // ---- tables ---------------------------------------------------------------------------------------------
 
-int32 table_add(Table& table, uint64 param, const std::vector<uint64>& states, uint64 step, int64 numel, int32 group) {
-  std::vector<void*> pointers;
-  for (const uint64 state : states) pointers.push_back(address<void>(state));
-  return table.add(address<void>(param), pointers, address<float>(step), numel, group);
+int32 table_add(Table& table, uint64 param, uint64 extra, const std::vector<uint64>& states,
+                const std::vector<uint64>& scales, uint64 step, int64 numel, int32 group, uint32 id) {
+  if (states.size() > size_t(kMaxStates) || scales.size() > states.size())
+    throw std::invalid_argument("Table.add: more states than kMaxStates, or more scales than states");
+  TensorEntry entry = {};
+  entry.param = address<void>(param);
+  entry.extra = address<void>(extra);
+  for (size_t k = 0; k < states.size(); ++k) entry.states[k] = address<void>(states[k]);
+  for (size_t k = 0; k < scales.size(); ++k) entry.scales[k] = address<float>(scales[k]);
+  entry.step = address<float>(step);
+  entry.numel = numel;
+  entry.group = group;
+  entry.id = id;
+  return table.add(entry);
 }
 
 template <class Row>
@@ -55,11 +74,11 @@ GradTable grad_table(Table& table, int32 grad_dtype) {
 
 bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
 
-void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_dtype, int32 grad_dtype,
-                     int32 state_dtype, const PassArgs& args, int threads) {
+void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
+                     int32 state_format, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
-  const UpdateJob job = {grad_table(table, grad_dtype), DType(param_dtype), DType(state_dtype), rule,
-                         hypers.rows().data(),          args.scaling};
+  const UpdateJob job = {grad_table(table, grad_dtype), ParamFormat(param_format), StateFormat(state_format), rule,
+                         args.seed, hypers.rows().data(), args.scaling};
   const bool skip = nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf);
   cpu_update(job, table.chunks(), int64(table.entries().size()), skip, threads);
   if (args.lead && args.control) {
@@ -137,10 +156,9 @@ void bind_pass_args(py::module_& m) {
       .FUSEDOPT_ADDRESS("chunks", chunks)
       .FUSEDOPT_ADDRESS("step_table", step_table)
       .FUSEDOPT_ADDRESS("control", control)
-      .FUSEDOPT_ADDRESS("ticket", ticket)
       .FUSEDOPT_ADDRESS("partials", partials)
       .def_property_readonly("norm_type", [](const PassArgs& args) { return int32(args.norm.type); })
-      .FUSEDOPT_VALUE("num_tensors", num_tensors)
+      .FUSEDOPT_VALUE("seed", seed)
       .FUSEDOPT_VALUE("num_groups", num_groups)
       .FUSEDOPT_VALUE("num_chunks", num_chunks)
       .FUSEDOPT_VALUE("lead", lead)
@@ -178,7 +196,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Table>(m, "Table")
       .def(py::init<int64>(), py::arg("chunk_size"))
-      .def("add", &table_add, py::arg("param"), py::arg("states"), py::arg("step"), py::arg("numel"), py::arg("group"))
+      .def("add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"),
+           py::arg("step"), py::arg("numel"), py::arg("group"), py::arg("id"))
       .def("set_grad", [](Table& table, int32 index, uint64 grad) { table.set_grad(index, address<void>(grad)); })
       .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
       .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })
@@ -196,7 +215,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
       .def(py::init<>())
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
-           py::arg("table"), py::arg("slot"))
+           py::arg("table"), py::arg("slot"), py::arg("has_main_grad"))
       .def("remember_state", &Watch::remember_state)
       .def("refresh", &Watch::refresh)
       .def("bump_versions", &Watch::bump_versions)

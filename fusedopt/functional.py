@@ -30,7 +30,7 @@ from . import passes
 from .backends import for_device
 from .checks import check_clipping, check_dense, check_grad, check_hyperparameters
 from .plan import Bucket, TensorRow, is_dense, like_parameter, same_layout
-from .specs import RULES, RuleSpec
+from .specs import PARAM_FORMATS, RULES, STATE_FORMATS, RuleSpec
 
 __all__ = ["adam_", "adamw_", "lion_"]
 
@@ -146,11 +146,17 @@ def _stage(
         numel=param.numel(),
         device=param.device,
         grad_dtype=grad.dtype,
+        param_format=PARAM_FORMATS[_name(param.dtype)],
+        state_format=STATE_FORMATS[_name(states[0].dtype)],
         param=dense if dense.data_ptr() != param.data_ptr() else param,
         states=[state if same_layout(state, dense) else like_parameter(state, dense) for state in states],
         step=step,
     )
     return row, grad if same_layout(grad, dense) else like_parameter(grad, dense)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _set_grads(places: Sequence[tuple[Bucket, int]], grads: Tensors) -> None:

@@ -143,5 +143,4 @@ class TablesCache:
 
     @staticmethod
     def _key(row: TensorRow) -> tuple:
-        tensors = () if row.param is None else (row.param, *row.states, row.step)
-        return (row.device, row.numel, row.key, *(tensor.data_ptr() for tensor in tensors))
+        return (row.device, row.numel, row.key, *(tensor.data_ptr() for tensor in row.tensors))

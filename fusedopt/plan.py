@@ -1,6 +1,6 @@
 """The tables that a pass walks: which tensors, on which device, in which combination of dtypes.
 
-A ``DeviceTables`` holds everything of one device; each of its ``Bucket`` s is one combination of dtypes, hence one
+A ``DeviceTables`` holds everything of one device; each of its ``Bucket`` s is one combination of formats, hence one
 kernel launch per pass. What they are made from are addresses, so they are valid as long as the addresses are: the
 optimizer checks that each step (``_C.Watch``), the functions look them up by the addresses themselves.
 """
@@ -15,7 +15,7 @@ import torch
 
 from . import _C
 from .control import Control
-from .specs import CPU_CHUNK, CUDA_CHUNK, DTYPES, RuleSpec
+from .specs import CPU_CHUNK, CUDA_CHUNK, CUDA_CHUNK_BLOCKED, DTYPES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
 __all__ = [
     "Bucket",
@@ -56,37 +56,53 @@ def like_parameter(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
 
 
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @dataclass
 class TensorRow:
-    """One tensor of a pass. ``param`` is dense; None, like ``step``, where a pass only reads gradients."""
+    """One tensor of a pass. ``param`` is dense; None, like its formats, where a pass only reads gradients."""
 
     numel: int
     device: torch.device
     grad_dtype: torch.dtype
+    param_format: ParamFormatSpec | None = None
+    state_format: StateFormatSpec | None = None
     param: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
+    """What the parameter's format keeps beside it."""
     states: Sequence[torch.Tensor] = ()
+    scales: Sequence[torch.Tensor] = ()
+    """Of blocked state formats, one for each state."""
     step: torch.Tensor | None = None
     group: int = 0
+    id: int = 0
+    """Of the parameter in its optimizer, for random numbers."""
 
     @property
     def key(self) -> tuple:
         """What must be equal for two tensors to share a launch."""
-        return (
-            self.grad_dtype,
-            self.param.dtype if self.param is not None else None,
-            self.states[0].dtype if self.states else None,
-        )
+        return (self.grad_dtype, self.param_format, self.state_format)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All memory that the update pass writes."""
+        given = (self.param, self.extra, *self.states, *self.scales, self.step)
+        return [tensor for tensor in given if tensor is not None]
 
 
 @dataclass
 class Bucket:
-    """The tensors of one device and one combination of dtypes."""
+    """The tensors of one device and one combination of formats."""
 
     grad_dtype: torch.dtype
-    param_dtype: torch.dtype | None
-    state_dtype: torch.dtype | None
+    param_format: ParamFormatSpec | None
+    state_format: StateFormatSpec | None
     table: _C.Table
     args: _C.PassArgs
+    chunk: int
+    """Elements of a chunk."""
     device_memory: list[torch.Tensor] = field(default_factory=list)
     """Keeps alive what ``args`` points to."""
     step_table: torch.Tensor | None = None
@@ -99,6 +115,12 @@ class Bucket:
     """CUDA: context, kernel and number of blocks, by pass."""
     launches_key: tuple = ()
     """CUDA: what ``launches`` were chosen for."""
+
+
+def _chunk(device: torch.device, state_format: StateFormatSpec | None) -> int:
+    if device.type != "cuda":
+        return CPU_CHUNK
+    return CUDA_CHUNK_BLOCKED if state_format is not None and state_format.blocked else CUDA_CHUNK
 
 
 class DeviceTables:
@@ -125,14 +147,17 @@ class DeviceTables:
         for row in rows:
             bucket = buckets.get(row.key)
             if bucket is None:
-                chunk = CUDA_CHUNK if self.device.type == "cuda" else CPU_CHUNK
-                bucket = buckets[row.key] = Bucket(*row.key, _C.Table(chunk), _C.PassArgs())
+                chunk = _chunk(self.device, row.state_format)
+                bucket = buckets[row.key] = Bucket(*row.key, _C.Table(chunk), _C.PassArgs(), chunk)
             slot = bucket.table.add(
-                param=row.param.data_ptr() if row.param is not None else 0,
-                states=[state.data_ptr() for state in row.states],
-                step=row.step.data_ptr() if row.step is not None else 0,
+                param=_address(row.param),
+                extra=_address(row.extra),
+                states=[_address(state) for state in row.states],
+                scales=[_address(scale) for scale in row.scales],
+                step=_address(row.step),
                 numel=row.numel,
                 group=row.group,
+                id=row.id,
             )
             places.append((bucket, slot))
             bucket.numel += row.numel
@@ -140,6 +165,12 @@ class DeviceTables:
         for bucket in self.buckets:
             bucket.num_chunks = bucket.table.num_chunks
         return places
+
+    def device_memory(self) -> list[torch.Tensor]:
+        """All tensors that the passes need besides the model's and the state's, each once."""
+        owned = [tensor for bucket in self.buckets for tensor in (*bucket.device_memory, bucket.step_table)]
+        unique = {id(tensor): tensor for tensor in (*owned, self.control.buffer) if tensor is not None}
+        return list(unique.values())
 
     def pack_hypers(self, groups: Sequence[dict]) -> None:
         """Reads the hyper-parameters of all groups. A device lr stays on the device; other tensors are read here."""

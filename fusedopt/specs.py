@@ -1,14 +1,29 @@
 """What the rules and formats are called, and in which order their parts travel. Standard library only.
 
 A new rule needs a row in ``RULES`` here, a header in ``csrc/rules/``, a reference in ``reference.py`` and an optimizer
-in ``optim/``; a test asserts that these registries agree.
+in ``optim/``. A new format needs a row here, a struct in ``csrc/formats/`` and, in ``formats.py``, its conversion. Tests
+assert that these registries agree.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CPU_CHUNK", "CUDA_CHUNK", "DTYPES", "NORM_TYPES", "RULES", "FormatSpec", "RuleSpec"]
+__all__ = [
+    "CPU_CHUNK",
+    "CUDA_CHUNK",
+    "CUDA_CHUNK_BLOCKED",
+    "DTYPES",
+    "NORM_TYPES",
+    "PARAM_FORMATS",
+    "RULES",
+    "STATE_BLOCK",
+    "STATE_FORMATS",
+    "DTypeSpec",
+    "ParamFormatSpec",
+    "RuleSpec",
+    "StateFormatSpec",
+]
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,8 @@ class RuleSpec:
     """The struct in ``csrc/rules/``."""
     states: tuple[str, ...]
     """State keys, as in ``torch.optim``, in the order of the header's ``kStateNames``."""
+    moments: tuple[str, ...]
+    """"first" (any sign) or "second" (never negative), by state: ``moment`` of the header."""
     hyper: tuple[tuple[str, str, int], ...]
     """(hyper-parameter, param group key, index into the key's tuple or -1), in the order of ``kHyperNames``."""
     index: int
@@ -30,36 +47,110 @@ _LR = ("lr", "lr", -1)
 _BETAS = (("beta1", "betas", 0), ("beta2", "betas", 1))
 _EPS = ("eps", "eps", -1)
 _WEIGHT_DECAY = ("weight_decay", "weight_decay", -1)
+_ADAM = ("first", "second")
 
 RULES: dict[str, RuleSpec] = {
     spec.name: spec
     for spec in (
-        RuleSpec("adam", "Adam", ("exp_avg", "exp_avg_sq"), (_LR, *_BETAS, _EPS, _WEIGHT_DECAY), 0),
-        RuleSpec("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), (_LR, *_BETAS, _EPS, _WEIGHT_DECAY), 1),
-        RuleSpec("lion", "Lion", ("exp_avg",), (_LR, *_BETAS, _WEIGHT_DECAY), 2),
+        RuleSpec("adam", "Adam", ("exp_avg", "exp_avg_sq"), _ADAM, (_LR, *_BETAS, _EPS, _WEIGHT_DECAY), 0),
+        RuleSpec("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), _ADAM, (_LR, *_BETAS, _EPS, _WEIGHT_DECAY), 1),
+        RuleSpec("lion", "Lion", ("exp_avg",), ("first",), (_LR, *_BETAS, _WEIGHT_DECAY), 2),
     )
 }
 
 
 @dataclass(frozen=True)
-class FormatSpec:
-    """How an element rests in memory."""
+class DTypeSpec:
+    """A dtype of plain tensors."""
 
     name: str
-    """torch's name of the dtype."""
+    """torch's name."""
     cpp: str
-    """The struct in ``csrc/formats/``."""
+    """The struct in ``csrc/formats/plain.h``."""
     code: int
     """The value of ``DType`` in ``csrc/core/structs.h``."""
+    size: int
+    """Bytes per element."""
 
 
-DTYPES: dict[str, FormatSpec] = {
+DTYPES: dict[str, DTypeSpec] = {
     spec.name: spec
     for spec in (
-        FormatSpec("float32", "Float32", 0),
-        FormatSpec("bfloat16", "BFloat16", 1),
-        FormatSpec("float16", "Float16", 2),
-        FormatSpec("float64", "Float64", 3),
+        DTypeSpec("float32", "Float32", 0, 4),
+        DTypeSpec("bfloat16", "BFloat16", 1, 2),
+        DTypeSpec("float16", "Float16", 2, 2),
+        DTypeSpec("float64", "Float64", 3, 8),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ParamFormatSpec:
+    """How a parameter rests in memory: its own tensor, and what is kept beside it."""
+
+    name: str
+    cpp: str
+    """The struct in ``csrc/formats/param.h``."""
+    code: int
+    """The value of ``ParamFormat`` in ``csrc/core/structs.h``."""
+    dtype: str
+    """Of the parameter."""
+    extra: tuple[str, str] | None = None
+    """State key and dtype of the second tensor, shaped like the parameter."""
+    random: bool = False
+    """Whether storing it takes random bits."""
+
+
+_MASTER = ("master_param", "float32")
+
+PARAM_FORMATS: dict[str, ParamFormatSpec] = {
+    spec.name: spec
+    for spec in (
+        ParamFormatSpec("float32", "PlainFloat32", 0, "float32"),
+        ParamFormatSpec("bfloat16", "PlainBFloat16", 1, "bfloat16"),
+        ParamFormatSpec("float16", "PlainFloat16", 2, "float16"),
+        ParamFormatSpec("float64", "PlainFloat64", 3, "float64"),
+        ParamFormatSpec("bfloat16+master", "MasterBFloat16", 4, "bfloat16", _MASTER),
+        ParamFormatSpec("float16+master", "MasterFloat16", 5, "float16", _MASTER),
+        ParamFormatSpec("split16", "Split16", 6, "bfloat16", ("param_remainder", "int16")),
+        ParamFormatSpec("split8", "Split8", 7, "bfloat16", ("param_remainder", "int8")),
+        ParamFormatSpec("bfloat16+stochastic", "StochasticParam", 8, "bfloat16", random=True),
+    )
+}
+
+STATE_BLOCK = 256
+"""Elements that share a scale in blocked state formats: ``kStateBlock`` of ``csrc/formats/state.h``."""
+
+
+@dataclass(frozen=True)
+class StateFormatSpec:
+    """How an optimizer state rests in memory."""
+
+    name: str
+    cpp: str
+    """The struct in ``csrc/formats/state.h``."""
+    code: int
+    """The value of ``StateFormat`` in ``csrc/core/structs.h``."""
+    dtypes: tuple[str, str]
+    """Of the tensor that holds a first and a second moment."""
+    blocked: bool = False
+    """Whether a second tensor, ``<state>_scale``, holds one float32 for each ``STATE_BLOCK`` elements."""
+    random: bool = False
+    """Whether storing it takes random bits."""
+
+    def dtype(self, moment: str) -> str:
+        return self.dtypes[0 if moment == "first" else 1]
+
+
+STATE_FORMATS: dict[str, StateFormatSpec] = {
+    spec.name: spec
+    for spec in (
+        StateFormatSpec("float32", "StateFloat32", 0, ("float32", "float32")),
+        StateFormatSpec("bfloat16", "StateBFloat16", 1, ("bfloat16", "bfloat16")),
+        StateFormatSpec("float16", "StateFloat16", 2, ("float16", "float16")),
+        StateFormatSpec("float64", "StateFloat64", 3, ("float64", "float64")),
+        StateFormatSpec("int8", "Int8State", 4, ("int8", "uint8"), blocked=True, random=True),
+        StateFormatSpec("bfloat16+stochastic", "StochasticState", 5, ("bfloat16", "bfloat16"), random=True),
     )
 }
 
@@ -71,3 +162,6 @@ CPU_CHUNK = 1 << 16
 
 CUDA_CHUNK = 1 << 13
 """Elements per thread block: 32 for each of 256 threads."""
+
+CUDA_CHUNK_BLOCKED = 1 << 15
+"""The same where states are blocked: such kernels are pipelined and need time to get going."""

@@ -28,6 +28,11 @@ static_assert(sizeof(int32) == 4 && sizeof(int64) == 8 && sizeof(void*) == 8, "a
 
 namespace FUSEDOPT_ISA {
 
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
 template <class To, class From>
 FUSEDOPT_HD To bit_cast(From value) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast between different sizes");
@@ -54,6 +59,31 @@ FUSEDOPT_HD double square_root(double x) {
 #else
   return __builtin_sqrt(x);
 #endif
+}
+
+// x * scale + offset for a power of two `scale`: the product is exact, so fused or not it is the same number.
+FUSEDOPT_HD float scale_and_add(float x, float scale, float offset) {
+#if defined(__CUDACC__)
+  return fmaf(x, scale, offset);
+#else
+  return x * scale + offset;
+#endif
+}
+
+// x / divisor, rounded as IEEE division. `reciprocal` is 1 / divisor, rounded to nearest: worth it where many numbers
+// are divided by the same one. With it, one multiplication and two fused ones are enough for the correctly rounded
+// quotient (Markstein 1990; Brisebarre, Muller & Raina, IEEE TC 53(8), 2004), unless something leaves the range of
+// floats: for sqrt(x) / d with d in [2^-24, 1] nothing does but infinity.
+template <class T>
+FUSEDOPT_HD T divide_root(T x, T divisor, [[maybe_unused]] T reciprocal) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 4) {
+    const T quotient = x * reciprocal;
+    const T corrected = fmaf(fmaf(-divisor, quotient, x), reciprocal, quotient);
+    return x < bit_cast<T>(0x7f800000u) ? corrected : quotient;
+  }
+#endif
+  return x / divisor;
 }
 
 // a^n and b^n by squaring, both in one loop so that neither waits for the other. Written out because the pow() of

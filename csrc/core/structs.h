@@ -9,25 +9,48 @@ namespace fusedopt {
 enum class DType : int32 { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 constexpr int32 kNumDTypes = 4;
 
+// Codes shared with fusedopt/specs.py (PARAM_FORMATS and STATE_FORMATS, in this order); formats/{param,state}.h define them.
+enum class ParamFormat : int32 {
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kFloat64,
+  kMasterBFloat16,
+  kMasterFloat16,
+  kSplit16,
+  kSplit8,
+  kStochastic,
+};
+constexpr int32 kNumParamFormats = 9;
+enum class StateFormat : int32 { kFloat32, kBFloat16, kFloat16, kFloat64, kInt8, kStochastic };
+constexpr int32 kNumStateFormats = 6;
+
 constexpr int32 kMaxStates = 4;
 constexpr int32 kMaxHyper = 8;
 
 // One row per parameter: everything that stays the same from step to step.
 struct TensorEntry {
   void* param;
+  void* extra;  // what the parameter's format keeps beside it, or null
   void* states[kMaxStates];
-  float* step;  // number of steps taken so far, incremented by the update pass
+  float* scales[kMaxStates];  // of blocked state formats
+  float* step;                // number of steps taken so far, incremented by the update pass
   int64 numel;
-  int32 group;  // index into the Hyper rows
-  int32 unused;
+  int32 group;    // index into the Hyper rows
+  uint32 id;      // of the tensor in its optimizer, for random numbers
+  int32 chunks;   // how many of the table's chunks are this tensor's; at least 1
+  uint32 ticket;  // on the device: how many blocks have read `step`; 0 between launches
+  int64 unused[2];
 };
-static_assert(sizeof(TensorEntry) == 64, "read by the device as 64-byte rows");
+static_assert(sizeof(TensorEntry) == 128, "read by the device as rows of whole cache lines");
 
 // A run of consecutive elements of one tensor: the unit of work of a thread block or a CPU thread.
 struct Chunk {
   int32 tensor;
   uint32 index;  // elements [index * chunk_size, (index + 1) * chunk_size)
+  int64 numel;   // of the tensor: one row less to wait for
 };
+static_assert(sizeof(Chunk) == 16, "read by the device in one access");
 
 // The hyper-parameters of one param group, in the order of the rule's kHyper.
 struct Hyper {

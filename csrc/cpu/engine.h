@@ -1,14 +1,14 @@
 // The CPU engine, compiled once per instruction set by the isa_*.cpp files.
 //
-// Works in blocks that fit the first-level cache: fetch each stream as the compute type (in place where
-// it already is), transform the gradient, apply the rule, store what was converted. Formats and rules
+// Works in blocks that fit the first-level cache: decode each stream to the compute type (in place where
+// memory already holds it), transform the gradient, apply the rule, encode what was decoded. Formats and rules
 // thus combine at run time, through tables of functions, and each is compiled once per instruction set.
 // The loops are written for the compiler's vectoriser. No standard library here: its inline functions would
 // be compiled for this instruction set and could be linked into code for a lesser one.
 #pragma once
 
 #include "../core/gradient.h"
-#include "../formats/plain.h"
+#include "../formats/state.h"
 #include "../rules/all.h"
 #include "jobs.h"
 
@@ -38,11 +38,6 @@ void store_stream(const T* __restrict from, void* to, int64 n) {
   auto* __restrict target = static_cast<typename Format::Storage*>(to);
   for (int64 i = 0; i < n; ++i) target[i] = Format::encode(typename Format::Compute(from[i]));
 }
-
-template <class A, class B>
-constexpr bool is_same = false;
-template <class A>
-constexpr bool is_same<A, A> = true;
 
 template <class T>
 inline const StreamFunctions<T>& stream_functions(DType dtype) {
@@ -77,6 +72,148 @@ class BlockView {
 
 inline const void* element(const void* base, DType dtype, int64 offset) {
   return static_cast<const char*>(base) + offset * stream_functions<float>(dtype).size;
+}
+
+// ---- random bits --------------------------------------------------------------------------------------
+
+// For each of the elements [first, first + n); `first` is a multiple of kRandomGroup. Whole groups are filled.
+inline void draw_block(const RandomStream& stream, int64 first, int64 n, uint32* __restrict bits) {
+  for (int64 group = 0; group * kRandomGroup < n; ++group) {
+    const Random128 random = draw(stream, uint64(first / kRandomGroup + group));
+    for (int e = 0; e < kRandomGroup; ++e) bits[group * kRandomGroup + e] = bits_of(random, e);
+  }
+}
+
+inline void dither_block(const DitherKey& key, int64 first, int64 n, uint32* __restrict dither) {
+  for (int64 group = 0; group * kRandomGroup < n; ++group) {
+    const uint32 base = dither_base(key, uint64(first / kRandomGroup + group));
+    for (int e = 0; e < kRandomGroup; ++e) dither[group * kRandomGroup + e] = dither_of(base, e);
+  }
+}
+
+// Random bits and dither of one block's elements, by element.
+struct Noise {
+  alignas(64) uint32 bits[kBlock];
+  alignas(64) uint32 dither[kBlock];
+};
+
+// ---- parameters ---------------------------------------------------------------------------------------
+
+enum class InPlace { kNo, kMain, kExtra };  // which memory already holds the compute type
+
+template <class T>
+struct ParamFunctions {
+  int64 size, extra_size;  // bytes per element
+  InPlace in_place;
+  bool random;
+  void (*load)(const void* main, const void* extra, T* to, int64 n);
+  void (*store)(const T* from, void* main, void* extra, int64 n, const Noise& noise);
+};
+
+template <class Format, class T>
+void load_param(const void* main, const void* extra, T* __restrict to, int64 n) {
+  const auto* __restrict low = static_cast<const typename Format::Extra::Storage*>(extra);
+  const auto* __restrict high = static_cast<const typename Format::Main::Storage*>(main);
+  for (int64 i = 0; i < n; ++i) to[i] = T(Format::decode(high[i], low[i]));
+}
+
+template <class Format, class T>
+void store_param(const T* from, void* main, void* extra, int64 n, const Noise& noise) {
+  auto* __restrict high = static_cast<typename Format::Main::Storage*>(main);
+  auto* __restrict low = static_cast<typename Format::Extra::Storage*>(extra);
+  if constexpr (Format::kRounded) {
+    store_stream<typename Format::Main, T>(from, main, n);
+  } else {
+    for (int64 i = 0; i < n; ++i) {
+      const uint32 word = Format::word(float(from[i]), noise.bits[i]);
+      high[i] = uint16((word + Format::kCarry) >> 16);
+      if constexpr (!is_same<typename Format::Extra, NoExtra>)
+        low[i] = typename Format::Extra::Storage(word >> (8 * Format::kExtraByte));
+    }
+  }
+}
+
+template <class Format, class T>
+constexpr InPlace in_place() {
+  if (Format::kReadsMain) return is_same<typename Format::Main::Storage, T> ? InPlace::kMain : InPlace::kNo;
+  return is_same<typename Format::Extra::Storage, T> ? InPlace::kExtra : InPlace::kNo;
+}
+
+template <class T>
+inline const ParamFunctions<T>& param_functions(ParamFormat format) {
+#define FUSEDOPT_ROW(Format)                                                                                      \
+  {sizeof(typename Format::Main::Storage), sizeof(typename Format::Extra::Storage), in_place<Format, T>(),        \
+   Format::kRandom, &load_param<Format, T>, &store_param<Format, T>},
+  static const ParamFunctions<T> table[kNumParamFormats] = {FUSEDOPT_FOR_EACH_PARAM_FORMAT(FUSEDOPT_ROW)};
+#undef FUSEDOPT_ROW
+  return table[int32(format)];
+}
+
+// ---- states -------------------------------------------------------------------------------------------
+
+template <class T>
+struct StateFunctions {
+  int64 size;  // bytes per element
+  bool in_place, blocked, random, dithered;
+  void (*load)(const void* memory, const float* scales, T* to, int64 n, Moment moment);
+  void (*store)(const T* from, void* memory, float* scales, int64 n, Moment moment, int k, const Noise& noise);
+};
+
+// Elements in the scale's block that begins at `first`.
+inline int64 block_length(int64 first, int64 n) { return n - first < kStateBlock ? n - first : kStateBlock; }
+
+template <class Format, class T>
+void load_state(const void* memory, const float* scales, T* __restrict to, int64 n, Moment moment) {
+  const auto* __restrict codes = static_cast<const typename Format::Storage*>(memory);
+  if constexpr (Format::kRounded) {
+    load_stream<typename Format::Plain, T>(memory, to, n);
+  } else if constexpr (Format::kBlocked) {
+    for (int64 first = 0; first < n; first += kStateBlock) {
+      const float unit = scales[first / kStateBlock];
+      const int64 length = block_length(first, n);
+      for (int64 i = 0; i < length; ++i) to[first + i] = T(Format::decode(codes[first + i], unit, moment));
+    }
+  } else {
+    for (int64 i = 0; i < n; ++i) to[i] = T(Format::decode(codes[i]));
+  }
+}
+
+template <class Format, class T>
+void store_state(const T* __restrict from, void* memory, float* scales, int64 n, Moment moment, int k,
+                 const Noise& noise) {
+  auto* __restrict codes = static_cast<typename Format::Storage*>(memory);
+  if constexpr (Format::kRounded) {
+    store_stream<typename Format::Plain, T>(from, memory, n);
+  } else if constexpr (Format::kBlocked) {
+    for (int64 first = 0; first < n; first += kStateBlock) {
+      const int64 length = block_length(first, n);
+      uint32 largest = 0;
+      for (int64 i = 0; i < length; ++i) {
+        const uint32 magnitude = Format::magnitude(float(from[first + i]), moment);
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      const float unit = Format::unit_of(largest);
+      const float reciprocal = Format::reciprocal(unit);
+      scales[first / kStateBlock] = unit;
+      for (int64 i = 0; i < length; ++i)
+        codes[first + i] =
+            uint8(Format::encode_word(float(from[first + i]), reciprocal, noise.dither[first + i], moment) >> 24);
+    }
+  } else {
+    for (int64 group = 0; group < n; group += kRandomGroup)
+      for (int e = 0; e < kRandomGroup && group + e < n; ++e)
+        codes[group + e] = uint16(Format::word(float(from[group + e]), noise.bits[group + bits_for_state(e, k)]) >> 16);
+  }
+}
+
+template <class T>
+inline const StateFunctions<T>& state_functions(StateFormat format) {
+#define FUSEDOPT_ROW(Format)                                                                                 \
+  {sizeof(typename Format::Storage), Format::kRounded && is_same<typename Format::Storage, T>, Format::kBlocked, \
+   Format::kRandom, Format::kDithered, &load_state<Format, T>, &store_state<Format, T>},
+  static const StateFunctions<T> table[kNumStateFormats] = {FUSEDOPT_FOR_EACH_STATE_FORMAT(FUSEDOPT_ROW)};
+#undef FUSEDOPT_ROW
+  return table[int32(format)];
 }
 
 // ---- update -------------------------------------------------------------------------------------------
@@ -121,6 +258,7 @@ void apply_rule(T* __restrict param, const T* __restrict grad, T* const* states,
 
 struct RuleRow {
   int states;
+  Moment (*moment)(int state);
   RuleFunctions<float> in_float;
   RuleFunctions<double> in_double;
 };
@@ -128,6 +266,7 @@ struct RuleRow {
 inline const RuleRow& rule_row(int32 rule) {
 #define FUSEDOPT_ROW(Rule)                                 \
   {Rule::kStates,                                          \
+   &Rule::moment,                                          \
    {&prepare_rule<Rule, float>, &apply_rule<Rule, float>}, \
    {&prepare_rule<Rule, double>, &apply_rule<Rule, double>}},
   static const RuleRow table[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
@@ -145,9 +284,79 @@ struct Span {
 inline Span span_of(const Chunk& chunk, const GradTable& table) {
   const int64 begin = int64(chunk.index) * table.chunk_size;
   const int64 end = begin + table.chunk_size;
-  const int64 numel = table.tensors[chunk.tensor].numel;
-  return {begin, end < numel ? end : numel};
+  return {begin, end < chunk.numel ? end : chunk.numel};
 }
+
+// One tensor's part of an update, block by block. `offset` is the block's first element.
+template <class T>
+class TensorBlocks {
+ public:
+  TensorBlocks(const UpdateJob& job, const TensorEntry& tensor, const void* grad, const RandomStream& stream)
+      : rule_(rule_row(job.rule)),
+        grad_dtype_(job.table.grad_dtype),
+        grad_functions_(stream_functions<T>(job.table.grad_dtype)),
+        param_functions_(param_functions<T>(job.param_format)),
+        state_functions_(state_functions<T>(job.state_format)),
+        tensor_(tensor),
+        grad_(grad),
+        stream_(stream),
+        dither_key_(dither_key(stream)) {}
+
+  const T* grad(int64 offset, int64 n) {
+    const void* memory = element(grad_, grad_dtype_, offset);
+    if (grad_functions_.direct) return static_cast<const T*>(memory);
+    grad_functions_.load(memory, grad_buffer_, n);
+    return grad_buffer_;
+  }
+
+  T* param(int64 offset, int64 n) {
+    if (param_functions_.in_place == InPlace::kMain) return static_cast<T*>(main(offset));
+    if (param_functions_.in_place == InPlace::kExtra) return static_cast<T*>(extra(offset));
+    param_functions_.load(main(offset), extra(offset), param_buffer_, n);
+    return param_buffer_;
+  }
+
+  T* state(int k, int64 offset, int64 n) {
+    if (state_functions_.in_place) return static_cast<T*>(memory(k, offset));
+    state_functions_.load(memory(k, offset), scales(k, offset), state_buffers_[k], n, rule_.moment(k));
+    return state_buffers_[k];
+  }
+
+  // Writes back what was not updated in place.
+  void commit(int64 offset, int64 n, const T* param, T* const* states) {
+    if (param_functions_.random || state_functions_.random) draw_block(stream_, offset, n, noise_.bits);
+    if (state_functions_.dithered) dither_block(dither_key_, offset, n, noise_.dither);
+    if (param_functions_.in_place != InPlace::kMain)
+      param_functions_.store(param, main(offset), extra(offset), n, noise_);
+    if (state_functions_.in_place) return;
+    for (int k = 0; k < rule_.states; ++k)
+      state_functions_.store(states[k], memory(k, offset), scales(k, offset), n, rule_.moment(k), k, noise_);
+  }
+
+ private:
+  void* main(int64 offset) const { return static_cast<char*>(tensor_.param) + offset * param_functions_.size; }
+  void* extra(int64 offset) const { return static_cast<char*>(tensor_.extra) + offset * param_functions_.extra_size; }
+  void* memory(int k, int64 offset) const {
+    return static_cast<char*>(tensor_.states[k]) + offset * state_functions_.size;
+  }
+  float* scales(int k, int64 offset) const {
+    return state_functions_.blocked ? tensor_.scales[k] + offset / kStateBlock : nullptr;
+  }
+
+  const RuleRow& rule_;
+  DType grad_dtype_;
+  const StreamFunctions<T>& grad_functions_;
+  const ParamFunctions<T>& param_functions_;
+  const StateFunctions<T>& state_functions_;
+  const TensorEntry& tensor_;
+  const void* grad_;
+  RandomStream stream_;
+  DitherKey dither_key_;
+  alignas(64) T param_buffer_[kBlock];
+  alignas(64) T grad_buffer_[kBlock];
+  alignas(64) T state_buffers_[kMaxStates][kBlock];
+  Noise noise_;
+};
 
 template <class T>
 void update_chunk(const UpdateJob& job, const Chunk& chunk) {
@@ -160,29 +369,18 @@ void update_chunk(const UpdateJob& job, const Chunk& chunk) {
   if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
   const Span span = span_of(chunk, job.table);
   const RuleFunctions<T>& functions = rule_functions(rule, T());
+  const double step = double(*tensor.step) + 1.0;
   Coefficients coefficients;
-  functions.prepare(hyper, double(*tensor.step) + 1.0, coefficients);
+  functions.prepare(hyper, step, coefficients);
 
-  const StreamFunctions<T>& grad_stream = stream_functions<T>(job.table.grad_dtype);
-  alignas(64) T param_buffer[kBlock], grad_buffer[kBlock], state_buffers[kMaxStates][kBlock];
+  TensorBlocks<T> blocks(job, tensor, grad_base, {job.seed, tensor.id, uint32(step)});
   for (int64 i = span.begin; i < span.end; i += kBlock) {
     const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
-    const void* grad_memory = element(grad_base, job.table.grad_dtype, i);
-    if (!grad_stream.direct) grad_stream.load(grad_memory, grad_buffer, n);
-    const T* grad = grad_stream.direct ? static_cast<const T*>(grad_memory) : grad_buffer;
-
-    const BlockView<T> param(job.param_dtype, tensor.param, i, n, param_buffer);
+    T* const param = blocks.param(i, n);
     T* states[kMaxStates];
-    for (int k = 0; k < rule.states; ++k)
-      states[k] = BlockView<T>(job.state_dtype, tensor.states[k], i, n, state_buffers[k]).data();
-
-    functions.apply(param.data(), grad, states, n, coefficients, transform);
-
-    param.commit();
-    const StreamFunctions<T>& state_functions = stream_functions<T>(job.state_dtype);
-    if (!state_functions.direct)
-      for (int k = 0; k < rule.states; ++k)
-        state_functions.store(states[k], static_cast<char*>(tensor.states[k]) + i * state_functions.size, n);
+    for (int k = 0; k < rule.states; ++k) states[k] = blocks.state(k, i, n);
+    functions.apply(param, blocks.grad(i, n), states, n, coefficients, transform);
+    blocks.commit(i, n, param, states);
   }
 }
 
@@ -304,7 +502,7 @@ void scale_chunk(const ScaleJob& job, const Chunk& chunk) {
 // ---- the compute type: double for float64, float for everything else ----------------------------------
 
 inline void update(const UpdateJob& job, const Chunk& chunk) {
-  job.param_dtype == DType::kFloat64 ? update_chunk<double>(job, chunk) : update_chunk<float>(job, chunk);
+  job.param_format == ParamFormat::kFloat64 ? update_chunk<double>(job, chunk) : update_chunk<float>(job, chunk);
 }
 
 inline NormPartial norm(const NormJob& job, const Chunk& chunk) {

@@ -15,9 +15,10 @@ struct GradTable {
 
 struct UpdateJob {
   GradTable table;
-  DType param_dtype;
-  DType state_dtype;
+  ParamFormat param_format;
+  StateFormat state_format;
   int32 rule;  // index into FUSEDOPT_FOR_EACH_RULE
+  uint64 seed;  // of random numbers
   const Hyper* hypers;
   Scaling scaling;
 };

@@ -12,24 +12,22 @@ struct CudaPartial {
 };
 
 struct PassArgs {
-  const TensorEntry* tensors;
+  TensorEntry* tensors;
   const Chunk* chunks;
   const char* step_table;  // Hyper rows, then gradient pointers; null where they are a kernel parameter
   Control* control;        // may be null in the update pass
-  uint32* ticket;          // of the update pass; 0 between launches
   CudaPartial* partials;
   Scaling scaling;
   const float* norm_found_inf;  // the norm pass's own verdict, where it ran
   float* nonfinite_out;         // scale: set to 1 if an element is inf or NaN
   NormOptions norm;
-  int32 num_tensors;
+  uint64 seed;  // of random numbers
   int32 num_groups;
   int32 num_chunks;
   int32 lead;           // update: this launch records in `control` whether the step was skipped
   int32 first_partial;  // norm: where this launch's blocks write
   int32 num_partials;   // norm: > 0 in the last launch of a device: how many to add up
   int32 finalize;       // norm: this device's gradients are all there are, so finish here
-  int32 unused;
 };
 
 }  // namespace fusedopt

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../core/gradient.h"
-#include "../formats/plain.h"
+#include "../formats/state.h"
 #include "../rules/all.h"
 #include "args.h"
 
@@ -16,24 +16,26 @@ namespace FUSEDOPT_ISA {
 constexpr int kThreads = 256;
 constexpr int kChunk = FUSEDOPT_CHUNK;  // elements; fusedopt/backends/nvrtc.py sets it
 
-// What the update pass is tuned for. Large models are bound by memory: few blocks with much in flight are best for
+// What a pass is tuned for. Large models are bound by memory: few blocks with much in flight are best for
 // elements of 4 bytes; with 2 bytes arithmetic takes as long as memory, and more warps hide its latency. Models of a
 // few million parameters are bound by the latency of one block, so more blocks must run at once.
 enum class Tuning { kBandwidth, kLatency };
 
-// How many elements a thread loads at once, and how many blocks share a multiprocessor, by the size of the smallest
-// element. The macros are for trying others.
+// How many elements a thread loads at once, and how many blocks share a multiprocessor, by the sizes of the smallest and
+// the largest element of parameter, gradient and states. Measured on an H100 (docs/performance.md); macros, so that
+// others can be tried.
 #ifndef FUSEDOPT_ELEMENTS
-#define FUSEDOPT_ELEMENTS(tuning, bytes) ((tuning) == Tuning::kBandwidth && (bytes) == 4 ? 16 : 8)
+#define FUSEDOPT_ELEMENTS(tuning, smallest) ((tuning) == Tuning::kBandwidth && (smallest) == 4 ? 16 : 8)
 #endif
 #ifndef FUSEDOPT_UPDATE_BLOCKS
-#define FUSEDOPT_UPDATE_BLOCKS(tuning, bytes) ((bytes) == 2 || ((tuning) == Tuning::kLatency && (bytes) == 4) ? 4 : 2)
+#define FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest) \
+  ((smallest) == 1 ? 3 : (largest) == 2 || ((tuning) == Tuning::kLatency && (largest) == 4) ? 4 : 2)
 #endif
 #ifndef FUSEDOPT_NORM_ELEMENTS
-#define FUSEDOPT_NORM_ELEMENTS 32
+#define FUSEDOPT_NORM_ELEMENTS(tuning) ((tuning) == Tuning::kBandwidth ? 32 : 8)
 #endif
 #ifndef FUSEDOPT_NORM_BLOCKS
-#define FUSEDOPT_NORM_BLOCKS 4
+#define FUSEDOPT_NORM_BLOCKS(tuning) ((tuning) == Tuning::kBandwidth ? 4 : 8)
 #endif
 
 // The step table as a kernel parameter: no copy to the device, and a captured graph keeps it.
@@ -45,16 +47,54 @@ struct StepTable {
 // ---- vectors ------------------------------------------------------------------------------------------
 
 constexpr FUSEDOPT_HD int minimum(int a, int b) { return a < b ? a : b; }
+constexpr FUSEDOPT_HD int maximum(int a, int b) { return a > b ? a : b; }
 
+template <bool kFirst, class A, class B>
+struct Select {
+  using type = A;
+};
+template <class A, class B>
+struct Select<false, A, B> {
+  using type = B;
+};
+
+// V elements of a stream. Elements of less than 4 bytes stay packed in words until they are used: taken apart when they are
+// loaded, each would cost a register and instructions of its own.
 template <class Format, int V>
 struct alignas(minimum(16, V* int(sizeof(typename Format::Storage)))) Vector {
-  typename Format::Storage lane[V];
+  using Storage = typename Format::Storage;
+  static constexpr int kPerWord = V * sizeof(Storage) % 4 == 0 && sizeof(Storage) < 4 ? 4 / sizeof(Storage) : 1;
+  using Word = typename Select<kPerWord == 1, Storage, uint32>::type;
+  Word words[V / kPerWord];
+
+  __device__ __forceinline__ Storage get(int e) const {
+    if constexpr (kPerWord == 1)
+      return words[e];
+    else
+      return Storage(words[e / kPerWord] >> (e % kPerWord * sizeof(Storage) * 8));
+  }
+
+  // In the order of elements: the first one of a word clears the others.
+  __device__ __forceinline__ void set(int e, Storage x) {
+    if constexpr (kPerWord == 1) {
+      words[e] = x;
+    } else {
+      constexpr uint32 kMask = sizeof(Storage) == 1 ? 0xffu : 0xffffu;
+      const uint32 shifted = (uint32(x) & kMask) << (e % kPerWord * sizeof(Storage) * 8);
+      words[e / kPerWord] = e % kPerWord == 0 ? shifted : words[e / kPerWord] | shifted;
+    }
+  }
+};
+
+template <int V>
+struct Vector<NoExtra, V> {
+  __device__ __forceinline__ NoExtra::Storage get(int) const { return {}; }
 };
 
 template <class T, class Format, int V>
 __device__ __forceinline__ void decode(const Vector<Format, V>& vector, T (&values)[V]) {
 #pragma unroll
-  for (int e = 0; e < V; ++e) values[e] = T(Format::decode(vector.lane[e]));
+  for (int e = 0; e < V; ++e) values[e] = T(Format::decode(vector.get(e)));
 }
 
 template <class T, class Format, int V>
@@ -62,10 +102,50 @@ __device__ __forceinline__ void encode(const T (&values)[V], Vector<Format, V>& 
   if constexpr (sizeof(typename Format::Storage) == 2 && V % 2 == 0) {
 #pragma unroll
     for (int e = 0; e < V; e += 2)
-      reinterpret_cast<uint32*>(vector.lane)[e / 2] = Format::encode_pair(float(values[e]), float(values[e + 1]));
+      vector.words[e / 2] = Format::encode_pair(float(values[e]), float(values[e + 1]));
   } else {
 #pragma unroll
-    for (int e = 0; e < V; ++e) vector.lane[e] = Format::encode(typename Format::Compute(values[e]));
+    for (int e = 0; e < V; ++e) vector.set(e, Format::encode(typename Format::Compute(values[e])));
+  }
+}
+
+// One field of each word: its upper half, its lower half, or one of its bytes.
+template <int kBytes, int kFirstByte, class Format, int V>
+__device__ __forceinline__ void pack(const uint32 (&words)[V], Vector<Format, V>& vector) {
+  static_assert(sizeof(typename Format::Storage) == kBytes && 4 % kBytes == 0, "a field is an element");
+  if constexpr (V % 4 != 0) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) vector.set(e, typename Format::Storage(words[e] >> (8 * kFirstByte)));
+  } else if constexpr (kBytes == 2) {
+    constexpr uint32 kPick = kFirstByte == 2 ? 0x7632 : 0x5410;
+#pragma unroll
+    for (int e = 0; e < V; e += 2) vector.words[e / 2] = __byte_perm(words[e], words[e + 1], kPick);
+  } else {
+    constexpr uint32 kPick = (kFirstByte + 4) << 4 | kFirstByte;
+#pragma unroll
+    for (int e = 0; e < V; e += 4)
+      vector.words[e / 4] = __byte_perm(__byte_perm(words[e], words[e + 1], kPick),
+                                        __byte_perm(words[e + 2], words[e + 3], kPick), 0x5410);
+  }
+}
+
+// In accesses of 16 or 8 bytes. Written out, because the compiler takes the store of a struct apart, word by word, where
+// its words are computed by code with branches, as IEEE division has.
+template <class Words>
+__device__ __forceinline__ void store_words(void* to, const Words& vector) {
+  constexpr int kBytes = sizeof(Words);
+  const uint32* words = reinterpret_cast<const uint32*>(&vector);
+  char* address = static_cast<char*>(to);
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < kBytes / 4; k += 4)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 4 * k), "r"(words[k]), "r"(words[k + 1]),
+                   "r"(words[k + 2]), "r"(words[k + 3])
+                   : "memory");
+  } else if constexpr (kBytes == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  } else {
+    *static_cast<Words*>(to) = vector;
   }
 }
 
@@ -84,25 +164,67 @@ struct Stream {
   }
   Stream() = default;
 
+  // Asks for the vector at `i` to be brought to the L2 cache. One thread of those that share a cache line does.
+  __device__ __forceinline__ void prefetch(int i) const {
+    constexpr int kSharers = 128 / (V * int(sizeof(Storage)));
+    if (kSharers <= 1 || threadIdx.x % kSharers == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(base + i));
+  }
+
+  // One access, where the stream is aligned.
+  __device__ __forceinline__ Vector<Format, V> load_aligned(int i) const {
+    return *reinterpret_cast<const Vector<Format, V>*>(base + i);
+  }
+  __device__ __forceinline__ void store_aligned(int i, const Vector<Format, V>& vector) const {
+    store_words(base + i, vector);
+  }
+
   __device__ __forceinline__ Vector<Format, V> load(int i) const {
     Vector<Format, V> vector;
     if (aligned) {
-      vector = *reinterpret_cast<const Vector<Format, V>*>(base + i);
+      vector = load_aligned(i);
     } else {
 #pragma unroll
-      for (int k = 0; k < V; ++k) vector.lane[k] = base[i + k];
+      for (int k = 0; k < V; ++k) vector.set(k, base[i + k]);
     }
     return vector;
   }
 
   __device__ __forceinline__ void store(int i, const Vector<Format, V>& vector) const {
     if (aligned) {
-      *reinterpret_cast<Vector<Format, V>*>(base + i) = vector;
+      store_aligned(i, vector);
     } else {
 #pragma unroll
-      for (int k = 0; k < V; ++k) base[i + k] = vector.lane[k];
+      for (int k = 0; k < V; ++k) base[i + k] = vector.get(k);
     }
   }
+
+  // The same for a vector of which only the first `n` elements exist; the others read as 0.
+  __device__ __forceinline__ Vector<Format, V> load(int i, int n) const {
+    if (n >= V) return load(i);
+    Vector<Format, V> vector = {};
+#pragma unroll
+    for (int k = 0; k < V; ++k) vector.set(k, k < n ? base[i + k] : Storage());
+    return vector;
+  }
+
+  __device__ __forceinline__ void store(int i, const Vector<Format, V>& vector, int n) const {
+    if (n >= V) return store(i, vector);
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      if (k < n) base[i + k] = vector.get(k);
+  }
+};
+
+// The second array of a parameter that has none.
+template <int V>
+struct Stream<NoExtra, V> {
+  static constexpr bool aligned = true;
+  __device__ __forceinline__ Stream(const void*, int64) {}
+  __device__ __forceinline__ void prefetch(int) const {}
+  __device__ __forceinline__ Vector<NoExtra, V> load_aligned(int) const { return {}; }
+  __device__ __forceinline__ Vector<NoExtra, V> load(int, int) const { return {}; }
+  __device__ __forceinline__ void store_aligned(int, const Vector<NoExtra, V>&) const {}
+  __device__ __forceinline__ void store(int, const Vector<NoExtra, V>&, int) const {}
 };
 
 // How a chunk is split. Vectors begin at the tensor's first aligned element, `head` elements in, and chunk
@@ -115,7 +237,7 @@ struct Split {
   int scalars;  // head and tail together
 
   template <class Format, int V>
-  static __device__ __forceinline__ Split of(const void* leading_stream, int64 numel, uint32 chunk_index) {
+  static __device__ __forceinline__ Split peeled(const void* leading_stream, int64 numel, uint32 chunk_index) {
     const uint64 element = reinterpret_cast<uint64>(leading_stream) / sizeof(typename Format::Storage);
     const int64 head = int64((V - element % V) % V);
     Split split;
@@ -126,6 +248,14 @@ struct Split {
     split.head = chunk_index == 0 ? int(head < numel ? head : numel) : 0;
     split.scalars = split.head + count - split.vectored;
     return split;
+  }
+
+  // Where vectors must begin at the tensor's first element, because elements are encoded in groups. The last vector
+  // may then be a part of one; streams that are not aligned are accessed by elements.
+  static __device__ __forceinline__ Split grouped(int64 numel, uint32 chunk_index) {
+    const int64 first = int64(chunk_index) * kChunk;
+    const int64 rest = numel - first;
+    return {first, int(rest < kChunk ? rest : kChunk), 0, 0};
   }
 
   // The element, relative to `first`, that is done as scalar number `i`.
@@ -162,10 +292,20 @@ __device__ __forceinline__ bool must_skip(const PassArgs& args) {
   return asked || (args.norm_found_inf && *args.norm_found_inf != 0.0f);
 }
 
-// Whether this is the last block of the launch to come here; the counter is then 0 again.
-__device__ __forceinline__ bool take_ticket(uint32* ticket) {
+__device__ __forceinline__ uint32 warp_maximum(uint32 x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, x);
+#else
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, distance));
+  return x;
+#endif
+}
+
+// Whether this is the last of `parties` to come here; the counter is then 0 again.
+__device__ __forceinline__ bool take_ticket(uint32* ticket, uint32 parties) {
   __threadfence();
-  return atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+  return atomicInc(ticket, parties - 1) == parties - 1;
 }
 
 // What all threads of a block need to know, worked out by two of them, in different warps, while loads are under way.
@@ -173,13 +313,19 @@ template <class Rule, class T>
 struct BlockPlan {
   typename Rule::template Coefficients<T> coefficients;
   GradientTransform<T> transform;
+  RandomStream random;
+  DitherKey dither;
+  float step;  // taken before this one
   bool skip;
 
-  template <class Table>
+  template <bool kNoise, class Table>
   __device__ __forceinline__ void prepare(const PassArgs& args, const Table& table, const TensorEntry& tensor) {
-    if (threadIdx.x == 0) {
-      const double step = double(*static_cast<volatile float*>(tensor.step)) + 1.0;
-      coefficients = Rule::template prepare<T>(hyper_of(args, table, tensor.group).value, step);
+    if (kNoise && threadIdx.x == 64) {
+      random = {args.seed, tensor.id, uint32(*static_cast<volatile float*>(tensor.step)) + 1};
+      dither = dither_key(random);
+    } else if (threadIdx.x == 0) {
+      step = *static_cast<volatile float*>(tensor.step);
+      coefficients = Rule::template prepare<T>(hyper_of(args, table, tensor.group).value, double(step) + 1.0);
     } else if (threadIdx.x == 32) {
       skip = must_skip(args);
       transform = gradient_transform<T>(args.scaling);
@@ -188,123 +334,334 @@ struct BlockPlan {
   }
 };
 
-// Every block takes part when it has read its tensor's step, so the last one may write all of them.
-// Called by one thread; a block's other threads ask for the answer at its end.
-__device__ __forceinline__ bool finish_reading(const PassArgs& args, bool skip) {
-  if (blockIdx.x == 0 && args.lead && args.control) {
-    args.control->skipped = skip ? 1.0f : 0.0f;
-    args.control->skipped_steps += skip;
-  }
-  return take_ticket(args.ticket) && !skip;
+// A tensor's step is counted by the last of its blocks to have read it. Called by one thread.
+__device__ __forceinline__ void count_step(TensorEntry& tensor, float step, int blocks, bool skip) {
+  const bool last = blocks == 1 || take_ticket(&tensor.ticket, uint32(blocks));
+  if (last && !skip) *tensor.step = step + 1.0f;
 }
 
-template <class Table>
-__device__ __forceinline__ void count_steps(const PassArgs& args, const Table& table) {
-  for (int t = threadIdx.x; t < args.num_tensors; t += kThreads)
-    if (grad_of(args, table, t)) *args.tensors[t].step += 1.0f;
+// Called by one thread of the launch.
+__device__ __forceinline__ void record(const PassArgs& args, bool skip) {
+  if (!args.lead || !args.control) return;
+  args.control->skipped = skip ? 1.0f : 0.0f;
+  args.control->skipped_steps += skip;
 }
 
 template <class Rule, class P, class G, class S, Tuning kTuning>
 struct Update {
   using T = typename P::Compute;
-  static constexpr int kSmallest =
-      minimum(sizeof(typename P::Storage), minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
-  static constexpr int V = 16 / kSmallest;
+  static constexpr int kStates = Rule::kStates;
+  static constexpr bool kHasExtra = !is_same<typename P::Extra, NoExtra>;
+  // Bytes of the smallest element. Single bytes are accessed eight at a time.
+  static constexpr int kSmallest = minimum(sizeof(typename P::Main::Storage),
+                                           minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
+  static constexpr int kLargest = maximum(
+      maximum(sizeof(typename P::Main::Storage), sizeof(typename P::Extra::Storage)),
+      maximum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
+  static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
-  static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest);
+  static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
   static constexpr int kRound = kThreads * kVectors * V;
+  // Elements that are encoded together lie in one vector (random bits) or in one warp's vectors (blocks).
+  static constexpr bool kRandom = P::kRandom || S::kRandom;
+  static constexpr bool kNoise = kRandom || S::kDithered;
+  static constexpr bool kGrouped = kNoise || S::kBlocked;
+  // Whether a round is loaded while the one before is computed, and the one after it brought to the L2 cache: where
+  // arithmetic takes as long as memory, blocks alone do not hide the one behind the other.
+  static constexpr bool kPipelined = S::kBlocked;
   static_assert(kVectors >= 1 && kChunk % kRound == 0, "a chunk is a whole number of rounds");
+  static_assert(!kNoise || V == kRandomGroup, "a vector is a draw");
+  static_assert(!S::kBlocked || (V * 32 == kStateBlock && kChunk % kStateBlock == 0), "a warp's vector is a block");
 
   struct Registers {
-    Vector<P, V> param[kVectors];
+    Vector<typename P::Main, V> param[kVectors];
+    Vector<typename P::Extra, V> extra[kVectors];
     Vector<G, V> grad[kVectors];
-    Vector<S, V> state[Rule::kStates][kVectors];
+    Vector<S, V> state[kStates][kVectors];
   };
 
-  Stream<P, V> param;
+  Stream<typename P::Main, V> param;
+  Stream<typename P::Extra, V> extra;
   Stream<G, V> grad;
-  Stream<S, V> state[Rule::kStates];
+  Stream<S, V> state[kStates];
+  float* units[kStates];  // of this chunk's blocks
   int vectored;
 
   __device__ __forceinline__ Update(const TensorEntry& tensor, const void* grads, const Split& split)
-      : param(tensor.param, split.first), grad(grads, split.first), vectored(split.vectored) {
+      : param(tensor.param, split.first),
+        extra(tensor.extra, split.first),
+        grad(grads, split.first),
+        vectored(split.vectored) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) state[k] = Stream<S, V>(tensor.states[k], split.first);
+    for (int k = 0; k < kStates; ++k) {
+      state[k] = Stream<S, V>(tensor.states[k], split.first);
+      if constexpr (S::kBlocked) {
+        units[k] = tensor.scales[k] + split.first / kStateBlock;
+        __builtin_assume(__isGlobal(units[k]));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ Split split(const TensorEntry& tensor, const Chunk& chunk) {
+    if constexpr (kGrouped) return Split::grouped(chunk.numel, chunk.index);
+    return Split::template peeled<typename P::Main, V>(tensor.param, chunk.numel, chunk.index);
   }
 
   static __device__ __forceinline__ int offset(int round, int j) {
     return round * kRound + (j * kThreads + int(threadIdx.x)) * V;
   }
 
-  __device__ __forceinline__ void load(Registers& r, int round) const {
+  // How many rounds can do without looking at alignment and ends.
+  __device__ __forceinline__ int whole_rounds() const {
+    bool aligned = param.aligned && extra.aligned && grad.aligned;
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) aligned = aligned && state[k].aligned;
+    return aligned ? vectored / kRound : 0;
+  }
+
+  // A round that is to come.
+  __device__ __forceinline__ void prefetch(int round) const {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int i = offset(round, j);
-      if (i >= vectored) continue;
-      r.param[j] = param.load(i);
-      r.grad[j] = grad.load(i);
+      if (P::kReadsMain) param.prefetch(i);
+      extra.prefetch(i);
+      grad.prefetch(i);
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) r.state[k][j] = state[k].load(i);
+      for (int k = 0; k < kStates; ++k) state[k].prefetch(i);
+    }
+  }
+
+  __device__ __forceinline__ void load_whole(Registers& r, int round) const {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = offset(round, j);
+      if (P::kReadsMain) r.param[j] = param.load_aligned(i);
+      r.extra[j] = extra.load_aligned(i);
+      r.grad[j] = grad.load_aligned(i);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) r.state[k][j] = state[k].load_aligned(i);
+    }
+  }
+
+  // How many elements of the vector at `i` exist. Only in grouped formats may it be a part of one.
+  __device__ __forceinline__ int count(int i) const { return kGrouped ? vectored - i : (i < vectored ? V : 0); }
+
+  __device__ __forceinline__ void load_part(Registers& r, int round) const {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = offset(round, j);
+      const int n = count(i);
+      if (n <= 0 && !S::kBlocked) continue;
+      if (P::kReadsMain) r.param[j] = param.load(i, n);
+      r.extra[j] = extra.load(i, n);
+      r.grad[j] = grad.load(i, n);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) r.state[k][j] = state[k].load(i, n);
     }
   }
 
   using Plan = BlockPlan<Rule, T>;
 
   template <int N>
-  static __device__ __forceinline__ void update(Vector<P, N>& param, const Vector<G, N>& grad,
-                                                Vector<S, N>* const (&state)[Rule::kStates], const Plan& plan) {
-    T p[N], g[N], s[Rule::kStates][N];
-    decode(param, p);
+  static __device__ __forceinline__ void decode_state(const Vector<S, N>& stored, float unit, int k, T (&values)[N]) {
+    if constexpr (S::kBlocked) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) values[e] = S::decode(stored.get(e), unit, Rule::moment(k));
+    } else if constexpr (S::kRounded) {
+      decode(reinterpret_cast<const Vector<typename S::Plain, N>&>(stored), values);
+    } else {
+#pragma unroll
+      for (int e = 0; e < N; ++e) values[e] = S::decode(stored.get(e));
+    }
+  }
+
+  // What a vector's elements are encoded with besides their values.
+  struct Noise {
+    Random128 random;
+    uint32 dither;
+  };
+
+  __device__ __forceinline__ Noise noise(const Plan& plan, uint64 element) const {
+    Noise result = {};
+    if constexpr (kRandom) result.random = draw(plan.random, element / kRandomGroup);
+    if constexpr (S::kDithered) result.dither = dither_base(plan.dither, element / kRandomGroup);
+    return result;
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void encode_state(const T (&values)[N], const Noise& noise, int k,
+                                                      Vector<S, N>& stored, float& unit) {
+    if constexpr (S::kBlocked) {
+      uint32 largest = 0;
+#pragma unroll
+      for (int e = 0; e < N; ++e) largest = max(largest, S::magnitude(values[e], Rule::moment(k)));
+      unit = S::unit_of(warp_maximum(largest));
+      const float reciprocal = S::reciprocal(unit);
+      uint32 words[N];
+#pragma unroll
+      for (int e = 0; e < N; ++e)
+        words[e] = S::encode_word(values[e], reciprocal, dither_of(noise.dither, e), Rule::moment(k));
+      pack<1, 3>(words, stored);
+    } else if constexpr (S::kRounded) {
+      encode(values, reinterpret_cast<Vector<typename S::Plain, N>&>(stored));
+    } else {
+      uint32 words[N];
+#pragma unroll
+      for (int e = 0; e < N; ++e) words[e] = S::word(values[e], bits_of(noise.random, bits_for_state(e, k)));
+      pack<2, 2>(words, stored);
+    }
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void encode_param(const T (&values)[N], const Noise& noise,
+                                                      Vector<typename P::Main, N>& main,
+                                                      Vector<typename P::Extra, N>& extra) {
+    if constexpr (P::kRounded) {
+      encode(values, main);
+      if constexpr (kHasExtra) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) extra.set(e, values[e]);
+      }
+    } else {
+      uint32 words[N], carried[N];
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        words[e] = P::word(values[e], P::kRandom ? bits_of(noise.random, e) : 0);
+        carried[e] = words[e] + P::kCarry;
+      }
+      pack<2, 2>(carried, main);
+      if constexpr (kHasExtra) pack<sizeof(typename P::Extra::Storage), P::kExtraByte>(words, extra);
+    }
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void update(Vector<typename P::Main, N>& main, Vector<typename P::Extra, N>& extra,
+                                                const Vector<G, N>& grad, Vector<S, N>* const (&state)[kStates],
+                                                float (&unit)[kStates], const Noise& noise, const Plan& plan) {
+    T p[N], g[N], s[kStates][N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) p[e] = P::decode(main.get(e), extra.get(e));
     decode(grad, g);
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) decode(*state[k], s[k]);
+    for (int k = 0; k < kStates; ++k) decode_state(*state[k], unit[k], k, s[k]);
     const bool clamps = plan.transform.clamps();
 #pragma unroll
     for (int e = 0; e < N; ++e) g[e] = clamps ? plan.transform(g[e]) : plan.transform.without_clamp(g[e]);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      T own[Rule::kStates];
+      T own[kStates];
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) own[k] = s[k][e];
+      for (int k = 0; k < kStates; ++k) own[k] = s[k][e];
       Rule::template update<T>(p[e], g[e], own, plan.coefficients);
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) s[k][e] = own[k];
+      for (int k = 0; k < kStates; ++k) s[k][e] = own[k];
     }
-    encode(p, param);
+    encode_param(p, noise, main, extra);
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) encode(s[k], *state[k]);
+    for (int k = 0; k < kStates; ++k) encode_state(s[k], noise, k, *state[k], unit[k]);
   }
 
-  __device__ __forceinline__ void compute_and_store(Registers& r, int round, const Plan& plan) const {
+  // The units of a warp's blocks in all whole rounds of a chunk: lane r holds those of round r, so that they are loaded
+  // and stored once, side by side.
+  struct Units {
+    float held[S::kBlocked ? kStates : 1];
+  };
+  static_assert(!S::kBlocked || (kVectors == 1 && kChunk / kRound <= 32), "a lane holds one unit for each state");
+
+  // Of this thread's warp in the round that is this thread's lane.
+  __device__ __forceinline__ float* unit_of_lane(int k) const {
+    return units[k] + offset(int(threadIdx.x % 32), 0) / kStateBlock;
+  }
+
+  __device__ __forceinline__ Units load_units(int whole) const {
+    Units loaded = {};
+    if constexpr (S::kBlocked) {
+#pragma unroll
+      for (int k = 0; k < kStates; ++k)
+        if (int(threadIdx.x % 32) < whole) loaded.held[k] = *unit_of_lane(k);
+    }
+    return loaded;
+  }
+
+  __device__ __forceinline__ void store_units(const Units& updated, int whole) const {
+    if constexpr (S::kBlocked) {
+#pragma unroll
+      for (int k = 0; k < kStates; ++k)
+        if (int(threadIdx.x % 32) < whole) *unit_of_lane(k) = updated.held[k];
+    }
+  }
+
+  __device__ __forceinline__ void compute_and_store_whole(Registers& r, int round, int64 first, const Plan& plan,
+                                                          Units& all) const {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int i = offset(round, j);
-      if (i >= vectored) continue;
-      Vector<S, V>* s[Rule::kStates];
+      Vector<S, V>* s[kStates];
+      float unit[kStates] = {};
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) s[k] = &r.state[k][j];
-      update<V>(r.param[j], r.grad[j], s, plan);
-      param.store(i, r.param[j]);
+      for (int k = 0; k < kStates; ++k) {
+        s[k] = &r.state[k][j];
+        if constexpr (S::kBlocked) unit[k] = __shfl_sync(0xffffffffu, all.held[k], round);
+      }
+      update<V>(r.param[j], r.extra[j], r.grad[j], s, unit, noise(plan, uint64(first + i)), plan);
+      param.store_aligned(i, r.param[j]);
+      extra.store_aligned(i, r.extra[j]);
 #pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) state[k].store(i, r.state[k][j]);
+      for (int k = 0; k < kStates; ++k) {
+        state[k].store_aligned(i, r.state[k][j]);
+        if constexpr (S::kBlocked) all.held[k] = int(threadIdx.x % 32) == round ? unit[k] : all.held[k];
+      }
     }
   }
 
-  // One element, as a vector of length 1.
-  __device__ __forceinline__ void scalar(int i, const Plan& plan) const {
-    Vector<P, 1> p = {{param.base[i]}};
-    const Vector<G, 1> g = {{grad.base[i]}};
-    Vector<S, 1> own[Rule::kStates];
-    Vector<S, 1>* s[Rule::kStates];
+  __device__ __forceinline__ void compute_and_store_part(Registers& r, int round, int64 first, const Plan& plan) const {
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) {
-      own[k].lane[0] = state[k].base[i];
-      s[k] = &own[k];
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = offset(round, j);
+      const int n = count(i);
+      if (n <= 0 && !S::kBlocked) continue;  // a warp whose block has a part of its elements stays together
+      Vector<S, V>* s[kStates];
+      float unit[kStates] = {};
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        s[k] = &r.state[k][j];
+        if (S::kBlocked && n > 0) unit[k] = units[k][i / kStateBlock];
+      }
+      update<V>(r.param[j], r.extra[j], r.grad[j], s, unit, noise(plan, uint64(first + i)), plan);
+      param.store(i, r.param[j], n);
+      extra.store(i, r.extra[j], n);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        state[k].store(i, r.state[k][j], n);
+        if (S::kBlocked && threadIdx.x % 32 == 0 && n > 0) units[k][i / kStateBlock] = unit[k];
+      }
     }
-    update<1>(p, g, s, plan);
-    param.base[i] = p.lane[0];
+  }
+
+  // One element, as a vector of length 1. Not in grouped formats.
+  __device__ __forceinline__ void scalar(int i, const Plan& plan) const {
+    if constexpr (!kGrouped) {
+      Vector<typename P::Main, 1> p;
+      p.set(0, param.base[i]);
+      Vector<typename P::Extra, 1> x = {};
+      if constexpr (kHasExtra) x.set(0, extra.base[i]);
+      Vector<G, 1> g;
+      g.set(0, grad.base[i]);
+      Vector<S, 1> own[kStates];
+      Vector<S, 1>* s[kStates];
+      float unit[kStates] = {};
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) state[k].base[i] = own[k].lane[0];
+      for (int k = 0; k < kStates; ++k) {
+        own[k].set(0, state[k].base[i]);
+        s[k] = &own[k];
+      }
+      update<1>(p, x, g, s, unit, Noise{}, plan);
+      param.base[i] = p.get(0);
+      if constexpr (kHasExtra) extra.base[i] = x.get(0);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) state[k].base[i] = own[k].get(0);
+    }
   }
 };
 
@@ -312,38 +669,57 @@ template <class Rule, class P, class G, class S, Tuning kTuning, class Table>
 __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& table) {
   using Pass = Update<Rule, P, G, S, kTuning>;
   __shared__ typename Pass::Plan shared_plan;
-  __shared__ bool last;
 
-  const void* grad = nullptr;
-  Chunk chunk = {0, 0};
-  if (int(blockIdx.x) < args.num_chunks) {
-    chunk = args.chunks[blockIdx.x];
-    grad = grad_of(args, table, chunk.tensor);
+  const Chunk chunk = args.chunks[blockIdx.x];
+  const void* grad = grad_of(args, table, chunk.tensor);
+  if (!grad) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) record(args, must_skip(args));
+    return;
   }
-  if (grad) {
-    const TensorEntry& tensor = args.tensors[chunk.tensor];
-    const Split split = Split::of<P, Pass::V>(tensor.param, tensor.numel, chunk.index);
-    const Pass pass(tensor, grad, split);
-    typename Pass::Registers registers;
-    pass.load(registers, 0);
-    shared_plan.prepare(args, table, tensor);
-    __syncthreads();
-    const auto plan = shared_plan;
-    if (threadIdx.x == 0) last = finish_reading(args, plan.skip);
-    if (!plan.skip) {
-      pass.compute_and_store(registers, 0, plan);
-#pragma unroll 1
-      for (int round = 1; round < kChunk / Pass::kRound; ++round) {
-        pass.load(registers, round);
-        pass.compute_and_store(registers, round, plan);
-      }
-      if (int(threadIdx.x) < split.scalars) pass.scalar(split.scalar(threadIdx.x), plan);
-    }
-  } else if (threadIdx.x == 0) {
-    last = finish_reading(args, must_skip(args));
-  }
+  TensorEntry& tensor = args.tensors[chunk.tensor];
+  const Split split = Pass::split(tensor, chunk);
+  const Pass pass(tensor, grad, split);
+  const int whole = pass.whole_rounds();
+  typename Pass::Registers registers;
+  if (whole > 0)
+    pass.load_whole(registers, 0);
+  else
+    pass.load_part(registers, 0);
+  if (Pass::kPipelined && whole > 1) pass.prefetch(1);
+  shared_plan.template prepare<Pass::kNoise>(args, table, tensor);
   __syncthreads();
-  if (last) count_steps(args, table);
+  const auto& plan = shared_plan;
+  if (threadIdx.x == 0) {
+    if (blockIdx.x == 0) record(args, plan.skip);
+    count_step(tensor, plan.step, tensor.chunks, plan.skip);
+  }
+  if (plan.skip) return;
+
+  int round = 0;
+  auto units = pass.load_units(whole);
+  if constexpr (Pass::kPipelined) {
+    typename Pass::Registers next = registers;
+#pragma unroll 1
+    for (; round < whole; ++round) {
+      registers = next;
+      if (round + 1 < whole) pass.load_whole(next, round + 1);
+      if (round + 2 < whole) pass.prefetch(round + 2);
+      pass.compute_and_store_whole(registers, round, split.first, plan, units);
+    }
+  } else {
+#pragma unroll 1
+    for (; round < whole; ++round) {
+      if (round > 0) pass.load_whole(registers, round);
+      pass.compute_and_store_whole(registers, round, split.first, plan, units);
+    }
+  }
+  pass.store_units(units, whole);
+#pragma unroll 1
+  for (; round * Pass::kRound < split.vectored; ++round) {
+    if (round > 0) pass.load_part(registers, round);
+    pass.compute_and_store_part(registers, round, split.first, plan);
+  }
+  if (int(threadIdx.x) < split.scalars) pass.scalar(split.scalar(threadIdx.x), plan);
 }
 
 // ---- norm ---------------------------------------------------------------------------------------------
@@ -351,11 +727,11 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
 // Sums in float over the few elements of one load, in double over everything else. A float sum that has
 // overflowed, or is so small that squares may have vanished, is done again in double: finite gradients
 // never give an infinite norm, whatever their size.
-template <class G, NormType kType>
+template <class G, NormType kType, Tuning kTuning>
 struct Norm {
   using T = typename G::Compute;
   static constexpr int V = 16 / int(sizeof(typename G::Storage));
-  static constexpr int kVectors = FUSEDOPT_NORM_ELEMENTS / V;
+  static constexpr int kVectors = FUSEDOPT_NORM_ELEMENTS(kTuning) / V;
   static constexpr int kRound = kThreads * kVectors * V;
   static_assert(kVectors >= 1 && kChunk % kRound == 0, "a chunk is a whole number of rounds");
 
@@ -383,7 +759,7 @@ struct Norm {
       for (int j = 0; j < kVectors; ++j)
 #pragma unroll
         for (int e = 0; e < V; ++e)
-          quick = accumulate(quick, float(magnitude(T(G::decode(vectors[j].lane[e])) * transform.inv_scale)), kType);
+          quick = accumulate(quick, float(magnitude(T(G::decode(vectors[j].get(e))) * transform.inv_scale)), kType);
       if (quick > 1e-30f && quick < 1e38f) {
         sum = combine(sum, double(quick), kType);
         return;
@@ -392,14 +768,14 @@ struct Norm {
 #pragma unroll  // a run-time index would put the vectors into local memory, on the quick way too
     for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-      for (int e = 0; e < V; ++e) add(vectors[j].lane[e]);
+      for (int e = 0; e < V; ++e) add(vectors[j].get(e));
   }
 
   template <class Table>
   __device__ __forceinline__ void add_chunk(const PassArgs& args, const Table& table, const Chunk& chunk) {
     const void* base = grad_of(args, table, chunk.tensor);
     if (!base) return;
-    const Split split = Split::of<G, V>(base, args.tensors[chunk.tensor].numel, chunk.index);
+    const Split split = Split::peeled<G, V>(base, chunk.numel, chunk.index);
     const Stream<G, V> grad(base, split.first);
     for (int round = 0; round < split.vectored; round += kRound) {
       Vector<G, V> vectors[kVectors];
@@ -448,11 +824,11 @@ __device__ __forceinline__ void finish_norm(const PassArgs& args) {
   if (args.finalize) finalize_norm(*args.control, total.sum, total.nonfinite, args.norm);
 }
 
-template <class G, NormType kType, class Table>
+template <class G, NormType kType, Tuning kTuning, class Table>
 __device__ __forceinline__ void norm_pass(const PassArgs& args, const Table& table) {
   __shared__ bool last;
-  Norm<G, kType> norm(args);
-  Chunk next = int(blockIdx.x) < args.num_chunks ? args.chunks[blockIdx.x] : Chunk{0, 0};
+  Norm<G, kType, kTuning> norm(args);
+  Chunk next = int(blockIdx.x) < args.num_chunks ? args.chunks[blockIdx.x] : Chunk{0, 0, 0};
   for (int c = blockIdx.x; c < args.num_chunks; c += gridDim.x) {
     const Chunk chunk = next;
     if (c + int(gridDim.x) < args.num_chunks) next = args.chunks[c + gridDim.x];  // while this one is under way
@@ -461,7 +837,7 @@ __device__ __forceinline__ void norm_pass(const PassArgs& args, const Table& tab
   const CudaPartial partial = reduce_block<kType>(norm.sum, norm.nonfinite);
   if (threadIdx.x == 0) {
     args.partials[args.first_partial + blockIdx.x] = partial;
-    last = take_ticket(&args.control->ticket) && args.num_partials > 0;
+    last = take_ticket(&args.control->ticket, gridDim.x) && args.num_partials > 0;
   }
   __syncthreads();
   if (last) finish_norm<kType>(args);
@@ -489,21 +865,25 @@ __device__ __forceinline__ void scale_pass(const PassArgs& args, const Table& ta
   const Chunk chunk = args.chunks[blockIdx.x];
   const void* base = grad_of(args, table, chunk.tensor);
   if (!base) return;
-  const Split split = Split::of<G, V>(base, args.tensors[chunk.tensor].numel, chunk.index);
+  const Split split = Split::peeled<G, V>(base, chunk.numel, chunk.index);
   const Stream<G, V> grad(base, split.first);
   bool nonfinite = false;
-  const auto scale = [&](typename G::Storage& stored) {
+  const auto scale = [&](typename G::Storage stored) {
     const T raw = T(G::decode(stored));
     nonfinite |= !(raw - raw == T(0));
-    stored = G::encode(typename G::Compute(transform(raw)));
+    return G::encode(typename G::Compute(transform(raw)));
   };
   for (int i = int(threadIdx.x) * V; i < split.vectored; i += kThreads * V) {
-    Vector<G, V> vector = grad.load(i);
+    const Vector<G, V> vector = grad.load(i);
+    Vector<G, V> scaled;
 #pragma unroll
-    for (int e = 0; e < V; ++e) scale(vector.lane[e]);
-    grad.store(i, vector);
+    for (int e = 0; e < V; ++e) scaled.set(e, scale(vector.get(e)));
+    grad.store(i, scaled);
   }
-  if (int(threadIdx.x) < split.scalars) scale(grad.base[split.scalar(threadIdx.x)]);
+  if (int(threadIdx.x) < split.scalars) {
+    const int i = split.scalar(threadIdx.x);
+    grad.base[i] = scale(grad.base[i]);
+  }
   if (nonfinite && args.nonfinite_out) *args.nonfinite_out = 1.0f;
 }
 

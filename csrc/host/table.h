@@ -16,18 +16,14 @@ class Table {
   explicit Table(int64 chunk_size) : chunk_size_(chunk_size) {}
 
   // Returns the tensor's index in this table.
-  int32 add(void* param, const std::vector<void*>& states, float* step, int64 numel, int32 group) {
-    if (states.size() > size_t(kMaxStates)) throw std::invalid_argument("Table.add: more states than kMaxStates");
-    TensorEntry entry = {};
-    entry.param = param;
-    for (size_t k = 0; k < states.size(); ++k) entry.states[k] = states[k];
-    entry.step = step;
-    entry.numel = numel;
-    entry.group = group;
+  int32 add(TensorEntry entry) {
     const int32 index = int32(entries_.size());
+    entry.chunks = 0;
+    do {  // an empty tensor has a chunk too: somebody must count its step
+      chunks_.push_back({index, uint32(entry.chunks++), entry.numel});
+    } while (entry.chunks * chunk_size_ < entry.numel);
     entries_.push_back(entry);
     grads_.push_back(nullptr);
-    for (int64 i = 0; i * chunk_size_ < numel; ++i) chunks_.push_back({index, uint32(i)});
     return index;
   }
 
@@ -36,7 +32,7 @@ class Table {
   std::vector<const void*>& grads() { return grads_; }
   int64 chunk_size() const { return chunk_size_; }
 
-  // An empty tensor has no chunk, so that its address is never read; it still counts as having a gradient.
+  // Null: no gradient in this step. An empty tensor's address is never read, so any other value does.
   void set_grad(int32 index, const void* grad) { grads_.at(index) = grad; }
   const void* grad(int32 index) const { return grads_.at(index); }
 

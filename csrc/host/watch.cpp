@@ -29,13 +29,20 @@ constexpr size_t kAhead = 8;  // tensors whose memory is fetched before it is lo
 
 }  // namespace
 
-void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dtype, py::object table, int32 slot) {
+void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dtype, py::object table, int32 slot,
+                bool has_main_grad) {
   TensorInfo info, seen;
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
   Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
-  const Row row = {ref,        info.data,        rows_table,        slot,      group,          info.dtype,
-                   grad_dtype, info.device_type, info.device_index, info.ndim, extents_.size()};
+  Row row = {ref,        info.data,        rows_table,        slot,      group,           info.dtype,
+             grad_dtype, info.device_type, info.device_index, info.ndim, extents_.size(), has_main_grad,
+             std::nullopt};
+  if (has_main_grad) {
+    py::object main_grad = param.attr("main_grad");
+    if (!main_grad.is_none()) row.main_grad.emplace(main_grad);
+    owned_.push_back(std::move(main_grad));
+  }
   if (!seen_ref.read(seen)) throw py::type_error("Watch.add: as_seen is not a dense tensor");
   extents_.insert(extents_.end(), seen.shape, seen.shape + seen.ndim);
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);
@@ -86,15 +93,28 @@ bool Watch::same_addresses() {
   return true;
 }
 
+bool Watch::same_main_grad(const Row& row) const {
+  static PyObject* const name = PyUnicode_InternFromString("main_grad");
+  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(row.param.object(), name));
+  if (!now) PyErr_Clear();
+  return now && now.ptr() == (row.main_grad ? row.main_grad->object() : Py_None);
+}
+
 bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::list& relayout) {
+  if (row.has_main_grad && !same_main_grad(row)) return false;
   TensorInfo grad;
   switch (row.param.read_grad(found, grad)) {
     case TensorRef::Grad::kNone:
+      if (row.main_grad) {
+        if (!row.main_grad->read(grad)) return false;
+        break;
+      }
       if (row.table) row.table->set_grad(row.slot, nullptr);
       return true;
     case TensorRef::Grad::kOther:
       return false;
     case TensorRef::Grad::kDense:
+      if (row.main_grad) return false;  // which of the two is meant?
       break;
   }
   const int64* shape = extents_.data() + row.extents;

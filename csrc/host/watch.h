@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <vector>
 
 #include "state_guard.h"
@@ -19,8 +20,9 @@ class Watch {
  public:
   // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense
   // copy of it). table, slot: where its gradient pointer goes; table is None while it never had a gradient.
+  // has_main_grad: whether param has an attribute main_grad, which is its gradient unless it is None.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
-           int32 slot);
+           int32 slot, bool has_main_grad);
 
   // Remembers the optimizer's state as it is now.
   void remember_state(pybind11::dict state);
@@ -48,6 +50,8 @@ class Watch {
     int32 device_type, device_index;
     int32 ndim;
     size_t extents;  // where in extents_ its shape and then the strides that the kernels see begin
+    bool has_main_grad;
+    std::optional<TensorRef> main_grad;  // empty where the attribute is None
   };
   struct StateTensor {
     TensorRef tensor;  // lives as long as state_ is unchanged
@@ -56,6 +60,7 @@ class Watch {
 
   bool same_parameters(PyObject* param_groups) const;
   bool same_addresses();
+  bool same_main_grad(const Row& row) const;
   bool read_grad(const Row& row, const void* found, Py_ssize_t index, pybind11::list& relayout);
 
   std::vector<Row> rows_;

@@ -2,6 +2,7 @@
 // ICLR 2015, https://arxiv.org/abs/1412.6980, algorithm 1.
 #pragma once
 
+#include "../core/moment.h"
 #include "../core/platform.h"
 
 namespace fusedopt {
@@ -12,6 +13,7 @@ struct Adam {
   static constexpr const char* kStateNames = "exp_avg exp_avg_sq";
   static constexpr const char* kHyperNames = "lr beta1 beta2 eps weight_decay";
   static constexpr int kStates = 2;
+  static constexpr FUSEDOPT_HD Moment moment(int state) { return state == 0 ? Moment::kFirst : Moment::kSecond; }
   enum HyperIndex { kLr, kBeta1, kBeta2, kEps, kWeightDecay };
 
   template <class T>
@@ -20,6 +22,7 @@ struct Adam {
     T beta2, one_minus_beta2;
     T step_size;              // alpha / (1 - beta1^t)
     T bias_correction2_sqrt;  // sqrt(1 - beta2^t)
+    T reciprocal;             // 1 / bias_correction2_sqrt
     T eps;
     T weight_decay;  // lambda (coupled)
     T decay;         // 1 - alpha * lambda (decoupled)
@@ -36,6 +39,7 @@ struct Adam {
     c.one_minus_beta2 = T(1.0 - hyper[kBeta2]);
     c.step_size = T(hyper[kLr] / (1.0 - beta_t.a));
     c.bias_correction2_sqrt = T(square_root(1.0 - beta_t.b));
+    c.reciprocal = T(1) / c.bias_correction2_sqrt;
     c.eps = T(hyper[kEps]);
     c.weight_decay = T(hyper[kWeightDecay]);
     c.decay = T(1.0 - hyper[kLr] * hyper[kWeightDecay]);
@@ -48,7 +52,8 @@ struct Adam {
     T& exp_avg_sq = state[1];                                                   // v
     exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;                     // m_t
     exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;        // v_t
-    const T denom = square_root(exp_avg_sq) / c.bias_correction2_sqrt + c.eps;  // sqrt(v_hat) + eps
+    const T root = divide_root(square_root(exp_avg_sq), c.bias_correction2_sqrt, c.reciprocal);  // sqrt(v_hat)
+    const T denom = root + c.eps;
     param = param - c.step_size * (exp_avg / denom);                            // theta_t
   }
 

@@ -2,6 +2,7 @@
 // https://arxiv.org/abs/2302.06675, algorithm 2.
 #pragma once
 
+#include "../core/moment.h"
 #include "../core/platform.h"
 
 namespace fusedopt {
@@ -12,6 +13,7 @@ struct Lion {
   static constexpr const char* kStateNames = "exp_avg";
   static constexpr const char* kHyperNames = "lr beta1 beta2 weight_decay";
   static constexpr int kStates = 1;
+  static constexpr FUSEDOPT_HD Moment moment(int) { return Moment::kFirst; }
   enum HyperIndex { kLr, kBeta1, kBeta2, kWeightDecay };
 
   template <class T>

@@ -45,9 +45,9 @@ def update(tables: DeviceTables) -> None:
             bucket.table,
             tables.hypers,
             tables.rule.index,
-            dtype_code(bucket.param_dtype),
+            bucket.param_format.code,
             dtype_code(bucket.grad_dtype),
-            dtype_code(bucket.state_dtype),
+            bucket.state_format.code,
             bucket.args,
             torch.get_num_threads(),
         )

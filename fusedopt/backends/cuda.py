@@ -13,9 +13,10 @@ from . import nvrtc
 
 __all__ = ["begin", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
 
-_NORM_BLOCKS_PER_SM = 4
 # A model of fewer elements is bound by the latency of a block, not by memory.
 _LATENCY_BOUND = 1 << 23
+# Blocks of the norm pass on a multiprocessor, by whether it is bound by latency.
+_NORM_BLOCKS_PER_SM = {False: 4, True: 8}
 _NORM_ORDERS = {code: order for order, (_, code) in NORM_TYPES.items()}
 
 
@@ -53,10 +54,6 @@ def _device(index: int) -> Device:
     return Device(index)
 
 
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _on_device(content: bytes, device: torch.device) -> torch.Tensor:
     return torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(device)
 
@@ -64,17 +61,16 @@ def _on_device(content: bytes, device: torch.device) -> torch.Tensor:
 def prepare(tables: DeviceTables) -> None:
     """Copies the tables to the device."""
     device = _device(tables.device.index)
-    most = device.multiprocessors * _NORM_BLOCKS_PER_SM
+    most = device.multiprocessors * max(_NORM_BLOCKS_PER_SM.values())
     partials = torch.zeros(2 * most * len(tables.buckets), dtype=torch.float64, device=tables.device)
     for i, bucket in enumerate(tables.buckets):
         entries = _on_device(bucket.table.entries(), tables.device)
         chunks = _on_device(bucket.table.chunks(), tables.device)
-        ticket = torch.zeros(1, dtype=torch.int32, device=tables.device)
-        bucket.device_memory = [entries, chunks, ticket, partials]
+        bucket.device_memory = [entries, chunks, partials]
         args = bucket.args
-        args.tensors, args.chunks, args.ticket = entries.data_ptr(), chunks.data_ptr(), ticket.data_ptr()
+        args.tensors, args.chunks = entries.data_ptr(), chunks.data_ptr()
         args.partials, args.control = partials.data_ptr(), tables.control.address
-        args.num_tensors, args.num_chunks = bucket.table.num_tensors, bucket.num_chunks
+        args.num_chunks = bucket.num_chunks
         args.lead = int(i == 0)
         args.first_partial = i * most
         # The last launch adds all up. Partial sums of blocks that a small bucket does not have are zero from the start.
@@ -101,25 +97,33 @@ def _choose_kernels(tables: DeviceTables, bucket: Bucket, passes: tuple[str, ...
     needed = bucket.table.packed_bytes(tables.num_groups)
     bucket.args.num_groups = tables.num_groups
     bucket.capacity = next((size for size in device.table_sizes if size >= needed), 0)
-    grids = {
-        "norm": max(1, min(device.multiprocessors * _NORM_BLOCKS_PER_SM, bucket.num_chunks)),
-        "update": max(1, bucket.num_chunks),  # counts steps even if every tensor is empty
-        "scale": bucket.num_chunks,
-    }
+    kernels = {name: _kernel(name, tables, bucket) for name in passes}
+    norm_blocks = min(device.multiprocessors * _NORM_BLOCKS_PER_SM[_latency_bound(bucket)], bucket.num_chunks)
     bucket.launches = {
-        name: (device.context, device.function(_kernel(name, tables, bucket)), grids[name]) for name in passes
+        name: (
+            device.context,
+            device.function(kernel),
+            norm_blocks if name == "norm" else bucket.num_chunks,
+        )
+        for name, kernel in kernels.items()
     }
 
 
 def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec:
-    grad = _name(bucket.grad_dtype)
+    grad = str(bucket.grad_dtype).removeprefix("torch.")
     if name == "norm":
-        return nvrtc.norm_kernel(grad, _NORM_ORDERS[bucket.args.norm_type], bucket.capacity)
+        return nvrtc.norm_kernel(
+            grad, _NORM_ORDERS[bucket.args.norm_type], bucket.capacity, _latency_bound(bucket), bucket.chunk
+        )
     if name == "scale":
         return nvrtc.scale_kernel(grad, bucket.capacity)
-    low = bucket.param_dtype == torch.float32 and bucket.numel < _LATENCY_BOUND
-    param, state = _name(bucket.param_dtype), _name(bucket.state_dtype)
+    param, state = bucket.param_format.name, bucket.state_format.name
+    low = param == "float32" and _latency_bound(bucket)
     return nvrtc.update_kernel(tables.rule.name, param, grad, state, bucket.capacity, low)
+
+
+def _latency_bound(bucket: Bucket) -> bool:
+    return bucket.numel < _LATENCY_BOUND
 
 
 def _upload_step_table(bucket: Bucket, tables: DeviceTables) -> None:

@@ -18,9 +18,18 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..specs import CUDA_CHUNK, DTYPES, NORM_TYPES, RULES
+from ..specs import CUDA_CHUNK, CUDA_CHUNK_BLOCKED, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_FORMATS
 
-__all__ = ["ARCHITECTURES", "KernelSpec", "all_kernels", "cache_dir", "compile_kernel", "get_cubin", "require_compiler"]
+__all__ = [
+    "ARCHITECTURES",
+    "KernelSpec",
+    "all_kernels",
+    "cache_dir",
+    "common_kernels",
+    "compile_kernel",
+    "get_cubin",
+    "require_compiler",
+]
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 """What continuous integration compiles for. Any architecture that NVRTC knows works."""
@@ -34,7 +43,8 @@ SMALL_TABLE = 3840
 MEDIUM_TABLE = 11776
 LARGE_TABLE = 32256
 
-_DEFINES = {"FUSEDOPT_CHUNK": CUDA_CHUNK}
+DEFINES: dict[str, object] = {}
+"""Macros for trying other tunings of ``csrc/cuda/engine.cuh``."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +52,19 @@ class KernelSpec:
     """One kernel: the template and its arguments, and how it receives the step table.
 
     table_bytes: capacity of the step table as a kernel parameter; 0 for a table in device memory.
+    chunk: elements of a chunk.
     """
 
     template: str
     arguments: tuple[str, ...] = ()
     table_bytes: int = SMALL_TABLE
+    chunk: int = CUDA_CHUNK
 
     def _blocks(self) -> str:
         """Blocks per multiprocessor that the compiler must leave registers for."""
         if self.template == "update_pass":
             return f"Update<{', '.join(self.arguments)}>::kBlocksPerMultiprocessor"
-        return "FUSEDOPT_NORM_BLOCKS" if self.template == "norm_pass" else "1"
+        return f"FUSEDOPT_NORM_BLOCKS({self.arguments[-1]})" if self.template == "norm_pass" else "1"
 
     def source(self) -> str:
         call = f"{self.template}<{', '.join(self.arguments)}>" if self.arguments else self.template
@@ -69,25 +81,39 @@ class KernelSpec:
             else:
                 table = "const auto& table = *reinterpret_cast<const StepTable<16>*>(args.step_table);"
         return (
-            '#include "cuda/engine.cuh"\n'
+            f'#define FUSEDOPT_CHUNK {self.chunk}\n#include "cuda/engine.cuh"\n'
             "using namespace fusedopt;\nusing namespace fusedopt::cuda;\n"
             f'extern "C" __global__ void __launch_bounds__(kThreads, {self._blocks()}) {ENTRY}({parameters}) {{\n'
             f"  {table}\n  {call}({arguments});\n}}\n"
         )
 
 
+def _tuning(latency_bound: bool) -> str:
+    return "Tuning::kLatency" if latency_bound else "Tuning::kBandwidth"
+
+
 def update_kernel(
     rule: str, param: str, grad: str, state: str, table_bytes: int = SMALL_TABLE, latency_bound: bool = False
 ) -> KernelSpec:
-    """The update pass of a rule for the given dtypes (torch's names). latency_bound: for models of a few million."""
-    formats = (DTYPES[dtype].cpp for dtype in (param, grad, state))
-    tuning = "Tuning::kLatency" if latency_bound else "Tuning::kBandwidth"
-    return KernelSpec("update_pass", (RULES[rule].cpp, *formats, tuning), table_bytes)
+    """The update pass of a rule.
+
+    param, state: names of formats; grad: name of a dtype. latency_bound: for models of a few million parameters.
+    """
+    formats = (PARAM_FORMATS[param].cpp, DTYPES[grad].cpp, STATE_FORMATS[state].cpp)
+    chunk = CUDA_CHUNK_BLOCKED if STATE_FORMATS[state].blocked else CUDA_CHUNK
+    return KernelSpec("update_pass", (RULES[rule].cpp, *formats, _tuning(latency_bound)), table_bytes, chunk)
 
 
-def norm_kernel(grad: str, norm_type: float, table_bytes: int = SMALL_TABLE) -> KernelSpec:
-    """The norm pass for gradients of one dtype."""
-    return KernelSpec("norm_pass", (DTYPES[grad].cpp, f"NormType::{NORM_TYPES[norm_type][0]}"), table_bytes)
+def norm_kernel(
+    grad: str,
+    norm_type: float,
+    table_bytes: int = SMALL_TABLE,
+    latency_bound: bool = False,
+    chunk: int = CUDA_CHUNK,
+) -> KernelSpec:
+    """The norm pass for gradients of one dtype. latency_bound: for models of a few million parameters."""
+    arguments = (DTYPES[grad].cpp, f"NormType::{NORM_TYPES[norm_type][0]}", _tuning(latency_bound))
+    return KernelSpec("norm_pass", arguments, table_bytes, chunk)
 
 
 def scale_kernel(grad: str, table_bytes: int = SMALL_TABLE) -> KernelSpec:
@@ -103,16 +129,58 @@ def upload_kernel(table_bytes: int) -> KernelSpec:
     return KernelSpec("upload", (), table_bytes)
 
 
-def all_kernels(table_sizes: tuple[int, ...] = (SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE, 0)) -> list[KernelSpec]:
-    """Every kernel that gradients of the parameter's own dtype can ask for."""
+def combinations() -> list[tuple[str, str, str]]:
+    """(parameter format, gradient dtype, state format) of every update that can be asked for."""
+    return [
+        (param, grad, state)
+        for param, spec in PARAM_FORMATS.items()
+        for grad in DTYPES
+        for state, state_spec in STATE_FORMATS.items()
+        if len({name == "float64" for name in (spec.dtype, grad, state)}) == 1
+        and (state != "float16" or param == "float16")
+        and (state not in ("bfloat16", "bfloat16+stochastic") or spec.random == (state != "bfloat16"))
+    ]
+
+
+def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
+    """The update passes of a rule for every combination of formats."""
+    kernels = [update_kernel(rule, *formats, table_bytes) for formats in combinations()]
+    kernels += [update_kernel(rule, *formats, table_bytes, True) for formats in combinations() if formats[0] == "float32"]
+    return kernels
+
+
+TABLE_SIZES = (SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE, 0)
+
+
+def gradient_kernels(table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
+    """The norm and scale passes for every gradient dtype."""
+    norms = [
+        norm_kernel(dtype, norm_type, table_bytes, latency_bound, chunk)
+        for dtype in DTYPES
+        for norm_type in NORM_TYPES
+        for latency_bound in (False, True)
+        for chunk in (CUDA_CHUNK, CUDA_CHUNK_BLOCKED)
+    ]
+    return norms + [scale_kernel(dtype, table_bytes) for dtype in DTYPES]
+
+
+def common_kernels(table_sizes: tuple[int, ...] = TABLE_SIZES) -> list[KernelSpec]:
+    """What models of one dtype ask for: plain formats with gradients and states of the parameter's dtype."""
     kernels = [FINALIZE, *(upload_kernel(size) for size in table_sizes if size)]
     for size in table_sizes:
-        for dtype in DTYPES:
-            tunings = (False, True) if dtype == "float32" else (False,)
-            kernels += [update_kernel(rule, dtype, dtype, dtype, size, low) for rule in RULES for low in tunings]
-            kernels += [norm_kernel(dtype, norm_type, size) for norm_type in NORM_TYPES]
-            kernels.append(scale_kernel(dtype, size))
+        kernels += gradient_kernels(size)
+        for rule in RULES:
+            kernels += [update_kernel(rule, dtype, dtype, dtype, size) for dtype in DTYPES]
+            kernels.append(update_kernel(rule, "float32", "float32", "float32", size, True))
     return kernels
+
+
+def all_kernels() -> list[KernelSpec]:
+    """Every kernel that can be asked for, with the smallest step table; and the common ones with all."""
+    kernels = common_kernels()
+    for rule in RULES:
+        kernels += update_kernels(rule)
+    return list(dict.fromkeys(kernels))
 
 
 # ---- sources --------------------------------------------------------------------------------------------
@@ -192,7 +260,7 @@ def compile_kernel(kernel: KernelSpec, arch: str) -> bytes:
         std="c++17",
         fma=False,  # as the CPU engine: the same bits everywhere
         include_path=[str(source_dir())],
-        define_macro=[(name, str(value)) for name, value in _DEFINES.items()],
+        define_macro=[(name, str(value)) for name, value in DEFINES.items()] or None,
     )
     try:
         return bytes(core.Program(kernel.source(), "c++", options).compile("cubin").code)
@@ -213,7 +281,7 @@ def cache_dir() -> Path:
 
 
 def _cache_path(kernel: KernelSpec, arch: str) -> Path:
-    text = "\0".join((kernel.source(), repr(sorted(_DEFINES.items())), arch, _compiler_version()))
+    text = "\0".join((kernel.source(), repr(sorted(DEFINES.items())), arch, _compiler_version()))
     key = hashlib.sha256(_source_hash() + text.encode()).hexdigest()
     return cache_dir() / f"{kernel.template}-{arch}-{key[:40]}.cubin"
 

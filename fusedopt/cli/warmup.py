@@ -44,7 +44,7 @@ def warmup(archs: tuple[str, ...], rules: tuple[str, ...], dtypes: tuple[str, ..
         raise click.BadParameter(
             f"got {bad[0]!r}, expected sm_ and two or three digits, such as sm_90", param_hint="--arch"
         )
-    work = [(kernel, arch) for arch in archs for kernel in nvrtc.all_kernels() if _matches(kernel, rules, dtypes)]
+    work = [(kernel, arch) for arch in archs for kernel in nvrtc.common_kernels() if _matches(kernel, rules, dtypes)]
     try:
         nvrtc.require_compiler()
         with ThreadPoolExecutor(jobs) as pool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base import FusedOptimizer
+from .base import FusedOptimizer, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Adam"]
 
@@ -29,7 +32,8 @@ class Adam(FusedOptimizer):
         \theta_t &= \theta_{t-1} - \frac{\alpha}{1 - \beta_1^t} \,
             \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's dtype and shape, ``step`` (t), 0-dim float32.
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t), 0-dim
+    float32.
 
     Args:
         params: as :class:`FusedOptimizer`.
@@ -42,7 +46,7 @@ class Adam(FusedOptimizer):
         foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable;
             fused=True also asks GradScaler to leave unscaling to the step.
         decoupled_weight_decay: the rule of :class:`AdamW`.
-        max_grad_norm, norm_type, max_grad_value, nonfinite: as :class:`FusedOptimizer`.
+        options: clipping, non-finite gradients and formats, as :class:`FusedOptimizer`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedOptimizer`.
@@ -65,10 +69,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        max_grad_value: float | None = None,
-        nonfinite: str = "propagate",
+        **options: Unpack[Options],
     ) -> None:
         values = dict(
             lr=lr,
@@ -86,10 +87,7 @@ class Adam(FusedOptimizer):
         super().__init__(
             params,
             adam_defaults(values, decoupled_weight_decay),
-            max_grad_norm=max_grad_norm,
-            norm_type=norm_type,
-            max_grad_value=max_grad_value,
-            nonfinite=nonfinite,
+            **options,
         )
 
     def _rule_name(self) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .adam import adam_defaults
-from .base import FusedOptimizer
+from .base import FusedOptimizer, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["AdamW"]
 
@@ -22,7 +25,8 @@ class AdamW(FusedOptimizer):
         \theta_t &\leftarrow \theta_t - \frac{\alpha}{1 - \beta_1^t} \,
             \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's dtype and shape, ``step`` (t), 0-dim float32.
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t), 0-dim
+    float32.
 
     Args:
         params: as :class:`FusedOptimizer`.
@@ -34,7 +38,7 @@ class AdamW(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable;
             fused=True also asks GradScaler to leave unscaling to the step.
-        max_grad_norm, norm_type, max_grad_value, nonfinite: as :class:`FusedOptimizer`.
+        options: clipping, non-finite gradients and formats, as :class:`FusedOptimizer`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedOptimizer`.
@@ -56,10 +60,7 @@ class AdamW(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        max_grad_value: float | None = None,
-        nonfinite: str = "propagate",
+        **options: Unpack[Options],
     ) -> None:
         values = dict(
             lr=lr,
@@ -76,10 +77,7 @@ class AdamW(FusedOptimizer):
         super().__init__(
             params,
             adam_defaults(values, decoupled_weight_decay=True),
-            max_grad_norm=max_grad_norm,
-            norm_type=norm_type,
-            max_grad_value=max_grad_value,
-            nonfinite=nonfinite,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,70 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
-from .. import passes
+from .. import formats, passes
 from ..backends import for_device
 from ..checks import check_clipping, check_hyperparameters, check_params
 from ..control import Control
+from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
-from . import checkpoint
+from . import checkpoint, memory
+from .memory import MemorySummary
 from .plan import OptimizerPlan
 
-__all__ = ["FusedOptimizer"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-_OPTIONS = ("max_grad_norm", "norm_type", "max_grad_value", "nonfinite")
+__all__ = ["FusedOptimizer", "Options"]
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all optimizers add to those of torch; see :class:`FusedOptimizer`."""
+
+    max_grad_norm: float | None
+    norm_type: float
+    max_grad_value: float | None
+    nonfinite: str
+    master_weights: str | None
+    state_dtype: str | torch.dtype | None
+    stochastic_rounding: bool
+    min_8bit_size: int
+    seed: int | None
+
+
+_STEP_OPTIONS: dict[str, Any] = {
+    "max_grad_norm": None,
+    "norm_type": 2.0,
+    "max_grad_value": None,
+    "nonfinite": "propagate",
+}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """A ``torch.optim.Optimizer`` whose step takes one kernel launch per dtype, or two with clipping.
+    """A ``torch.optim.Optimizer`` whose step takes one kernel launch per combination of formats, or two with clipping.
 
     Args:
         params: tensors, named tensors, or param groups: dense leaf tensors of dtype float32, bfloat16, float16 or
             float64, any shape and layout, any mixture of devices and dtypes.
         defaults: the hyper-parameters of param groups that do not set their own.
+
+    For the whole optimizer; attributes that may be changed between steps:
         max_grad_norm: clip the gradients' total norm to this; None for no clipping.
         norm_type: order of that norm: 1, 2 or inf.
         max_grad_value: clamp each unscaled gradient element to ± this, before the norm is taken; None for no clamping.
         nonfinite: what an inf or NaN gradient element does: "propagate" into the parameters, as torch.optim does, or
             "skip" the whole step, decided on the device.
 
-    Gradients are only read. The four keyword arguments are attributes and may be changed between steps.
+    Formats; a param group may set its own:
+        master_weights: for bfloat16 parameters (the first for float16 too): "fp32" keeps a float32 copy
+            (``state["master_param"]``); "split16" keeps the low half of a float32 whose high half is the parameter
+            (int16 ``state["param_remainder"]``), exact in 4 bytes; "split8" keeps 8 more bits (int8), 24 in all.
+        state_dtype: "fp32", "bf16" or "int8" (1 byte and 1/64 of one for scales, ``state["exp_avg_scale"]``); None
+            takes fp32 with master weights and else the parameter's dtype, as torch.optim does.
+        stochastic_rounding: of bfloat16 parameters without master weights, and of bfloat16 states beside them.
+        min_8bit_size: tensors of fewer elements keep fp32 states where ``state_dtype`` is "int8".
+        seed: of the random bits for stochastic rounding and int8, which depend on it, the step, the tensor and the
+            element alone; drawn from torch's default generator if None. Saved in checkpoints. Processes that hold
+            the same parameters need the same one.
+
+    Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
+    first step and not None. They may be of any of the dtypes, float64 only with float64.
 
     Raises:
-        ValueError, TypeError: bad hyper-parameters or parameters.
+        ValueError, TypeError: bad hyper-parameters, options or parameters.
         RuntimeError: a CUDA parameter where kernels cannot be compiled; sparse gradients.
     """
 
     rule: ClassVar[str]
     """Name of the rule in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        *,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        max_grad_value: float | None = None,
-        nonfinite: str = "propagate",
-    ) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         where = type(self).__name__
+        unknown = sorted(options.keys() - Options.__annotations__.keys())
+        if unknown:
+            raise TypeError(
+                f"{where}: got an unexpected keyword argument {unknown[0]!r}, expected a hyper-parameter of the rule or "
+                f"one of {', '.join(Options.__annotations__)}; remove it"
+            )
         check_hyperparameters(where, defaults)
         self._forget_plan()
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
-        self._set_options(
-            max_grad_norm=max_grad_norm, norm_type=norm_type, max_grad_value=max_grad_value, nonfinite=nonfinite
-        )
+        self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
+        # Only what differs from the default is put into param groups: without formats they are exactly torch's.
+        chosen = {key: options[key] for key in OPTIONS if options.get(key, OPTIONS[key]) != OPTIONS[key]}
+        if options.get("seed") is not None:
+            chosen["seed"] = options["seed"]
         if isinstance(params, torch.Tensor):
             raise TypeError(f"{where}: params is a Tensor, expected an iterable of them; pass [param]")
         params = list(params)
         if not params:
             raise ValueError(f"{where}: params is empty, expected at least one parameter; pass model.parameters()")
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **chosen})
 
     # ---- options --------------------------------------------------------------------------------------
 
@@ -143,10 +182,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
             check_params(f"{where}: params", [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain])
             check_hyperparameters(where, {**self.defaults, **param_group})
+            param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
                 for_device(device)
         super().add_param_group(param_group)
         self._forget_plan()
+
+    def _check_formats(self, group: dict[str, Any], params: Iterable[Any], given: dict[str, Any]) -> dict[str, Any]:
+        """``given``, with a seed where ``group``, the same with the defaults, needs one."""
+        where = type(self).__name__
+        check_format_options(where, group, RULES[self.rule])
+        for i, param in enumerate(p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params):
+            param_format(f"{where}: params[{i}]", group, param.dtype)
+            state_format(f"{where}: params[{i}]", group, param)
+        if not needs_seed(group) or "seed" in group:
+            return given
+        others = (other["seed"] for other in self.param_groups if "seed" in other)
+        return {**given, "seed": next(others, None) or int(torch.randint(1, 2**62, ()))}
 
     def _forget_plan(self) -> None:
         self._plan: OptimizerPlan | None = None
@@ -240,15 +292,45 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How many steps were skipped since this optimizer was made, 0-dim int64."""
         return self._control().skipped_steps.clone()
 
+    # ---- formats ------------------------------------------------------------------------------------------
+
+    def memory_summary(self) -> MemorySummary:
+        """How many bytes everything takes that belongs to the parameters of this optimizer, by role."""
+        return memory.summarize(self, RULES[self._rule_name()], self._plan)
+
+    @torch.no_grad()
+    def master_params(self) -> list[torch.Tensor]:
+        """The parameters to all the digits that are kept of them, in the order of the param groups.
+
+        New tensors, float32 (float64 for float64 parameters): what to save where bfloat16 weights are not enough.
+        """
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        return [formats.decode_master(self.state.get(param, {}), param) for param in params]
+
+    @torch.no_grad()
+    def torch_state_dict(self) -> dict[str, Any]:
+        """A state dict that the torch.optim class of the same name loads: states in float32, no masters, no formats."""
+        rule, exported = RULES[self._rule_name()], self.state_dict()
+        keys = {*formats.OPTIONS, "seed"}
+        groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
+        state = {}
+        for index, entry in exported["state"].items():
+            states = formats.decode_states(entry, rule) if entry else {}
+            wide = {key: each if each.dtype == torch.float64 else each.float() for key, each in states.items()}
+            state[index] = {"step": entry["step"], **wide} if entry else {}
+        return {**exported, "state": state, "param_groups": groups}
+
     # ---- checkpoints, copies ------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of the torch.optim class of the same name.
 
-        Unlike torch's, it keeps the dtype of every state tensor, and copies instead of sharing memory.
+        Unlike torch's, it copies instead of sharing memory and does not cast state to the parameter's dtype. State of
+        another format than this optimizer's is converted, rounded to nearest; the formats stay this optimizer's. Where
+        ``state_dtype`` is None, floating-point states keep the dtype they were saved in.
 
         Raises:
-            ValueError: other param groups, other shapes or missing keys. Nothing has been changed then.
+            ValueError: other param groups, other shapes or dtypes, missing keys. Nothing has been changed then.
         """
         checkpoint.load(self, state_dict, RULES[self._rule_name()])
 
@@ -257,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._set_options(**self.__dict__.setdefault("_options", dict(zip(_OPTIONS, (None, 2.0, None, "propagate")))))
+        self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self._forget_plan()
         for group in self.param_groups:

@@ -1,6 +1,10 @@
 """Loading optimizer checkpoints: as ``torch.optim.Optimizer.load_state_dict``, but dtypes are kept and shapes checked.
 
 torch casts every state tensor to its parameter's dtype, integers included, and offers no way to override that.
+
+States are brought into the format of the optimizer that loads them, rounded to nearest; where its param group leaves
+``state_dtype`` open, plain states keep their dtype. Masters are converted by the next step, when the model's weights,
+which hold half of a split one, are sure to be loaded too.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..formats import OPTIONS, check_entry, convert_states, wanted_state_format
 from ..specs import RuleSpec
 
 __all__ = ["load"]
@@ -26,15 +31,19 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], rule: Rul
     where = f"{type(optimizer).__name__}.load_state_dict"
     params = _match(where, optimizer.param_groups, state_dict)
     for index, param in params.items():
-        _check_entry(where, index, state_dict["state"].get(index, {}), param, rule)
+        check_entry(f"{where}: state[{index}]", state_dict["state"].get(index, {}), param, rule)
     groups = [_merge(old, new) for old, new in zip(optimizer.param_groups, state_dict["param_groups"])]
     for group in groups:
         if group.get("amsgrad"):
             raise ValueError(f"{where}: the checkpoint has amsgrad=True, expected False; continue it with torch.optim")
+    group_of = {param: group for group in groups for param in group["params"]}
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         param = params.get(index)
-        state[index if param is None else param] = _copy(entry, param)
+        copied = state[index if param is None else param] = _copy(entry, param)
+        if param is not None and copied:
+            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, copied, rule)
+            convert_states(copied, rule, wanted)
 
     kept = optimizer.state
     kept.clear()
@@ -62,27 +71,12 @@ def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[A
     return dict(zip(indices, chain.from_iterable(g["params"] for g in groups)))
 
 
-def _check_entry(where: str, index: Any, entry: dict, param: torch.Tensor, rule: RuleSpec) -> None:
-    if not entry:
-        return
-    missing = [key for key in ("step", *rule.states) if key not in entry]
-    if missing:
-        raise ValueError(
-            f"{where}: state[{index}] has keys {sorted(map(str, entry))}, expected {missing} too; "
-            f"load a checkpoint of an optimizer with the state of '{rule.name}'"
-        )
-    for key in rule.states:
-        shape = tuple(getattr(entry[key], "shape", ()))
-        if shape != tuple(param.shape):
-            raise ValueError(
-                f"{where}: state[{index}]['{key}'] has shape {shape}, expected {tuple(param.shape)}; "
-                "load the checkpoint of this model"
-            )
-
-
 def _merge(old: dict, new: dict) -> dict:
-    """The checkpoint's hyper-parameters with the optimizer's own parameters, as torch merges them."""
-    merged = deepcopy({key: value for key, value in new.items() if key != "params"})
+    """The checkpoint's hyper-parameters with the optimizer's own parameters, as torch merges them, and own formats."""
+    merged = deepcopy({key: value for key, value in new.items() if key not in ("params", *OPTIONS)})
+    merged.update({key: old[key] for key in OPTIONS if key in old})
+    if "seed" in old:
+        merged.setdefault("seed", old["seed"])
     if "param_names" in old:
         merged.setdefault("param_names", old["param_names"])
     return {**merged, "params": old["params"]}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base import FusedOptimizer
+from .base import FusedOptimizer, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Lion"]
 
@@ -22,7 +25,7 @@ class Lion(FusedOptimizer):
 
     sign(0) = 0, so that untouched rows of an embedding stay where they are, and sign(NaN) = NaN, so that a NaN shows.
 
-    State: ``exp_avg`` (m) in the parameter's dtype and shape, ``step``, 0-dim float32 (only counted).
+    State: ``exp_avg`` (m) in the parameter's shape and, without formats, dtype; ``step``, 0-dim float32 (only counted).
 
     Args:
         params: as :class:`FusedOptimizer`.
@@ -33,7 +36,7 @@ class Lion(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused, capturable: accepted as for :class:`AdamW`.
         differentiable: not supported; True raises ValueError.
-        max_grad_norm, norm_type, max_grad_value, nonfinite: as :class:`FusedOptimizer`.
+        options: clipping, non-finite gradients and formats, as :class:`FusedOptimizer`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedOptimizer`.
@@ -53,10 +56,7 @@ class Lion(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
-        max_grad_value: float | None = None,
-        nonfinite: str = "propagate",
+        **options: Unpack[Options],
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -71,8 +71,5 @@ class Lion(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            max_grad_norm=max_grad_norm,
-            norm_type=norm_type,
-            max_grad_value=max_grad_value,
-            nonfinite=nonfinite,
+            **options,
         )

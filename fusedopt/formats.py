@@ -1,0 +1,336 @@
+"""Formats as tensors: which one a param group asks for, what it keeps in the state, and conversions between formats.
+
+The kernels decode and encode on the way (``csrc/formats/``). Here the same is written in torch, for what happens once:
+new state, checkpoints of another format, exports. Conversions round to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .specs import DTYPES, PARAM_FORMATS, STATE_BLOCK, STATE_FORMATS, ParamFormatSpec, RuleSpec, StateFormatSpec
+
+__all__ = [
+    "MASTER_WEIGHTS",
+    "OPTIONS",
+    "STATE_DTYPES",
+    "check_entry",
+    "check_format_options",
+    "convert_master",
+    "convert_states",
+    "decode_master",
+    "decode_states",
+    "in_memory_order",
+    "needs_seed",
+    "param_format",
+    "scale_key",
+    "scale_shape",
+    "wanted_state_format",
+]
+
+OPTIONS: dict[str, Any] = {
+    "master_weights": None,
+    "state_dtype": None,
+    "stochastic_rounding": False,
+    "min_8bit_size": 4096,
+}
+"""Keys of a param group that choose formats, with what they are where a group has none."""
+
+MASTER_WEIGHTS = (None, "fp32", "split16", "split8")
+STATE_DTYPES = (None, "fp32", "bf16", "int8")
+
+_TORCH_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+_STATE_FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+
+
+# ---- choosing -----------------------------------------------------------------------------------------------
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _option(group: Mapping[str, Any], key: str) -> Any:
+    value = group.get(key, OPTIONS[key])
+    return _TORCH_NAMES.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def check_format_options(where: str, group: Mapping[str, Any], rule: RuleSpec) -> None:
+    """ValueError for options that no parameter could have."""
+    for key, choices in (
+        ("master_weights", MASTER_WEIGHTS),
+        ("state_dtype", STATE_DTYPES),
+        ("stochastic_rounding", (True, False)),
+    ):
+        value = _option(group, key)
+        if value not in choices:
+            raise ValueError(f"{where}: got {key}={value!r}, expected one of {choices}; choose one of them")
+    least = _option(group, "min_8bit_size")
+    if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+        raise ValueError(f"{where}: got min_8bit_size={least!r}, expected a number of elements >= 0; pass an int")
+    if _option(group, "stochastic_rounding") and _option(group, "master_weights"):
+        raise ValueError(
+            f"{where}: got stochastic_rounding=True with master_weights={group['master_weights']!r}, expected one of "
+            "them: beside an exact master there is nothing to round stochastically; leave one out"
+        )
+    if _option(group, "state_dtype") == "int8" and not rule.moments:
+        raise ValueError(
+            f"{where}: got state_dtype='int8' for the rule '{rule.name}', which keeps no moments, expected None; "
+            "leave it out"
+        )
+
+
+def param_format(where: str, group: Mapping[str, Any], dtype: torch.dtype) -> ParamFormatSpec:
+    """Of a parameter of this dtype in this group; ValueError if the group asks for what the dtype cannot have."""
+    name, master = _name(dtype), _option(group, "master_weights")
+    if _option(group, "stochastic_rounding"):
+        master, name = "stochastic_rounding", f"{name}+stochastic"
+    elif master == "fp32":
+        name = f"{name}+master"
+    elif master is not None:
+        name = master
+    if name not in PARAM_FORMATS or PARAM_FORMATS[name].dtype != _name(dtype):
+        fitting = "bfloat16 or float16" if master == "fp32" else "bfloat16"
+        option = "stochastic_rounding=True" if master == "stochastic_rounding" else f"master_weights={master!r}"
+        raise ValueError(
+            f"{where} has dtype {_name(dtype)} and {option}, expected {fitting}; put parameters of other dtypes into a "
+            "param group without it"
+        )
+    return PARAM_FORMATS[name]
+
+
+def state_format(where: str, group: Mapping[str, Any], param: torch.Tensor) -> StateFormatSpec:
+    """Of the states of this parameter; ValueError for float64 with a lower precision."""
+    wanted, dtype = _option(group, "state_dtype"), _name(param.dtype)
+    if dtype == "float64":
+        if wanted is not None:
+            raise ValueError(
+                f"{where} has dtype float64 and state_dtype={wanted!r}, expected None; put it into a param group "
+                "without state_dtype"
+            )
+        return STATE_FORMATS[dtype]
+    if wanted is None:
+        name = "float32" if _option(group, "master_weights") else dtype
+    else:
+        name = _STATE_FORMATS[wanted]
+    if STATE_FORMATS[name].blocked and param.numel() < _option(group, "min_8bit_size"):
+        name = "float32"
+    if name == "bfloat16" and _option(group, "stochastic_rounding"):
+        name = "bfloat16+stochastic"
+    return STATE_FORMATS[name]
+
+
+def wanted_state_format(
+    where: str, group: Mapping[str, Any], param: torch.Tensor, entry: Mapping[str, Any], rule: RuleSpec
+) -> StateFormatSpec:
+    """As ``state_format``; but where the group leaves it open, plain states that are there keep their dtype."""
+    wanted = state_format(where, group, param)
+    present = [entry[key].dtype for key in rule.states if key in entry]
+    if _option(group, "state_dtype") is not None or not present or _name(present[0]) not in DTYPES:
+        return wanted
+    name = _name(present[0])
+    return STATE_FORMATS[f"{name}+stochastic" if name == "bfloat16" and wanted.random else name]
+
+
+def needs_seed(group: Mapping[str, Any]) -> bool:
+    """Whether any format of the group may take random bits."""
+    return bool(_option(group, "stochastic_rounding")) or _option(group, "state_dtype") == "int8"
+
+
+def scale_shape(numel: int) -> tuple[int]:
+    """Of the scales of a blocked state."""
+    return (-(-numel // STATE_BLOCK),)
+
+
+def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule: RuleSpec) -> None:
+    """ValueError unless a parameter's state, empty or complete, has shapes and dtypes of some format."""
+    if not entry:
+        return
+    missing = [key for key in ("step", *rule.states) if key not in entry]
+    if missing:
+        raise ValueError(
+            f"{where} has keys {sorted(map(str, entry))}, expected {missing} too; load a checkpoint of an optimizer with "
+            f"the state of '{rule.name}'"
+        )
+    for key, moment in zip(rule.states, rule.moments):
+        _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (*DTYPES, *STATE_FORMATS["int8"].dtypes))
+        if not entry[key].is_floating_point():
+            _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (STATE_FORMATS["int8"].dtype(moment),))
+            scale = entry.get(scale_key(key))
+            _check_tensor(f"{where}['{scale_key(key)}']", scale, scale_shape(param.numel()), ("float32",))
+    for name in {spec.extra[0] for spec in PARAM_FORMATS.values() if spec.extra and spec.extra[0] in entry}:
+        dtypes = tuple(dict.fromkeys(s.extra[1] for s in PARAM_FORMATS.values() if s.extra and s.extra[0] == name))
+        _check_tensor(f"{where}['{name}']", entry[name], tuple(param.shape), dtypes)
+    floating = {entry[key].dtype for key in rule.states if entry[key].is_floating_point()}
+    kinds = {entry[key].is_floating_point() for key in rule.states}
+    if len(floating) > 1 or len(kinds) > 1 or (torch.float64 in floating) != (param.dtype == torch.float64):
+        raise ValueError(
+            f"{where} has states of dtype {sorted(_name(entry[key].dtype) for key in rule.states)} beside "
+            f"{_name(param.dtype)}, expected one format for all, float64 only with float64; load a checkpoint of this "
+            "model"
+        )
+
+
+def _check_tensor(where: str, tensor: Any, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{where} is a {type(tensor).__name__}, expected a tensor; load a complete checkpoint")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{where} has shape {tuple(tensor.shape)}, expected {shape}; load the checkpoint of this model"
+            + (f", made with blocks of {STATE_BLOCK} elements" if where.endswith("_scale']") else "")
+        )
+    if _name(tensor.dtype) not in dtypes:
+        raise ValueError(
+            f"{where} has dtype {_name(tensor.dtype)}, expected {' or '.join(dtypes)}; load a checkpoint of this "
+            "optimizer, with the dtypes it was saved with"
+        )
+
+
+def scale_key(state: str) -> str:
+    """The state key of the scales of a blocked state."""
+    return f"{state}_scale"
+
+
+# ---- memory order -------------------------------------------------------------------------------------------
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's elements as a 1-D view, in the order in which they stand in memory: that of blocks."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _like(flat: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``flat``, in memory order, in the shape and layout of the dense ``tensor``."""
+    return flat.as_strided(tensor.shape, tensor.stride())
+
+
+# ---- states -------------------------------------------------------------------------------------------------
+
+
+def _blocks(flat: torch.Tensor) -> torch.Tensor:
+    """Shape (blocks, STATE_BLOCK), padded with zeros."""
+    rows = -(-flat.numel() // STATE_BLOCK)
+    padded = flat.new_zeros(rows * STATE_BLOCK)
+    padded[: flat.numel()] = flat
+    return padded.view(rows, STATE_BLOCK)
+
+
+_TWO = 0x40000000  # the bits of 2.0
+_SHIFT = {"first": 20, "second": 19}
+"""Bits of a float below a code, by moment, as ``Int8State`` has them."""
+
+
+def _decode_int8(codes: torch.Tensor, scale: torch.Tensor, moment: str) -> torch.Tensor:
+    blocks = _blocks(in_memory_order(codes).view(torch.uint8)).to(torch.int32)
+    magnitude = blocks & 0x7F if moment == "first" else blocks
+    values = ((_TWO | (magnitude << _SHIFT[moment])).view(torch.float32) - 2.0) * scale.view(-1, 1)
+    values = torch.where(blocks > 0x7F, -values, values) if moment == "first" else values.square()
+    return _like(values.view(-1)[: codes.numel()], codes)
+
+
+def _encode_int8(values: torch.Tensor, moment: str) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = _blocks(in_memory_order(values).float())
+    magnitude = blocks.abs() if moment == "first" else blocks.sqrt()
+    exponent = magnitude.amax(1, keepdim=True).view(torch.int32) & 0x7F800000
+    unit = (exponent - (15 << 23)).clamp(min=0).view(torch.float32)
+    unit = torch.where(exponent == 0x7F800000, float("nan"), unit)
+    word = (2.0 + magnitude * torch.where(unit > 0, 1.0 / unit, 0.0)).view(torch.int32) - _TWO
+    codes = (word + (1 << (_SHIFT[moment] - 1))) >> _SHIFT[moment]
+    if moment == "first":
+        codes = (codes | torch.where(blocks < 0, 0x80, 0)).to(torch.uint8).view(torch.int8)
+    else:
+        codes = torch.where(blocks > 0, codes.clamp(min=1), codes).to(torch.uint8)
+    return _like(codes.view(-1)[: values.numel()].clone(), values), unit.view(-1).contiguous()
+
+
+def decode_states(entry: Mapping[str, Any], rule: RuleSpec) -> dict[str, torch.Tensor]:
+    """The states of one parameter as plain floating-point tensors: float32 where they are in 8 bits."""
+    decoded = {}
+    for key, moment in zip(rule.states, rule.moments):
+        value = entry[key]
+        decoded[key] = value if value.is_floating_point() else _decode_int8(value, entry[scale_key(key)], moment)
+    return decoded
+
+
+def convert_states(entry: dict[str, Any], rule: RuleSpec, wanted: StateFormatSpec) -> None:
+    """Brings the states of one parameter, dense, into ``wanted``, rounding to nearest; nothing where they are in it."""
+    for key, moment in zip(rule.states, rule.moments):
+        dtype = getattr(torch, wanted.dtype(moment))
+        value = entry[key]
+        if value.dtype == dtype:
+            continue
+        if not value.is_floating_point():
+            value = _decode_int8(value, entry.pop(scale_key(key)), moment)
+        if wanted.blocked:
+            entry[key], entry[scale_key(key)] = _encode_int8(value, moment)
+        else:
+            entry[key] = value.to(dtype)
+
+
+# ---- masters ------------------------------------------------------------------------------------------------
+
+
+def _word(value: torch.Tensor) -> torch.Tensor:
+    """The bits of a float32 tensor as int64 in [0, 2^32)."""
+    return value.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def _from_word(word: torch.Tensor) -> torch.Tensor:
+    return ((word + 2**31) % 2**32 - 2**31).to(torch.int32).view(torch.float32)
+
+
+def decode_master(entry: Mapping[str, Any], param: torch.Tensor) -> torch.Tensor:
+    """The value of a parameter to all its digits, in the parameter's shape: float32, or float64 where it is."""
+    if "master_param" in entry:
+        return entry["master_param"].detach().clone()
+    low = entry.get("param_remainder")
+    param = param.detach()
+    if low is None:
+        return param.to(torch.float64 if param.dtype == torch.float64 else torch.float32, copy=True)
+    low = low.to(torch.int64) * (1 if low.dtype == torch.int16 else 256)
+    return _from_word((_word(param.float()) + low) % 2**32)
+
+
+def _split(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bfloat16 and int16 or int8, as ``Split16`` and ``Split8``."""
+    word = _word(value)
+    if bits == 8:
+        word = (word + 0x80) & ~0xFF
+    high = (word + 0x8000) >> 16
+    low = (word - (high << 16)) >> (16 - bits)
+    high = torch.where(value.isnan(), 0x7FFF, high)
+    low = torch.where(value.isnan(), 0, low)
+    return _from_word((high << 16) % 2**32).to(torch.bfloat16), low.to(torch.int16 if bits == 16 else torch.int8)
+
+
+def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> None:
+    """Gives the state of one (dense) parameter the second tensor that ``wanted`` keeps, and removes any other.
+
+    A new one starts from the parameter. One of another format is converted; then the parameter is written too, because
+    formats round ties differently. ``split16`` keeps a float32 master exactly, ``split8`` its upper 24 bits.
+    """
+    key, dtype = wanted.extra or (None, None)
+    present = [name for name in ("master_param", "param_remainder") if name in entry]
+    if present == [key] and entry[key].dtype == getattr(torch, dtype):
+        return
+    if key is None:
+        for name in present:
+            del entry[name]
+        return
+    if not present and key == "param_remainder":
+        entry[key] = torch.zeros_like(param, dtype=getattr(torch, dtype), requires_grad=False)
+        return
+    value = decode_master(entry, param)
+    if key == "master_param":
+        main, extra = value.to(param.dtype), value
+    else:
+        main, extra = _split(value, 16 if dtype == "int16" else 8)
+    for name in present:
+        del entry[name]
+    entry[key] = torch.empty_like(param, dtype=extra.dtype, requires_grad=False).copy_(extra)
+    if present:
+        with torch.no_grad():
+            param.copy_(main)

@@ -1,0 +1,74 @@
+"""How much memory an optimizer and its parameters take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..formats import scale_key
+from ..specs import PARAM_FORMATS, RuleSpec
+
+if TYPE_CHECKING:
+    from .plan import OptimizerPlan
+
+__all__ = ["MemorySummary", "summarize"]
+
+_EXTRAS = {spec.extra[0] for spec in PARAM_FORMATS.values() if spec.extra}
+
+
+@dataclass(frozen=True)
+class MemorySummary:
+    """Bytes by role. ``print`` it for a table."""
+
+    numel: int
+    """Elements of all parameters."""
+    bytes: dict[str, int]
+    """param, master (what is kept beside the parameters), states, scales, steps, grad, main_grad, tables."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all roles."""
+        return sum(self.bytes.values())
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of the tensors in ``state_dict()``."""
+        return sum(self.bytes[role] for role in ("master", "states", "scales", "steps"))
+
+    def per_param(self, role: str | None = None) -> float:
+        """Bytes per parameter element of one role, or of all."""
+        return (self.total if role is None else self.bytes[role]) / max(self.numel, 1)
+
+    def __str__(self) -> str:
+        rows = [(role, count) for role, count in self.bytes.items() if count] + [("total", self.total)]
+        lines = [f"{role:<10} {count:>16,} bytes {count / max(self.numel, 1):>8.3f} per parameter" for role, count in rows]
+        return "\n".join([f"{self.numel:,} parameters", *lines])
+
+
+def summarize(optimizer: torch.optim.Optimizer, rule: RuleSpec, plan: OptimizerPlan | None) -> MemorySummary:
+    """As they are now: without state before the first step, without ``grad`` after ``zero_grad``."""
+    params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    entries = [optimizer.state.get(param, {}) for param in params]
+    scales = {scale_key(key) for key in rule.states}
+    tables = [] if plan is None else chain.from_iterable(device.device_memory() for device in plan.tables)
+    return MemorySummary(
+        sum(param.numel() for param in params),
+        {
+            "param": _bytes(params),
+            "master": _bytes(entry.get(key) for entry in entries for key in _EXTRAS),
+            "states": _bytes(entry.get(key) for entry in entries for key in rule.states),
+            "scales": _bytes(entry.get(key) for entry in entries for key in scales),
+            "steps": _bytes(entry.get("step") for entry in entries),
+            "grad": _bytes(param.grad for param in params),
+            "main_grad": _bytes(getattr(param, "main_grad", None) for param in params),
+            "tables": _bytes(tables),
+        },
+    )
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, torch.Tensor))
