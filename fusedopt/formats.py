@@ -71,6 +71,9 @@ def check_format_options(where: str, group: Mapping[str, Any], rule: RuleSpec) -
     least = _option(group, "min_8bit_size")
     if isinstance(least, bool) or not isinstance(least, int) or least < 0:
         raise ValueError(f"{where}: got min_8bit_size={least!r}, expected a number of elements >= 0; pass an int")
+    seed = group.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"{where}: got seed={seed!r}, expected an int in [0, 2**64); pass one, or None to have one drawn")
     if _option(group, "stochastic_rounding") and _option(group, "master_weights"):
         raise ValueError(
             f"{where}: got stochastic_rounding=True with master_weights={group['master_weights']!r}, expected one of "
@@ -164,6 +167,11 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
     for name in {spec.extra[0] for spec in PARAM_FORMATS.values() if spec.extra and spec.extra[0] in entry}:
         dtypes = tuple(dict.fromkeys(s.extra[1] for s in PARAM_FORMATS.values() if s.extra and s.extra[0] == name))
         _check_tensor(f"{where}['{name}']", entry[name], tuple(param.shape), dtypes)
+    if "param_remainder" in entry and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{where} has 'param_remainder' beside a parameter of dtype {_name(param.dtype)}, expected bfloat16, whose "
+            "lower bits it holds; load it into the model it was saved with"
+        )
     floating = {entry[key].dtype for key in rule.states if entry[key].is_floating_point()}
     kinds = {entry[key].is_floating_point() for key in rule.states}
     if len(floating) > 1 or len(kinds) > 1 or (torch.float64 in floating) != (param.dtype == torch.float64):

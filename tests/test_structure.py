@@ -230,7 +230,7 @@ def test_rows_hold_every_rule():
 
 
 def test_thread_block_agrees_with_the_kernels():
-    assert constant("bindings.cpp", "kCudaThreads") == constant("cuda/engine.cuh", "kThreads")
+    assert constant("bindings.cpp", "kCudaThreads") == constant("cuda/tuning.cuh", "kThreads")
 
 
 # ---- memory shared with C++ ---------------------------------------------------------------------------------------

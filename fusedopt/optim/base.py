@@ -68,9 +68,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             takes fp32 with master weights and else the parameter's dtype, as torch.optim does.
         stochastic_rounding: of bfloat16 parameters without master weights, and of bfloat16 states beside them.
         min_8bit_size: tensors of fewer elements keep fp32 states where ``state_dtype`` is "int8".
-        seed: of the random bits for stochastic rounding and int8, which depend on it, the step, the tensor and the
-            element alone; drawn from torch's default generator if None. Saved in checkpoints. Processes that hold
-            the same parameters need the same one.
+        seed: of the random bits for stochastic rounding and int8, one for the whole optimizer: they depend on it, the
+            step, the tensor and the element alone. Drawn from torch's default generator if None; saved in
+            checkpoints. Processes that hold the same parameters need the same one.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
     first step and not None. They may be of any of the dtypes, float64 only with float64.
@@ -195,10 +195,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, param in enumerate(p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params):
             param_format(f"{where}: params[{i}]", group, param.dtype)
             state_format(f"{where}: params[{i}]", group, param)
-        if not needs_seed(group) or "seed" in group:
+        if not needs_seed(group):
             return given
-        others = (other["seed"] for other in self.param_groups if "seed" in other)
-        return {**given, "seed": next(others, None) or int(torch.randint(1, 2**62, ()))}
+        seeds = [other["seed"] for other in self.param_groups if "seed" in other]
+        if "seed" in group and seeds and group["seed"] != seeds[0]:
+            raise ValueError(
+                f"{where}: got seed={group['seed']} in one param group and {seeds[0]} in another, expected one for all; "
+                "pass it to the optimizer"
+            )
+        return {**given, "seed": group["seed"] if "seed" in group else (seeds or [int(torch.randint(2**62, ()))])[0]}
 
     def _forget_plan(self) -> None:
         self._plan: OptimizerPlan | None = None

@@ -14,6 +14,7 @@ from ..checks import check_grad, check_param
 from ..control import Control
 from ..formats import (
     check_entry,
+    check_format_options,
     convert_master,
     convert_states,
     decode_states,
@@ -98,7 +99,7 @@ class OptimizerPlan:
                 "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while "
                 "a CUDA graph is being captured; call step() once before the capture"
             )
-        tracked = list(_track(optimizer))
+        tracked = list(_track(optimizer, rule))
         for each in tracked:
             if each.grad_dtype is not None:
                 _check_state(optimizer.state.get(each.param, {}), rule, each.param)
@@ -161,9 +162,10 @@ class OptimizerPlan:
             param.detach().copy_(dense)
 
 
-def _track(optimizer: torch.optim.Optimizer) -> Iterator[_Tracked]:
+def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec) -> Iterator[_Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
+        check_format_options(f"{type(optimizer).__name__}.step: param_groups[{g}]", group, rule)
         for i, param in enumerate(group["params"]):
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param)
@@ -171,7 +173,7 @@ def _track(optimizer: torch.optim.Optimizer) -> Iterator[_Tracked]:
             main_grad = _main_grad(where, param)
             each = _Tracked(param, dense, where, g, next(position), param_format(where, group, param.dtype), main_grad)
             if each.grad is not None:
-                check_grad(f"{where}.grad", each.grad, param)
+                check_grad(f"{where}.{'grad' if main_grad is None else 'main_grad'}", each.grad, param)
                 each.grad_dtype = each.grad.dtype
             elif optimizer.state.get(param):
                 each.grad_dtype = param.dtype  # until a gradient of another dtype comes
