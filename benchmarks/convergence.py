@@ -258,12 +258,18 @@ def measure(
     time_limit: float,
     console: Console,
     save: Callable[[Row], None],
+    earlier: Row | None = None,
 ) -> Row:
-    """The whole result, as the JSON file holds it; ``save`` gets it after every run."""
+    """The whole result, as the JSON file holds it; ``save`` gets it after every run. Runs of ``earlier`` are kept."""
     began = time.monotonic()
-    # Seed by seed: where time runs out, the seeds that are there are there for all formats.
-    pending = [(replace(settings, seed=seed), name) for seed in range(seeds) for name in names]
     result = environment(device) | {"settings": asdict(settings), "seeds": seeds, "jobs": jobs, "runs": []}
+    if earlier is not None:
+        result["runs"] = kept_runs(earlier, result)
+    done = {(run["seed"], run["format"]) for run in result["runs"]}
+    # Seed by seed: where time runs out, the seeds that are there are there for all formats.
+    pending = [
+        (replace(settings, seed=seed), name) for seed in range(seeds) for name in names if (seed, name) not in done
+    ]
     result["threads"] = threads
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -275,6 +281,18 @@ def measure(
             progress.console.print(describe_run(row), markup=False, highlight=False)
     save(complete(result, pending, began))
     return result
+
+
+def kept_runs(earlier: Row, now: Row) -> list[Row]:
+    """The runs of an earlier result that did not fail, with the commit that they were made at.
+
+    Raises:
+        click.ClickException: they were made with other settings or on another device.
+    """
+    for key in ("device", "settings"):
+        if earlier[key] != now[key]:
+            raise click.ClickException(f"--resume: the file has {key} {earlier[key]}, expected {now[key]}; start anew")
+    return [{"commit": earlier["commit"], **run} for run in earlier["runs"] if not run["error"]]
 
 
 def complete(result: Row, pending: list[Work], began: float) -> Row:
@@ -513,6 +531,7 @@ def _plot_ends(axes, summary: list[Row], losses: dict[str, dict[int, float]], co
 )
 @click.option("--time-limit", type=float, default=480, help="Start no run after so many seconds.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
+@click.option("--resume", is_flag=True, help="Keep the runs that the JSON file has, and do those that it lacks.")
 @click.option("--plot", "image", type=click.Path(path_type=Path, dir_okay=False), help="Write curves here, as PNG.")
 @click.option(
     "--from",
@@ -530,6 +549,7 @@ def main(
     threads: int | None,
     time_limit: float,
     path: Path | None,
+    resume: bool,
     image: Path | None,
     source: Path | None,
 ) -> None:
@@ -550,6 +570,7 @@ def main(
             time_limit,
             console,
             lambda row: write(path, row),
+            json.loads(path.read_text()) if resume and path and path.exists() else None,
         )
     print_result(console, result)
     if image and final_losses(result["runs"]):

@@ -36,7 +36,7 @@ py::list rules() {
   result.append(py::dict(py::arg("struct_name") = #Rule, py::arg("name") = baseline::Rule::kName,  \
                          py::arg("states") = py::str(baseline::Rule::kStateNames).attr("split")(), \
                          py::arg("num_states") = int(baseline::Rule::kStates),                     \
-                         py::arg("moments") = moments<baseline::Rule>(),                                  \
+                         py::arg("moments") = moments<baseline::Rule>(),                           \
                          py::arg("hyper") = py::str(baseline::Rule::kHyperNames).attr("split")()));
   FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)
 #undef FUSEDOPT_ROW
@@ -77,8 +77,13 @@ bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
 void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
                      int32 state_format, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
-  const UpdateJob job = {grad_table(table, grad_dtype), ParamFormat(param_format), StateFormat(state_format), rule,
-                         args.seed, hypers.rows().data(), args.scaling};
+  const UpdateJob job = {grad_table(table, grad_dtype),
+                         ParamFormat(param_format),
+                         StateFormat(state_format),
+                         rule,
+                         args.seed,
+                         hypers.rows().data(),
+                         args.scaling};
   const bool skip = nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf);
   cpu_update(job, table.chunks(), int64(table.entries().size()), skip, threads);
   if (args.lead && args.control) {
@@ -196,8 +201,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Table>(m, "Table")
       .def(py::init<int64>(), py::arg("chunk_size"))
-      .def("add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"),
-           py::arg("step"), py::arg("numel"), py::arg("group"), py::arg("id"))
+      .def("add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
+           py::arg("numel"), py::arg("group"), py::arg("id"))
       .def("set_grad", [](Table& table, int32 index, uint64 grad) { table.set_grad(index, address<void>(grad)); })
       .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
       .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })

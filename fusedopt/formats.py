@@ -73,7 +73,9 @@ def check_format_options(where: str, group: Mapping[str, Any], rule: RuleSpec) -
         raise ValueError(f"{where}: got min_8bit_size={least!r}, expected a number of elements >= 0; pass an int")
     seed = group.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"{where}: got seed={seed!r}, expected an int in [0, 2**64); pass one, or None to have one drawn")
+        raise ValueError(
+            f"{where}: got seed={seed!r}, expected an int in [0, 2**64); pass one, or None to have one drawn"
+        )
     if _option(group, "stochastic_rounding") and _option(group, "master_weights"):
         raise ValueError(
             f"{where}: got stochastic_rounding=True with master_weights={group['master_weights']!r}, expected one of "
@@ -115,10 +117,8 @@ def state_format(where: str, group: Mapping[str, Any], param: torch.Tensor) -> S
                 "without state_dtype"
             )
         return STATE_FORMATS[dtype]
-    if wanted is None:
-        name = "float32" if _option(group, "master_weights") else dtype
-    else:
-        name = _STATE_FORMATS[wanted]
+    by_default = "float32" if _option(group, "master_weights") else dtype
+    name = by_default if wanted is None else _STATE_FORMATS[wanted]
     if STATE_FORMATS[name].blocked and param.numel() < _option(group, "min_8bit_size"):
         name = "float32"
     if name == "bfloat16" and _option(group, "stochastic_rounding"):
@@ -155,8 +155,8 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
     missing = [key for key in ("step", *rule.states) if key not in entry]
     if missing:
         raise ValueError(
-            f"{where} has keys {sorted(map(str, entry))}, expected {missing} too; load a checkpoint of an optimizer with "
-            f"the state of '{rule.name}'"
+            f"{where} has keys {sorted(map(str, entry))}, expected {missing} too; load a checkpoint of an optimizer "
+            f"with the state of '{rule.name}'"
         )
     for key, moment in zip(rule.states, rule.moments):
         _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (*DTYPES, *STATE_FORMATS["int8"].dtypes))

@@ -71,6 +71,9 @@ def begin(
     for device in tables:
         device.keep_alive.clear()
         device.pack_hypers(groups)
+        if _already_told(device, (scalars, passes, nonfinite_out)):
+            device.backend.begin(device, passes)
+            continue
         if "norm" in passes:
             clip_coef, norm_found_inf = device.control.clip_coef_address, device.control.norm_found_inf_address
         else:
@@ -88,6 +91,17 @@ def begin(
             nonfinite_out,
         )
         device.backend.begin(device, passes)
+
+
+def _already_told(device: DeviceTables, told: tuple[StepScalars, tuple[str, ...], int]) -> bool:
+    """Whether the device's passes were given just this before: most steps of a loop are alike."""
+    if any(value is not None for value in told[0][:3]):  # tensors, which may change
+        device.told = None
+        return False
+    if device.told == told:
+        return True
+    device.told = told
+    return False
 
 
 def norm(tables: Sequence[DeviceTables]) -> None:

@@ -137,6 +137,8 @@ class DeviceTables:
         self.stream = 0
         """CUDA: the stream of the step under way."""
         self.control = control or Control(device)
+        self.told: tuple | None = None
+        """The scalars that the passes were last given, unless a tensor is among them."""
         self.keep_alive: list[torch.Tensor] = []
         """Tensors whose addresses the passes of this step were given."""
 

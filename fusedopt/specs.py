@@ -1,8 +1,8 @@
 """What the rules and formats are called, and in which order their parts travel. Standard library only.
 
 A new rule needs a row in ``RULES`` here, a header in ``csrc/rules/``, a reference in ``reference.py`` and an optimizer
-in ``optim/``. A new format needs a row here, a struct in ``csrc/formats/`` and, in ``formats.py``, its conversion. Tests
-assert that these registries agree.
+in ``optim/``. A new format needs a row here, a struct in ``csrc/formats/`` and, in ``formats.py``, its conversion.
+Tests assert that these registries agree.
 """
 
 from __future__ import annotations

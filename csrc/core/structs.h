@@ -9,7 +9,8 @@ namespace fusedopt {
 enum class DType : int32 { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 constexpr int32 kNumDTypes = 4;
 
-// Codes shared with fusedopt/specs.py (PARAM_FORMATS and STATE_FORMATS, in this order); formats/{param,state}.h define them.
+// Codes shared with fusedopt/specs.py (PARAM_FORMATS and STATE_FORMATS, in this order); formats/{param,state}.h define
+// them.
 enum class ParamFormat : int32 {
   kFloat32,
   kBFloat16,

@@ -141,9 +141,13 @@ constexpr InPlace in_place() {
 
 template <class T>
 inline const ParamFunctions<T>& param_functions(ParamFormat format) {
-#define FUSEDOPT_ROW(Format)                                                                                      \
-  {sizeof(typename Format::Main::Storage), sizeof(typename Format::Extra::Storage), in_place<Format, T>(),        \
-   Format::kRandom, &load_param<Format, T>, &store_param<Format, T>},
+#define FUSEDOPT_ROW(Format)                \
+  {sizeof(typename Format::Main::Storage),  \
+   sizeof(typename Format::Extra::Storage), \
+   in_place<Format, T>(),                   \
+   Format::kRandom,                         \
+   &load_param<Format, T>,                  \
+   &store_param<Format, T>},
   static const ParamFunctions<T> table[kNumParamFormats] = {FUSEDOPT_FOR_EACH_PARAM_FORMAT(FUSEDOPT_ROW)};
 #undef FUSEDOPT_ROW
   return table[int32(format)];
@@ -208,9 +212,14 @@ void store_state(const T* __restrict from, void* memory, float* scales, int64 n,
 
 template <class T>
 inline const StateFunctions<T>& state_functions(StateFormat format) {
-#define FUSEDOPT_ROW(Format)                                                                                 \
-  {sizeof(typename Format::Storage), Format::kRounded && is_same<typename Format::Storage, T>, Format::kBlocked, \
-   Format::kRandom, Format::kDithered, &load_state<Format, T>, &store_state<Format, T>},
+#define FUSEDOPT_ROW(Format)                                 \
+  {sizeof(typename Format::Storage),                         \
+   Format::kRounded && is_same<typename Format::Storage, T>, \
+   Format::kBlocked,                                         \
+   Format::kRandom,                                          \
+   Format::kDithered,                                        \
+   &load_state<Format, T>,                                   \
+   &store_state<Format, T>},
   static const StateFunctions<T> table[kNumStateFormats] = {FUSEDOPT_FOR_EACH_STATE_FORMAT(FUSEDOPT_ROW)};
 #undef FUSEDOPT_ROW
   return table[int32(format)];

@@ -17,7 +17,7 @@ struct UpdateJob {
   GradTable table;
   ParamFormat param_format;
   StateFormat state_format;
-  int32 rule;  // index into FUSEDOPT_FOR_EACH_RULE
+  int32 rule;   // index into FUSEDOPT_FOR_EACH_RULE
   uint64 seed;  // of random numbers
   const Hyper* hypers;
   Scaling scaling;

@@ -14,7 +14,6 @@ struct StepTable {
   alignas(16) char bytes[kBytes];
 };
 
-
 template <int kBytes>
 __device__ __forceinline__ const void* grad_of(const PassArgs& args, const StepTable<kBytes>& table, int tensor) {
   const char* grads = table.bytes + args.num_groups * sizeof(Hyper);

@@ -14,8 +14,8 @@ constexpr int kChunk = FUSEDOPT_CHUNK;  // elements; fusedopt/backends/nvrtc.py 
 // few million parameters are bound by the latency of one block, so more blocks must run at once.
 enum class Tuning { kBandwidth, kLatency };
 
-// How many elements a thread loads at once, and how many blocks share a multiprocessor, by the sizes of the smallest and
-// the largest element of parameter, gradient and states. Measured on an H100 (docs/performance.md); macros, so that
+// How many elements a thread loads at once, and how many blocks share a multiprocessor, by the sizes of the smallest
+// and the largest element of parameter, gradient and states. Measured on an H100 (docs/performance.md); macros, so that
 // others can be tried.
 #ifndef FUSEDOPT_ELEMENTS
 #define FUSEDOPT_ELEMENTS(tuning, smallest) ((tuning) == Tuning::kBandwidth && (smallest) == 4 ? 16 : 8)

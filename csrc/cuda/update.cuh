@@ -72,11 +72,11 @@ struct Update {
   static constexpr int kStates = Rule::kStates;
   static constexpr bool kHasExtra = !is_same<typename P::Extra, NoExtra>;
   // Bytes of the smallest element. Single bytes are accessed eight at a time.
-  static constexpr int kSmallest = minimum(sizeof(typename P::Main::Storage),
-                                           minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
-  static constexpr int kLargest = maximum(
-      maximum(sizeof(typename P::Main::Storage), sizeof(typename P::Extra::Storage)),
-      maximum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
+  static constexpr int kSmallest =
+      minimum(sizeof(typename P::Main::Storage), minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
+  static constexpr int kLargest =
+      maximum(maximum(sizeof(typename P::Main::Storage), sizeof(typename P::Extra::Storage)),
+              maximum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
   static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
   static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);

@@ -19,8 +19,8 @@ struct Select<false, A, B> {
   using type = B;
 };
 
-// V elements of a stream. Elements of less than 4 bytes stay packed in words until they are used: taken apart when they are
-// loaded, each would cost a register and instructions of its own.
+// V elements of a stream. Elements of less than 4 bytes stay packed in words until they are used: taken apart when they
+// are loaded, each would cost a register and instructions of its own.
 template <class Format, int V>
 struct alignas(minimum(16, V* int(sizeof(typename Format::Storage)))) Vector {
   using Storage = typename Format::Storage;
@@ -62,8 +62,7 @@ template <class T, class Format, int V>
 __device__ __forceinline__ void encode(const T (&values)[V], Vector<Format, V>& vector) {
   if constexpr (sizeof(typename Format::Storage) == 2 && V % 2 == 0) {
 #pragma unroll
-    for (int e = 0; e < V; e += 2)
-      vector.words[e / 2] = Format::encode_pair(float(values[e]), float(values[e + 1]));
+    for (int e = 0; e < V; e += 2) vector.words[e / 2] = Format::encode_pair(float(values[e]), float(values[e + 1]));
   } else {
 #pragma unroll
     for (int e = 0; e < V; ++e) vector.set(e, Format::encode(typename Format::Compute(values[e])));
@@ -90,8 +89,8 @@ __device__ __forceinline__ void pack(const uint32 (&words)[V], Vector<Format, V>
   }
 }
 
-// In accesses of 16 or 8 bytes. Written out, because the compiler takes the store of a struct apart, word by word, where
-// its words are computed by code with branches, as IEEE division has.
+// In accesses of 16 or 8 bytes. Written out, because the compiler takes the store of a struct apart, word by word,
+// where its words are computed by code with branches, as IEEE division has.
 template <class Words>
 __device__ __forceinline__ void store_words(void* to, const Words& vector) {
   constexpr int kBytes = sizeof(Words);

@@ -64,8 +64,8 @@ FUSEDOPT_HD uint32 bits_or_nan(float x) {
 }
 
 // master_weights="split16": a float in 4 bytes. bfloat16 is the upper half of a float, so the model's tensor holds that
-// half, rounded (ties away from 0), and 16 bits beside it hold the difference. Exact for every number; NaN becomes the one
-// NaN.
+// half, rounded (ties away from 0), and 16 bits beside it hold the difference. Exact for every number; NaN becomes the
+// one NaN.
 struct Split16 {
   using Main = BFloat16;
   using Extra = Int16Bits;
@@ -93,7 +93,8 @@ struct Split8 {
   static FUSEDOPT_HD uint32 word(float value, uint32) { return bits_or_nan(value) + 0x80u; }
 };
 
-// stochastic_rounding=True: the neighbour below or above in bfloat16, the nearer the likelier: right on average. inf stays.
+// stochastic_rounding=True: the neighbour below or above in bfloat16, the nearer the likelier: right on average. inf
+// stays.
 struct StochasticParam {
   using Main = BFloat16;
   using Extra = NoExtra;
@@ -116,6 +117,7 @@ using MasterFloat16 = MasterParam<Float16>;
 }  // namespace fusedopt
 
 // In the order of ParamFormat in core/structs.h.
-#define FUSEDOPT_FOR_EACH_PARAM_FORMAT(X) \
-  X(PlainFloat32) X(PlainBFloat16) X(PlainFloat16) X(PlainFloat64) \
-  X(MasterBFloat16) X(MasterFloat16) X(Split16) X(Split8) X(StochasticParam)
+#define FUSEDOPT_FOR_EACH_PARAM_FORMAT(X)                                                                  \
+  X(PlainFloat32)                                                                                          \
+  X(PlainBFloat16) X(PlainFloat16) X(PlainFloat64) X(MasterBFloat16) X(MasterFloat16) X(Split16) X(Split8) \
+      X(StochasticParam)

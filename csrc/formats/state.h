@@ -34,14 +34,14 @@ struct StochasticState {
 
 // state_dtype="int8": one byte an element and one float, the `unit`, a power of two, per 256 elements.
 //
-// A code is an 8-bit floating-point number without subnormals: with y = |x| / unit, or sqrt(x) / unit for second moments,
-// it is the upper bits of 2 + y, counted from those of 2. So 0 is exact, steps near 0 are even, and further up they are
-// an eighth (first moments: sign, 3 bits of mantissa) or a sixteenth (second moments: 4 bits) of the value, over 15
-// octaves below the largest element of the block. It takes a few integer operations, the same on every machine.
+// A code is an 8-bit floating-point number without subnormals: with y = |x| / unit, or sqrt(x) / unit for second
+// moments, it is the upper bits of 2 + y, counted from those of 2. So 0 is exact, steps near 0 are even, and further up
+// they are an eighth (first moments: sign, 3 bits of mantissa) or a sixteenth (second moments: 4 bits) of the value,
+// over 15 octaves below the largest element of the block. It takes a few integer operations, the same on every machine.
 // benchmarks/int8_codes.py compares it with others.
 //
-// Rounding is dithered: to nearest, a moment whose change is less than half a step would stand still. A second moment > 0
-// never gets code 0 (if it is more than 2^-125, the smallest numbers but one octave): vanished beside a first moment
+// Rounding is dithered: to nearest, a moment whose change is less than half a step would stand still. A second moment >
+// 0 never gets code 0 (if it is more than 2^-125, the smallest numbers but one octave): vanished beside a first moment
 // that has not, it would make the update explode.
 //
 // A block with inf or NaN in it has the unit NaN, and is NaN as a whole from then on: it shows.

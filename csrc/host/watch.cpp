@@ -35,8 +35,8 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
   Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
-  Row row = {ref,        info.data,        rows_table,        slot,      group,           info.dtype,
-             grad_dtype, info.device_type, info.device_index, info.ndim, extents_.size(), has_main_grad,
+  Row row = {ref,         info.data,        rows_table,        slot,      group,           info.dtype,
+             grad_dtype,  info.device_type, info.device_index, info.ndim, extents_.size(), has_main_grad,
              std::nullopt};
   if (has_main_grad) {
     py::object main_grad = param.attr("main_grad");

@@ -48,13 +48,13 @@ struct Adam {
 
   template <class T>
   static FUSEDOPT_HD void descend(T& param, T grad, T (&state)[kStates], const Coefficients<T>& c) {
-    T& exp_avg = state[0];                                                      // m
-    T& exp_avg_sq = state[1];                                                   // v
-    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;                     // m_t
-    exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;        // v_t
+    T& exp_avg = state[0];                                                                       // m
+    T& exp_avg_sq = state[1];                                                                    // v
+    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;                                      // m_t
+    exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;                         // v_t
     const T root = divide_root(square_root(exp_avg_sq), c.bias_correction2_sqrt, c.reciprocal);  // sqrt(v_hat)
     const T denom = root + c.eps;
-    param = param - c.step_size * (exp_avg / denom);                            // theta_t
+    param = param - c.step_size * (exp_avg / denom);  // theta_t
   }
 
   template <class T>

@@ -144,9 +144,11 @@ def combinations() -> list[tuple[str, str, str]]:
 
 def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
     """The update passes of a rule for every combination of formats."""
-    kernels = [update_kernel(rule, *formats, table_bytes) for formats in combinations()]
-    kernels += [update_kernel(rule, *formats, table_bytes, True) for formats in combinations() if formats[0] == "float32"]
-    return kernels
+    latency_bound = [formats for formats in combinations() if formats[0] == "float32"]
+    return [
+        *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
+        *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
+    ]
 
 
 TABLE_SIZES = (SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE, 0)

@@ -32,8 +32,8 @@ class Adam(FusedOptimizer):
         \theta_t &= \theta_{t-1} - \frac{\alpha}{1 - \beta_1^t} \,
             \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t), 0-dim
-    float32.
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t),
+    0-dim float32.
 
     Args:
         params: as :class:`FusedOptimizer`.

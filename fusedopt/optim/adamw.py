@@ -25,8 +25,8 @@ class AdamW(FusedOptimizer):
         \theta_t &\leftarrow \theta_t - \frac{\alpha}{1 - \beta_1^t} \,
             \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t), 0-dim
-    float32.
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t),
+    0-dim float32.
 
     Args:
         params: as :class:`FusedOptimizer`.

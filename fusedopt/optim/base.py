@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedOptimizer", "Options"]
 
+
 class Options(TypedDict, total=False):
     """The keyword arguments that all optimizers add to those of torch; see :class:`FusedOptimizer`."""
 
@@ -88,8 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         unknown = sorted(options.keys() - Options.__annotations__.keys())
         if unknown:
             raise TypeError(
-                f"{where}: got an unexpected keyword argument {unknown[0]!r}, expected a hyper-parameter of the rule or "
-                f"one of {', '.join(Options.__annotations__)}; remove it"
+                f"{where}: got an unexpected keyword argument {unknown[0]!r}, expected a hyper-parameter of the rule "
+                f"or one of {', '.join(Options.__annotations__)}; remove it"
             )
         check_hyperparameters(where, defaults)
         self._forget_plan()
@@ -200,8 +201,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         seeds = [other["seed"] for other in self.param_groups if "seed" in other]
         if "seed" in group and seeds and group["seed"] != seeds[0]:
             raise ValueError(
-                f"{where}: got seed={group['seed']} in one param group and {seeds[0]} in another, expected one for all; "
-                "pass it to the optimizer"
+                f"{where}: got seed={group['seed']} in one param group and {seeds[0]} in another, expected one for "
+                "all; pass it to the optimizer"
             )
         return {**given, "seed": group["seed"] if "seed" in group else (seeds or [int(torch.randint(2**62, ()))])[0]}
 

@@ -45,7 +45,9 @@ class MemorySummary:
 
     def __str__(self) -> str:
         rows = [(role, count) for role, count in self.bytes.items() if count] + [("total", self.total)]
-        lines = [f"{role:<10} {count:>16,} bytes {count / max(self.numel, 1):>8.3f} per parameter" for role, count in rows]
+        lines = [
+            f"{role:<10} {count:>16,} bytes {count / max(self.numel, 1):>8.3f} per parameter" for role, count in rows
+        ]
         return "\n".join([f"{self.numel:,} parameters", *lines])
 
 
