@@ -158,9 +158,7 @@ def _state_rounding(case: Case, name: str, param: torch.Tensor, target: torch.Te
         return _float_rounding(target, getattr(torch, spec.dtype(moment)))
     values = _code_values(case, name, getattr(torch, spec.dtype(moment))).to(target.device)
     magnitude = target.abs() if moment == "first" else target.sqrt()
-    unit = (
-        _block_maxima(magnitude).clamp(min=torch.finfo(torch.float32).tiny) / values[-1]
-    )  # the largest of a block has the largest code
+    unit = _unit(_block_maxima(magnitude))
     steps = torch.cat([values.diff(), values.diff()[-1:]])
     error = unit * steps[(torch.bucketize(magnitude / unit, values, right=True) - 1).clamp(min=0)]
     return error if moment == "first" else (magnitude + error).square() - target
@@ -172,6 +170,12 @@ def _code_values(case: Case, name: str, dtype: torch.dtype) -> torch.Tensor:
     entry = dict.fromkeys(case.rule.states, codes) | {scale_key(key): torch.ones(1) for key in case.rule.states}
     values = decode_states(entry, case.rule)[name].double()
     return values.sqrt() if dtype == torch.uint8 else values
+
+
+def _unit(largest: torch.Tensor) -> torch.Tensor:
+    """2^-15 of the power of two at or below the largest of a block, the higher one where arithmetic may reach it."""
+    _, exponent = torch.frexp(largest.clamp(min=torch.finfo(torch.float32).tiny) * (1 + ARITHMETIC))
+    return torch.ldexp(torch.ones_like(largest), exponent - 16)
 
 
 def _block_maxima(magnitude: torch.Tensor) -> torch.Tensor:

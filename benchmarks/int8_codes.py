@@ -1,16 +1,18 @@
 """Compares 8-bit codes for the moments of Adam and Lion with fp32 moments, on the same gradients.
 
-    python benchmarks/int8_codes.py --markdown       # the tables of docs/numerics.md
-    python benchmarks/int8_codes.py --engine         # one row more: fusedopt's own optimizer on the CPU
+    python benchmarks/int8_codes.py              # the tables of docs/numerics.md
+    python benchmarks/int8_codes.py --engine     # one row more: fusedopt's own optimizer on the CPU
 
-A moment is kept in blocks of 256 with one fp32 scale, their largest magnitude, and is decoded, updated and encoded in
-every step. This is a simulation in float32; it shares no code with fusedopt's kernels, ``--engine`` excepted.
+A moment is kept in blocks of 256 with one fp32 number, its unit, and is decoded, updated and encoded in every step.
+This is a simulation in float32. It shares no code with fusedopt's kernels, ``--engine`` excepted; its "ours" is theirs
+bit for bit, dither included.
 
-A code is a curve, ``x = unit * level(c)``, and a rounding of the fractional code y to c: ``nearest``, or ``dither``:
-floor(y + r), r uniform. Second moments are held as √v, except by ``dynamic``. In codes with ``zero`` a small v > 0 may
-become code 0; the others use code 1.
+A code is a curve, ``x = unit * level(c)``, and a rounding of the fractional code y to c, floor(y + r): ``nearest`` has
+r = 1/2; ``random bits`` draws r anew in every step; ``dither`` takes r from a golden-section sequence over the steps.
+Both moments of an element have the same r, as in the kernels. Second moments are held as √v, except by ``dynamic``. In
+codes with ``zero`` a small v > 0 may become code 0; the others use code 1.
 
-All codes see the same synthetic gradients (``SCENARIOS``) and random bits. What does well here may still do badly in
+All codes see the same synthetic gradients (``SCENARIOS``) and the same r. What does well here may still do badly in
 training. Columns:
 
 * ``max update``: largest |update| / lr of all scenarios, elements and steps. That of exact Adam is at most
@@ -30,12 +32,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import click
+import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
@@ -53,6 +53,15 @@ class Curve:
 
     levels: torch.Tensor
     invert: Callable[[torch.Tensor], torch.Tensor]
+    unit_is_power: bool = False
+
+    def unit(self, largest: torch.Tensor) -> torch.Tensor:
+        """Of a block, from the largest magnitude in it."""
+        if not self.unit_is_power:
+            return torch.where(largest < 1e-33, 0.0, largest / self.levels[-1])
+        half_mantissa, _ = torch.frexp(largest)
+        power = largest / (2 * half_mantissa)
+        return torch.where(largest < 2.0**-111, 0.0, power * 2.0**-15)
 
 
 def power_curve(codes: int, exponent: int) -> Curve:
@@ -82,29 +91,27 @@ def dynamic_curve(signed: bool) -> Curve:
 
 
 def log_curve(mantissa_bits: int) -> Curve:
-    """A float with 4 bits of exponent: 1 + x = 2 ** octave * (1 + mantissa), for x in units of the block's 1 / top."""
+    """A float with 4 bits of exponent: 2 + x = 2 ** (1 + octave) * (1 + mantissa)."""
     steps = 1 << mantissa_bits
     code = torch.arange(16 * steps)
-    levels = 2.0 ** (code // steps) * (1 + code % steps / steps) - 1
+    levels = 2.0 ** (1 + code // steps) * (1 + code % steps / steps) - 2
 
     def invert(x: torch.Tensor) -> torch.Tensor:
-        half_mantissa, exponent = torch.frexp(1 + x)  # half_mantissa in [1/2, 1)
-        return steps * (exponent - 1 + 2 * half_mantissa.double() - 1)  # double: 24 bits and the octave
+        half_mantissa, exponent = torch.frexp(2 + x)  # half_mantissa in [1/2, 1)
+        return steps * (exponent - 2 + 2 * half_mantissa.double() - 1)  # double: 24 bits and the octave
 
-    return Curve(levels, invert)
+    return Curve(levels, invert, unit_is_power=True)
 
 
 FIRST_CURVES = {
     "linear": power_curve(127, 1),
     "softsign": softsign_curve(127),
-    "square": power_curve(127, 2),
     "quartic": power_curve(127, 4),
     "dynamic": dynamic_curve(signed=True),
     OURS: log_curve(mantissa_bits=3),
 }
 SECOND_CURVES = {
     "linear": power_curve(255, 1),
-    "square": power_curve(255, 2),
     "quartic": power_curve(255, 4),
     "dynamic": dynamic_curve(signed=False),
     OURS: log_curve(mantissa_bits=4),
@@ -113,19 +120,23 @@ SECOND_CURVES = {
 
 # -------------------------------------------------------------------------------------------------------------- codes
 
-Draw = torch.Tensor  # uniform in [0, 1), one an element
+Noise = dict[str, torch.Tensor]  # r in [0, 1), one an element, for each rounding
 
 
-def encode(curve: Curve, x: torch.Tensor, draw: Draw | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of magnitudes, and the blocks' units, one an element; without ``draw``, of the nearest level in c."""
-    largest = x.view(-1, BLOCK).amax(1, keepdim=True)
-    unit = (largest / curve.levels[-1]).expand(-1, BLOCK).reshape(x.shape)
-    y = curve.invert(x * torch.where(unit < 1e-35, 0.0, 1 / unit)).clamp(max=len(curve.levels) - 1)
-    return (y + (0.5 if draw is None else draw)).floor().clamp(0, len(curve.levels) - 1).long(), unit
+def encode(curve: Curve, x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of magnitudes, and the blocks' units, one an element."""
+    unit = curve.unit(x.view(-1, BLOCK).amax(1, keepdim=True)).expand(-1, BLOCK).reshape(x.shape)
+    y = curve.invert(x * torch.where(unit > 0, 1 / unit, 0.0)).clamp(max=len(curve.levels) - 1)
+    return (y + r).floor().clamp(0, len(curve.levels) - 1).long(), unit
 
 
 def decode(curve: Curve, code: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     return curve.levels[code] * unit
+
+
+def root(x: torch.Tensor) -> torch.Tensor:
+    """√x, correctly rounded as in the kernels; torch's own is a unit in the last place off here and there."""
+    return torch.from_numpy(np.sqrt(x.numpy()))
 
 
 @dataclass(frozen=True)
@@ -133,15 +144,15 @@ class FirstMoment:
     """Signed: a sign and 127 magnitudes."""
 
     curve: str
-    dither: bool = False
+    rounding: str = "nearest"
 
-    def stored(self, m: torch.Tensor, draw: Draw) -> torch.Tensor:
+    def stored(self, m: torch.Tensor, noise: Noise) -> torch.Tensor:
         """m, encoded and decoded."""
         curve = FIRST_CURVES[self.curve]
-        return decode(curve, *encode(curve, m.abs(), draw if self.dither else None)) * m.sign()
+        return decode(curve, *encode(curve, m.abs(), noise[self.rounding])) * m.sign()
 
     def __str__(self) -> str:
-        return self.curve + (", dither" if self.dither else ", nearest")
+        return f"{self.curve}, {self.rounding}"
 
 
 @dataclass(frozen=True)
@@ -149,20 +160,20 @@ class SecondMoment:
     """Unsigned: 255 magnitudes and 0."""
 
     curve: str
-    dither: bool = False
+    rounding: str = "nearest"
     zero: bool = False  # v > 0 may become code 0
 
-    def stored(self, v: torch.Tensor, draw: Draw) -> torch.Tensor:
+    def stored(self, v: torch.Tensor, noise: Noise) -> torch.Tensor:
         """v, encoded and decoded."""
         curve, holds_root = SECOND_CURVES[self.curve], self.curve != "dynamic"
-        code, unit = encode(curve, v.sqrt() if holds_root else v, draw if self.dither else None)
+        code, unit = encode(curve, root(v) if holds_root else v, noise[self.rounding])
         if not self.zero:
-            code = torch.maximum(code, (v > 0).long())
+            code = torch.maximum(code, (v >= 2.0**-125).long())
         x = decode(curve, code, unit)
         return x * x if holds_root else x
 
     def __str__(self) -> str:
-        return self.curve + (", dither" if self.dither else ", nearest") + (", zero" if self.zero else "")
+        return f"{self.curve}, {self.rounding}" + (", zero" if self.zero else "")
 
 
 Codes = tuple[FirstMoment | None, SecondMoment | None]  # None: fp32
@@ -173,17 +184,19 @@ ADAM_CODES: list[Codes] = [
     (FirstMoment("dynamic"), SecondMoment("dynamic", zero=True)),  # as bitsandbytes
     (FirstMoment("softsign"), SecondMoment("linear")),
     (FirstMoment("dynamic"), SecondMoment("dynamic")),
-    (FirstMoment("linear", dither=True), SecondMoment("linear", dither=True)),
-    (FirstMoment("square"), SecondMoment("square")),
-    (FirstMoment("square", dither=True), SecondMoment("square", dither=True)),
+    *((FirstMoment(curve, "dither"), SecondMoment(curve, "dither")) for curve in ("linear", "dynamic", "quartic")),
     (FirstMoment("quartic"), SecondMoment("quartic")),
-    (FirstMoment("quartic", dither=True), SecondMoment("quartic", dither=True)),
     (FirstMoment(OURS), SecondMoment(OURS)),
-    (FirstMoment(OURS), SecondMoment(OURS, dither=True)),
-    (FirstMoment(OURS, dither=True), SecondMoment(OURS, dither=True, zero=True)),
-    (FirstMoment(OURS, dither=True), SecondMoment(OURS, dither=True)),
+    (FirstMoment(OURS), SecondMoment(OURS, "dither")),
+    (FirstMoment(OURS, "random bits"), SecondMoment(OURS, "random bits")),
+    (FirstMoment(OURS, "dither"), SecondMoment(OURS, "dither", zero=True)),
+    (FirstMoment(OURS, "dither"), SecondMoment(OURS, "dither")),
 ]
-LION_CODES: list[Codes] = [(None, None), *((FirstMoment(curve, d), None) for curve in FIRST_CURVES for d in (0, 1))]
+LION_CODES: list[Codes] = [
+    (None, None),
+    *((FirstMoment(curve, rounding), None) for curve in FIRST_CURVES for rounding in ("nearest", "dither")),
+    (FirstMoment(OURS, "random bits"), None),
+]
 BETAS = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99)]
 
 
@@ -239,34 +252,40 @@ class Gradients:
         return torch.stack(list(rows.values())) * self.scale
 
 
-class Draws:
-    """16 random bits an element and step, which first and second moments use in two orders, as the kernels do."""
+def philox(seed: int, counter: int) -> int:
+    """First word of Philox4x32-10 for the counter (counter, 0, 0, 0)."""
+    low, key = 0xFFFFFFFF, [seed & 0xFFFFFFFF, seed >> 32]
+    c = [counter, 0, 0, 0]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ key[0], b & low, a >> 32 ^ c[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return c[0]
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def next(self, shape: torch.Size) -> tuple[Draw, Draw]:
-        bits = torch.randint(0, 1 << 16, shape, generator=self.generator, dtype=torch.int32)
-        first, second = ((bits << shift | bits >> (16 - shift)) & 0xFFFF for shift in (4, 8))
-        return first / (1 << 16), second / (1 << 16)
+class NoiseSource:
+    """The same r for every code. Dither as the kernels': 24 bits for each element of an optimizer's first tensor."""
+
+    def __init__(self, numel: int, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        x = torch.arange(numel // 8) ^ philox(seed, 0)  # one start for each group of 8 elements, in int64
+        for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+            x = ((x ^ x >> shift) * multiplier) & 0xFFFFFFFF
+        self.start = ((x ^ x >> 16)[:, None] + torch.arange(8) * 0x6A09E6).view(-1)
+
+    def at(self, step: int, shape: torch.Size) -> Noise:
+        dither = (self.start + step * 0x9E3779) & 0xFFFFFF
+        random = torch.randint(0, 1 << 24, self.start.shape, generator=self.generator)
+        noise = {"dither": dither / 2**24, "random bits": random / 2**24}
+        return {"nearest": torch.tensor(0.5), **{name: r.view(shape) for name, r in noise.items()}}
 
 
 # --------------------------------------------------------------------------------------------------------- optimizers
 
 
-class Optimizer(Protocol):
-    """Of one tensor that holds a row for each scenario."""
-
-    @property
-    def v(self) -> torch.Tensor: ...
-
-    def update(self, gradient: torch.Tensor, step: int, draws: tuple[Draw, Draw]) -> torch.Tensor:
-        """Takes the moments a step further and returns the update divided by -lr."""
-
-
 @dataclass
 class Simulated:
-    """Adam or Lion whose moments are kept in codes."""
+    """Adam or Lion whose moments are kept in codes, of one tensor that holds a row for each scenario."""
 
     rule: str
     betas: tuple[float, float]
@@ -274,7 +293,8 @@ class Simulated:
     m: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     v: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def update(self, gradient: torch.Tensor, step: int, draws: tuple[Draw, Draw]) -> torch.Tensor:
+    def update(self, gradient: torch.Tensor, step: int, noise: Noise) -> torch.Tensor:
+        """Takes the moments a step further and returns the update divided by -lr."""
         beta1, beta2 = self.betas
         m_code, v_code = self.codes
         if self.rule == "lion":
@@ -282,11 +302,11 @@ class Simulated:
             m = beta2 * self.m + (1 - beta2) * gradient
         else:
             m = beta1 * self.m + (1 - beta1) * gradient
-            v = beta2 * self.v + (1 - beta2) * gradient.square()
+            v = beta2 * self.v + (1 - beta2) * gradient * gradient
             # This step still sees the exact moments, as a fused kernel does: only what is kept is rounded.
-            update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + EPS)
-            self.v = v_code.stored(v, draws[1]) if v_code else v
-        self.m = m_code.stored(m, draws[0]) if m_code else m
+            update = m / (1 - beta1**step) / (root(v / (1 - beta2**step)) + EPS)
+            self.v = v_code.stored(v, noise) if v_code else v
+        self.m = m_code.stored(m, noise) if m_code else m
         return update
 
 
@@ -301,7 +321,7 @@ class Engine:
         self.optimizer = fusedopt.Adam([self.param], lr=1.0, betas=betas, eps=EPS, **options)
 
     @torch.no_grad()
-    def update(self, gradient: torch.Tensor, step: int, draws: tuple[Draw, Draw]) -> torch.Tensor:
+    def update(self, gradient: torch.Tensor, step: int, noise: Noise) -> torch.Tensor:
         self.param.zero_()
         self.param.grad = gradient
         self.optimizer.step()
@@ -310,6 +330,9 @@ class Engine:
     @property
     def v(self) -> torch.Tensor:
         return self.optimizer.torch_state_dict()["state"][0]["exp_avg_sq"]
+
+
+Optimizer = Simulated | Engine
 
 
 # ------------------------------------------------------------------------------------------------------- measurements
@@ -350,13 +373,14 @@ class Comparison:
 
 def simulate(optimizers: list[Optimizer], steps: int, seed: int) -> list[Comparison]:
     """Runs all side by side; the first is the fp32 one."""
-    gradients, draws = Gradients(steps, seed), Draws(seed + 1)
+    gradients = Gradients(steps, seed)
+    source = NoiseSource(math.prod(gradients.shape), seed)
     runs = [Comparison(optimizer) for optimizer in optimizers]
     for step in range(1, steps + 1):
         gradient = gradients.at(step)
-        draw = draws.next(gradient.shape)
+        noise = source.at(step, gradient.shape)
         late = step > steps * 2 // 3
-        updates = [run.optimizer.update(gradient, step, draw) for run in runs]
+        updates = [run.optimizer.update(gradient, step, noise) for run in runs]
         for run, update in zip(runs, updates):
             run.add(update, updates[0], late)
             if late and step % 20 == 0 and runs[0].optimizer.v.dim():
@@ -369,23 +393,15 @@ def simulate(optimizers: list[Optimizer], steps: int, seed: int) -> list[Compari
 
 @dataclass
 class Report:
-    """A titled table of text."""
+    """A titled table of text, for GitHub."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
 
-    def show(self, markdown: bool) -> None:
-        if markdown:
-            lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-            print(f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-            return
-        table = Table(*self.columns, title=self.title, title_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in self.rows:
-            table.add_row(*row)
-        Console(width=150).print(table)
+    def __str__(self) -> str:
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _number(value: float) -> str:
@@ -438,11 +454,10 @@ def report_lion(steps: int, seed: int) -> Report:
 @click.option("--steps", type=click.IntRange(min=60), default=1200, show_default=True, help="Lion: a third.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--engine", is_flag=True, help="Also run fusedopt.Adam on the CPU.")
-@click.option("--markdown", is_flag=True, help="Print GitHub tables.")
-def main(steps: int, seed: int, engine: bool, markdown: bool) -> None:
+def main(steps: int, seed: int, engine: bool) -> None:
     torch.set_num_threads(1)  # tensors are small
-    report_adam(steps, seed, engine).show(markdown)
-    report_lion(steps // 3, seed).show(markdown)
+    print(report_adam(steps, seed, engine))
+    print(report_lion(steps // 3, seed))
 
 
 if __name__ == "__main__":

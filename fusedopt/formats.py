@@ -129,12 +129,17 @@ def state_format(where: str, group: Mapping[str, Any], param: torch.Tensor) -> S
 def wanted_state_format(
     where: str, group: Mapping[str, Any], param: torch.Tensor, entry: Mapping[str, Any], rule: RuleSpec
 ) -> StateFormatSpec:
-    """As ``state_format``; but where the group leaves it open, plain states that are there keep their dtype."""
+    """As ``state_format``; but where the group leaves it open, plain states that are there keep their dtype.
+
+    float16 ones beside anything but plain float16 parameters do not.
+    """
     wanted = state_format(where, group, param)
     present = [entry[key].dtype for key in rule.states if key in entry]
     if _option(group, "state_dtype") is not None or not present or _name(present[0]) not in DTYPES:
         return wanted
     name = _name(present[0])
+    if name == "float16" and wanted.name != "float16":
+        return wanted  # float16 states exist beside plain float16 parameters only
     return STATE_FORMATS[f"{name}+stochastic" if name == "bfloat16" and wanted.random else name]
 
 
@@ -175,10 +180,10 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
     floating = {entry[key].dtype for key in rule.states if entry[key].is_floating_point()}
     kinds = {entry[key].is_floating_point() for key in rule.states}
     if len(floating) > 1 or len(kinds) > 1 or (torch.float64 in floating) != (param.dtype == torch.float64):
+        got = ", ".join(f"{key} in {_name(entry[key].dtype)}" for key in rule.states)
         raise ValueError(
-            f"{where} has states of dtype {sorted(_name(entry[key].dtype) for key in rule.states)} beside "
-            f"{_name(param.dtype)}, expected one format for all, float64 only with float64; load a checkpoint of this "
-            "model"
+            f"{where} has {got} beside a parameter in {_name(param.dtype)}, expected one format for all, float64 only "
+            "with float64; load a checkpoint of this model"
         )
 
 

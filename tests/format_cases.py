@@ -224,7 +224,7 @@ def _assert_values(opt, rule: str, records: list[Before], transform: dict) -> No
             values = end_to_end(lambda p, name=name: formats.decode_states(opt.state[p], specs.RULES[rule])[name])
             assert_codes(values, scales, exact, moment, what)
             if moment == "second":
-                positive = exact.value > 2 * exact.error
+                positive = exact.value - 2 * exact.error >= MAY_VANISH
                 assert codes[positive].count_nonzero() == positive.sum(), f"code 0 for a second moment > 0, {what}"
         elif random(group) and codes.dtype == BFLOAT16:
             assert_neighbour(codes, exact, what)
@@ -284,18 +284,26 @@ def assert_neighbour(actual: Tensor, exact: Bounded, what: str) -> None:
 # ---- int8 ----------------------------------------------------------------------------------------------------------
 
 MANTISSA = {"first": 3, "second": 4}
-LARGEST = {"first": 2.0**16 * (2 - 2.0**-3) - 2, "second": 2.0**16 * (2 - 2.0**-4) - 2}
-MARGIN = 1 + 2.0**-18  # of the unit, so that rounding leads to no code above the largest
-UNDERFLOW = 1e-35  # units below it count as zero, because their reciprocal would overflow
+OCTAVES = 15  # from the unit to the power of two at or below the largest of a block
+UNIT_ZERO = 2.0 ** (OCTAVES - 126)  # blocks whose largest is smaller would have a subnormal unit
+MAY_VANISH = 2.0**-125  # second moments below it may get code 0
 
-# Roundings of float32 between a moment in the compute type and its code: square root, unit, reciprocal, product, 2 + y.
-ENCODING = 8 * 2.0**-24
+# Roundings of float32 between a moment in the compute type and its decoded code: the square root, 2 + y, and half of
+# the square's. Powers of two are multiplied and divided by exactly.
+ENCODING = 3 * 2.0**-24
 
 
 def code_step(y: Tensor, moment: str) -> Tensor:
     """Distance from the code at or below `y` >= 0, in units, to the next: codes are the upper bits of 2 + y."""
     _, exponent = torch.frexp(2 + y)
     return torch.ldexp(torch.ones_like(y), exponent - 1 - MANTISSA[moment])
+
+
+def unit_of(largest: Tensor) -> Tensor:
+    """The unit of blocks with these largest magnitudes."""
+    _, exponent = torch.frexp(largest)
+    unit = torch.ldexp(torch.ones_like(largest), exponent - 1 - OCTAVES)
+    return torch.where(largest < UNIT_ZERO, 0.0, unit)
 
 
 def assert_codes(values: Tensor, scales: Tensor, exact: Bounded, moment: str, what: str, steps: float = 1.0) -> None:
@@ -309,18 +317,17 @@ def assert_codes(values: Tensor, scales: Tensor, exact: Bounded, moment: str, wh
     target, error = exact.value.view(-1, BLOCK), 2 * exact.error.view(-1, BLOCK)
     got, unit = got.view(-1, BLOCK), scales.double().view(-1, 1)
 
-    largest, least = (target.abs() + error).amax(1, keepdim=True), (target.abs() - error).amax(1, keepdim=True)
-    tiny = torch.finfo(FLOAT32).smallest_normal  # quotients below it are rounded at the last subnormal place
-    top = unit * LARGEST[moment]
-    assert (top <= largest * MARGIN * (1 + ENCODING) + tiny).all(), f"a scale is too large, {what}"
-    assert (top >= least * MARGIN * (1 - ENCODING) - tiny).all(), f"a scale is too small, {what}"
+    most, least = ((target.abs() + sign * error).amax(1, keepdim=True) for sign in (1, -1))
+    assert (torch.frexp(unit)[0] * (unit != 0) * 2 % 1 == 0).all(), f"a scale is no power of two, {what}"
+    assert (unit <= unit_of(most)).all(), f"a scale is too large, {what}"
+    assert (unit >= unit_of(least)).all(), f"a scale is too small, {what}"
 
-    lost = unit < UNDERFLOW
-    bound_unit = unit.clamp(min=UNDERFLOW)
-    y = (target.abs() + error) / bound_unit * (1 + ENCODING)
+    y = (target.abs() + error) / unit
     # `y` is the upper end, so the step may be that of the octave above, where rounding reaches into it.
-    bound = error + bound_unit * (steps * code_step(y, moment) + (2 + y) * ENCODING)
-    bound = torch.where(lost, target.abs() + error, bound)
+    bound = error + unit * (steps * code_step(y, moment) + (2 + y) * ENCODING)
+    if moment == "second":
+        bound += 2.0**-75  # the root of half of the smallest float32: squares are rounded to its multiples
+    bound = torch.where(unit == 0, target.abs() + error, bound)
     wrong = (~((got - target).abs() <= bound)).reshape(-1).nonzero().flatten().tolist()
     if wrong:
         at = wrong[0]

@@ -13,7 +13,7 @@ from cases import CASES, parameters, set_gradients
 import fusedopt
 from fusedopt import _C, functional, reference
 from fusedopt.control import Control
-from fusedopt.specs import DTYPES, NORM_TYPES, RULES
+from fusedopt.specs import DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CSRC = ROOT / "fusedopt", ROOT / "csrc"
@@ -36,6 +36,7 @@ RANKS = {
     "reference": 0,
     "specs": 0,
     "_C": 0,
+    "formats": 1,
     "control": 1,
     "checks": 1,
     "plan": 2,
@@ -156,14 +157,16 @@ def test_every_package_is_installed():
 
 
 def test_specs_agree_with_cxx_rules():
-    found = [(row["struct_name"], row["name"], tuple(row["states"]), tuple(row["hyper"])) for row in _C.rules()]
+    keys = ("struct_name", "name", "states", "moments", "hyper")
+    found = [[row[key] for key in keys] for row in _C.rules()]
     expected = [
-        (spec.cpp, spec.name, spec.states, tuple(hyper for hyper, _, _ in spec.hyper))
+        [spec.cpp, spec.name, list(spec.states), list(spec.moments), [hyper for hyper, _, _ in spec.hyper]]
         for spec in sorted(RULES.values(), key=lambda spec: spec.index)
     ]
     assert found == expected
     assert [spec.index for spec in RULES.values()] == list(range(len(RULES)))
-    assert all(row["num_states"] == len(row["states"]) for row in _C.rules())
+    assert all(row["num_states"] == len(row["states"]) == len(row["moments"]) for row in _C.rules())
+    assert {moment for spec in RULES.values() for moment in spec.moments} == {"first", "second"}
 
 
 def test_specs_agree_with_the_reference():
@@ -203,9 +206,12 @@ def test_specs_agree_with_the_test_table():
 
 
 def enumerators(name: str) -> dict[str, int]:
-    """Of an enum class in structs.h."""
+    """Of an enum class in structs.h, in its order; those without a value count on."""
     body = re.search(rf"enum class {name} : int32 {{(.*?)}}", (CSRC / "core/structs.h").read_text(), re.DOTALL)[1]
-    return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
+    found = {}
+    for key, value in re.findall(r"(\w+)(?: = (\d+))?(?:,|\s*$)", body):
+        found[key] = int(value) if value else max(found.values(), default=-1) + 1
+    return found
 
 
 def constant(path: str, name: str) -> int:
@@ -218,6 +224,54 @@ def test_dtypes_agree_with_cxx():
     formats = (CSRC / "formats/plain.h").read_text()
     assert all(re.search(rf"^struct {spec.cpp} {{", formats, re.MULTILINE) for spec in DTYPES.values())
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
+
+
+def listed(path: str, macro: str) -> list[str]:
+    """The arguments of X in a list macro, in its order."""
+    body = re.search(rf"#define {macro}\(X\)((?:.*\\\n)*.*)", (CSRC / path).read_text())[1]
+    return re.findall(r"X\((\w+)\)", body)
+
+
+FORMATS = {
+    "param": (PARAM_FORMATS, "ParamFormat", "kNumParamFormats", "FUSEDOPT_FOR_EACH_PARAM_FORMAT"),
+    "state": (STATE_FORMATS, "StateFormat", "kNumStateFormats", "FUSEDOPT_FOR_EACH_STATE_FORMAT"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_agree_with_cxx(kind):
+    """Names and order in specs, in the list of structs and in the enum, whose names leave out what kind they are of."""
+    registry, enum, number, macro = FORMATS[kind]
+    structs = [spec.cpp for spec in registry.values()]
+    assert listed(f"formats/{kind}.h", macro) == structs
+    plain = (re.sub("^(Plain|State)|(Param|State)$", "", struct) for struct in structs)
+    assert enumerators(enum) == {f"k{name}": spec.code for name, spec in zip(plain, registry.values(), strict=True)}
+    assert [spec.code for spec in registry.values()] == list(range(constant("core/structs.h", number)))
+    assert all(name == spec.name for name, spec in registry.items())
+
+
+def test_traits_of_formats_agree_with_cxx():
+    """Which are random, keep a second tensor, or share scales; as far as the structs say it in a line of their own."""
+    texts = {kind: (CSRC / f"formats/{kind}.h").read_text() for kind in FORMATS}
+
+    def body(kind: str, struct: str) -> str:
+        alias = re.search(rf"^using {struct} = (\w+)<", texts[kind], re.MULTILINE)
+        name = alias[1] if alias else struct
+        return re.search(rf"^struct {name} {{(.*?)^}};", texts[kind], re.MULTILINE | re.DOTALL)[1]
+
+    extras = {None: "NoExtra", "float32": "Float32", "int16": "Int16Bits", "int8": "Int8Bits"}
+    for spec in PARAM_FORMATS.values():
+        text = body("param", spec.cpp)
+        assert ("kRandom = true" in text) == spec.random
+        assert f"using Extra = {extras[spec.extra and spec.extra[1]]};" in text
+    for spec in STATE_FORMATS.values():
+        text = body("state", spec.cpp)
+        assert ("kRandom = true" in text or "kDithered = true" in text) == spec.random
+        assert ("kBlocked = true" in text) == spec.blocked
+
+
+def test_state_block_agrees_with_cxx():
+    assert constant("formats/state.h", "kStateBlock") == STATE_BLOCK
 
 
 def test_norm_types_agree_with_cxx():

@@ -89,26 +89,6 @@ __device__ __forceinline__ void pack(const uint32 (&words)[V], Vector<Format, V>
   }
 }
 
-// In accesses of 16 or 8 bytes. Written out, because the compiler takes the store of a struct apart, word by word,
-// where its words are computed by code with branches, as IEEE division has.
-template <class Words>
-__device__ __forceinline__ void store_words(void* to, const Words& vector) {
-  constexpr int kBytes = sizeof(Words);
-  const uint32* words = reinterpret_cast<const uint32*>(&vector);
-  char* address = static_cast<char*>(to);
-  if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-    for (int k = 0; k < kBytes / 4; k += 4)
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 4 * k), "r"(words[k]), "r"(words[k + 1]),
-                   "r"(words[k + 2]), "r"(words[k + 3])
-                   : "memory");
-  } else if constexpr (kBytes == 8) {
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
-  } else {
-    *static_cast<Words*>(to) = vector;
-  }
-}
-
 // A stream is one array of a tensor, from the first element of a chunk on.
 template <class Format, int V>
 struct Stream {
@@ -135,7 +115,7 @@ struct Stream {
     return *reinterpret_cast<const Vector<Format, V>*>(base + i);
   }
   __device__ __forceinline__ void store_aligned(int i, const Vector<Format, V>& vector) const {
-    store_words(base + i, vector);
+    *reinterpret_cast<Vector<Format, V>*>(base + i) = vector;
   }
 
   __device__ __forceinline__ Vector<Format, V> load(int i) const {

@@ -117,7 +117,7 @@ using MasterFloat16 = MasterParam<Float16>;
 }  // namespace fusedopt
 
 // In the order of ParamFormat in core/structs.h.
-#define FUSEDOPT_FOR_EACH_PARAM_FORMAT(X)                                                                  \
-  X(PlainFloat32)                                                                                          \
-  X(PlainBFloat16) X(PlainFloat16) X(PlainFloat64) X(MasterBFloat16) X(MasterFloat16) X(Split16) X(Split8) \
-      X(StochasticParam)
+#define FUSEDOPT_FOR_EACH_PARAM_FORMAT(X) \
+  X(PlainFloat32)                         \
+  X(PlainBFloat16)                        \
+  X(PlainFloat16) X(PlainFloat64) X(MasterBFloat16) X(MasterFloat16) X(Split16) X(Split8) X(StochasticParam)

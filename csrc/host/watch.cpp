@@ -1,5 +1,7 @@
 #include "watch.h"
 
+#include <string>
+
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -57,6 +59,8 @@ void Watch::remember_state(py::dict state) {
   for (const auto& [param, entries] : state) {
     if (!PyDict_Check(entries.ptr())) continue;
     for (const auto& item : py::reinterpret_borrow<py::dict>(entries)) {
+      // Whoever moves the memory of a counter, a view of one tensor for all, moves that of the other state too.
+      if (py::isinstance<py::str>(item.first) && item.first.cast<std::string>() == "step") continue;
       const TensorRef tensor(item.second);
       if (void* data = tensor.data()) state_tensors_.push_back({tensor, data});
     }

@@ -92,19 +92,23 @@ def stochastic_bfloat16(value, drawn: np.ndarray) -> np.ndarray:
 
 
 def int8_codes(value, dithered: np.ndarray, moment: str) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (uint8) and units (float32) of a float32 tensor: the upper bits of 2 + |x| / unit, with dither below."""
+    """Codes (uint8) and units (float32) of a float32 tensor: the upper bits of 2 + |x| / unit, with dither below.
+
+    The unit is 2^-15 of the largest power of two of the block, or 0 where that would be subnormal.
+    """
     word, first = words_of(value), moment == "first"
     x = word.view(np.float32)
     magnitude = np.abs(x) if first else np.sqrt(x)
     largest = np.pad(magnitude, (0, -len(x) % BLOCK)).reshape(-1, BLOCK).max(axis=1, initial=0)
-    unit = largest * np.float32((1 + 2.0**-18) / (122878 if first else 126974))
-    with np.errstate(divide="ignore", over="ignore"):
-        reciprocal = np.where(unit < np.float32(1e-35), np.float32(0), np.float32(1) / unit)
+    exponent = largest.view(np.uint32) >> 23
+    unit = (np.where(exponent < 16, 0, exponent - 15) << 23).astype(np.uint32).view(np.float32)
+    with np.errstate(divide="ignore"):
+        reciprocal = np.where(unit == 0, np.float32(0), np.float32(1) / unit)
     above = magnitude * np.repeat(reciprocal, BLOCK)[: len(x)] + np.float32(2)
     assert unit.dtype == above.dtype == np.float32
     fixed = ((above.view(np.uint32) - np.uint32(0x40000000)) << (4 if first else 5)) + dithered
     codes = fixed >> 24
-    codes = codes | (word >> 24 & 0x80) if first else np.where((x > 0) & (codes == 0), 1, codes)
+    codes = codes | (word >> 24 & 0x80) if first else np.where((x >= 2.0**-125) & (codes == 0), 1, codes)
     return codes.astype(np.uint8), unit
 
 

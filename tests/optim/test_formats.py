@@ -97,7 +97,15 @@ def zero_code(opt, p):
 
 
 def larger_scale(opt, p):
-    opt.state[p]["exp_avg_sq_scale"][1] *= 1 + 2.0**-19
+    opt.state[p]["exp_avg_sq_scale"][1] *= 2
+
+
+def smaller_scale(opt, p):
+    opt.state[p]["exp_avg_sq_scale"][1] /= 2
+
+
+def odd_scale(opt, p):
+    opt.state[p]["exp_avg_sq_scale"][1] *= 1 - 2.0**-24
 
 
 def scales_exchanged(opt, p):
@@ -130,6 +138,8 @@ def param_elsewhere(opt, p):
         ({"state_dtype": "int8"}, next_code),
         ({"state_dtype": "int8"}, zero_code),
         ({"state_dtype": "int8"}, larger_scale),
+        ({"state_dtype": "int8"}, smaller_scale),
+        ({"state_dtype": "int8"}, odd_scale),
         ({"state_dtype": "int8"}, scales_exchanged),
         ({"master_weights": "split8"}, remainder_lost),
         ({"master_weights": "split8"}, remainder_off_by_two),
@@ -147,6 +157,7 @@ def test_the_judge_rejects_what_is_wrong(options, spoil):
     opt = ONE_EACH[1].make([p], min_8bit_size=1, **options)
     for step in range(2):
         p.grad = normal((1000,), torch.bfloat16, seed=1 + step)
+        p.grad[:BLOCK] *= 64  # so that scales differ
         before = before_step(opt, "adamw")
         opt.step()
     assert_stepped(opt, "adamw", before)

@@ -107,6 +107,41 @@ def test_zero_gradients_keep_zero_codes(name, device):
         assert torch.equal(opt.state[p][f"{key}_scale"] == 0, torch.tensor([True, True, False, True], device=device))
 
 
+def test_units_are_powers_of_two(device):
+    """2^-15 of the one at or below the largest of a block; 0 where that would be subnormal. With beta2 = 0, m is g."""
+    largest = [1.0, 1.5, 2.0 - 2**-23, 2.0, 3e38, 2.0**-111, 2.0**-111 * (1 - 2**-24), 2.0**-126, 2.0**-149, 0.0]
+    expected = [2.0**-15, 2.0**-15, 2.0**-15, 2.0**-14, 2.0**112, 2.0**-126, 0.0, 0.0, 0.0, 0.0]
+    p = parameter(torch.zeros(len(largest), BLOCK, device=device))
+    opt = fusedopt.Lion([p], lr=0.0, betas=(0.9, 0.0), state_dtype="int8", min_8bit_size=1)
+    p.grad = torch.zeros_like(p)
+    p.grad[:, 7], p.grad[:, 8] = (sign * torch.tensor(largest, device=device) for sign in (-1, 1))
+    for _ in range(3):
+        opt.step()
+        assert opt.state[p]["exp_avg_scale"].tolist() == expected
+        codes = opt.state[p]["exp_avg"].view(torch.uint8).int()
+        assert not codes[:, :7].any() and not codes[:, 9:].any()
+        magnitude, used = codes[:, 7:9] & 0x7F, torch.tensor(expected, device=device) > 0
+        # 15 octaves of 8 codes: the largest is in the last one, or rounded to the code above it.
+        assert ((magnitude[used] >= 14 * 8) & (magnitude[used] <= 15 * 8 + 1)).all() and not magnitude[~used].any()
+        assert (codes[used, 7] >= 0x80).all() and (codes[used, 8] < 0x80).all()
+
+
+def test_second_moments_do_not_vanish(device):
+    """Beside others 2^125 times as large they keep code 1; below 2^-125 they may become 0. With beta2 = 0, v is g^2."""
+    kept = [1.0, 2.0**-20, 2.0**-40, 2.0**-62, 1.5 * 2.0**-63]
+    lost = [1.25 * 2.0**-63, 2.0**-63, 2.0**-74, 2.0**-80, 0.0]  # squares below 2^-125
+    p = parameter(torch.zeros(BLOCK, device=device))
+    opt = fusedopt.AdamW([p], lr=0.0, betas=(0.9, 0.0), state_dtype="int8", min_8bit_size=1)
+    p.grad = torch.tensor(kept + lost + [0.0] * (BLOCK - len(kept + lost)), device=device)
+    for _ in range(20):
+        opt.step()
+        codes = opt.state[p]["exp_avg_sq"]
+        assert (codes[: len(kept)] > 0).all() and not codes[len(kept) :].any()
+        assert (codes[2 : len(kept)] == 1).all()  # far below a step of the code, whatever the dither
+    decoded = formats.decode_states(opt.state[p], specs.RULES["adamw"])["exp_avg_sq"]
+    assert (decoded[: len(kept)] > 0).all()
+
+
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 511, 513, 8191, 8192 + 1, 65_536 + 255])
 def test_blocks_at_the_end_of_a_tensor(n, device):
     """The last block has the elements that there are, and reads and writes none behind them."""

@@ -23,6 +23,7 @@ from cases import (
 )
 
 import fusedopt
+from fusedopt.optim.base import Options
 
 STEPS = 3  # the first creates the states, the second is the first to read them, the third has other bias corrections
 
@@ -158,9 +159,37 @@ def test_signature_is_torchs(name):
         assert ours[key].kind == parameter_.kind, key
         if key != "params":
             assert ours[key].default == parameter_.default, key
-    added = {key: p.default for key, p in ours.items() if key not in theirs and key != "decoupled_weight_decay"}
-    assert added == {"max_grad_norm": None, "norm_type": 2.0, "max_grad_value": None, "nonfinite": "propagate"}
-    assert all(ours[key].kind == inspect.Parameter.KEYWORD_ONLY for key in added)
+    added = [key for key in ours if key not in theirs and key != "decoupled_weight_decay"]
+    assert added == ["options"] and ours["options"].kind == inspect.Parameter.VAR_KEYWORD
+
+
+OPTIONS = {
+    "max_grad_norm": 1.0,
+    "norm_type": 2.0,
+    "max_grad_value": 1.0,
+    "nonfinite": "skip",
+    "master_weights": "fp32",
+    "state_dtype": "bf16",
+    "stochastic_rounding": False,
+    "min_8bit_size": 0,
+    "seed": 1,
+}
+
+
+def test_options_are_those_of_the_type():
+    assert Options.__annotations__.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Lion"])
+def test_options_are_keywords(name):
+    """Each alone and all together; others raise a TypeError, as for any signature."""
+    make = getattr(fusedopt, name)
+    assert inspect.signature(make).parameters["options"].annotation == "Unpack[Options]"
+    for options in ({}, OPTIONS, *({key: value} for key, value in OPTIONS.items())):
+        make(parameters([5], torch.bfloat16), **options)
+    for unknown in ("max_norm", "master_weight", "rule"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
+            make(parameters([5]), **{unknown: None})
 
 
 def test_lion_signature():

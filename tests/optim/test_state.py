@@ -320,19 +320,34 @@ def test_loading_does_not_alias_the_checkpoint(device):
 
 
 def test_float32_moments_of_bfloat16_parameters_are_not_rounded(device):
-    """torch rounds them to bfloat16 on loading, silently. Here they stay, or are refused with a ValueError."""
+    """torch rounds them to bfloat16 on loading, silently. Here they stay, and so do the steps after it."""
     params = parameters(SIZES, torch.bfloat16, device)
     opt = fusedopt.AdamW(params)
     train(opt, params, 1)
     checkpoint = copy.deepcopy(opt.state_dict())
-    moments = normal((4097,), device=device)
-    checkpoint["state"][2]["exp_avg"] = moments.clone()
-    try:
+    moments = {"exp_avg": normal((4097,), device=device), "exp_avg_sq": normal((4097,), device=device, seed=1).square()}
+    checkpoint["state"][2].update({key: value.clone() for key, value in moments.items()})
+    opt.load_state_dict(checkpoint)
+    for key, value in moments.items():
+        assert_same_bits(opt.state[params[2]][key], value)
+    train(opt, params, 1, first=1)
+    assert {opt.state[params[2]][key].dtype for key in moments} == {torch.float32}
+    assert {opt.state[params[1]][key].dtype for key in moments} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_moments_of_different_dtypes_are_refused(key, device):
+    """Rounding one of them silently would be wrong, and so would be guessing which."""
+    params = parameters(SIZES, torch.bfloat16, device)
+    opt = fusedopt.AdamW(params)
+    train(opt, params, 1)
+    checkpoint, before = copy.deepcopy(opt.state_dict()), memory(opt)
+    checkpoint["state"][2][key] = normal((4097,), device=device)
+    with pytest.raises(ValueError, match=r"state\[2\].*expected one format for all") as error:
         opt.load_state_dict(checkpoint)
-    except ValueError as error:
-        assert "exp_avg" in str(error) and "float32" in str(error)
-    else:
-        assert_same_bits(opt.state[params[2]]["exp_avg"], moments)
+    missing = [word for word in ("exp_avg", "exp_avg_sq", "float32", "bfloat16") if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+    assert_same_bits(memory(opt), before)
 
 
 def test_loaded_hyper_parameters_win_and_additions_stay(device):
