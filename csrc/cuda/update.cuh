@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32 warp_maximum(uint32 x) {
 #endif
 }
 
-// What all threads of a block need to know, worked out by two of them, in different warps, while loads are under way.
+// What all threads of a block need to know, worked out by some of them, in different warps, while loads are under way.
 template <class Rule, class T>
 struct BlockPlan {
   typename Rule::template Coefficients<T> coefficients;
