@@ -5,6 +5,7 @@ kernel launches for any number of tensors, with no host synchronisation.
 """
 
 from . import functional
+from .accumulate import GradAccumulator
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
 from .optim import Adam, AdamW, FusedOptimizer, Lion
 
@@ -14,6 +15,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FusedOptimizer",
+    "GradAccumulator",
     "Lion",
     "__version__",
     "clip_grad_norm_",
