@@ -29,7 +29,7 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/passes.cpp",
-    "csrc/cpu/threads.cpp",
+    "csrc/host/threads.cpp",
     "csrc/host/cuda_driver.cpp",
     "csrc/host/state_guard.cpp",
     "csrc/host/tensor_ref.cpp",

@@ -102,7 +102,7 @@ MAY_INCLUDE = {
     "core": {"core"},
     "rules": {"core", "rules"},
     "formats": {"core", "formats"},
-    "cpu": {"core", "rules", "formats", "cpu"},
+    "cpu": {"core", "rules", "formats", "cpu", "host"},
     "cuda": {"core", "rules", "formats", "cuda"},
     "host": {"core", "host"},
     "bindings.cpp": {"core", "rules", "cpu", "cuda", "host"},

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../core/gradient.h"
-#include "threads.h"
+#include "../host/threads.h"
 
 namespace fusedopt {
 namespace {

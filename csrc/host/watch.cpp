@@ -1,6 +1,12 @@
 #include "watch.h"
 
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <string>
+#include <thread>
+
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -27,7 +33,23 @@ bool same_strides(const TensorInfo& info, const int64* strides) {
   return true;
 }
 
-constexpr size_t kAhead = 8;  // tensors whose memory is fetched before it is looked at
+constexpr size_t kAhead = 8;   // tensors whose memory is fetched before it is looked at
+constexpr size_t kPart = 128;  // tensors that a thread looks at in one go
+
+struct Range {
+  size_t begin, end;
+};
+
+Range range_of(size_t size, size_t part, size_t parts) { return {size * part / parts, size * (part + 1) / parts}; }
+
+int reading_threads() {
+  static const int threads = [] {
+    const char* wanted = std::getenv("FUSEDOPT_HOST_THREADS");
+    if (wanted && *wanted) return std::max(1, std::atoi(wanted));
+    return int(std::clamp(std::thread::hardware_concurrency() / 2, 1u, 4u));
+  }();
+  return threads;
+}
 
 }  // namespace
 
@@ -50,6 +72,8 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);
   rows_.push_back(row);
   grads_.push_back(nullptr);
+  relayout_.push_back(false);
+  has_main_grads_ = has_main_grads_ || has_main_grad;
   owned_.push_back(std::move(param));
   owned_.push_back(std::move(table));
 }
@@ -81,31 +105,37 @@ bool Watch::same_parameters(PyObject* param_groups) const {
   return next == rows_.size();
 }
 
-// Of parameters and state. Looks up the gradients on the way.
-bool Watch::same_addresses() {
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    if (i + 2 * kAhead < rows_.size()) rows_[i + 2 * kAhead].param.prefetch();
-    if (i + kAhead < rows_.size()) rows_[i + kAhead].param.prefetch_storage();
+// Of one part of the parameters and states. Looks up the gradients on the way.
+bool Watch::same_addresses(size_t part, size_t parts) {
+  const Range rows = range_of(rows_.size(), part, parts);
+  for (size_t i = rows.begin; i < rows.end; ++i) {
+    if (i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].param.prefetch();
+    if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_storage();
     if (rows_[i].param.data() != rows_[i].data) return false;
     grads_[i] = rows_[i].param.find_grad();
   }
-  for (size_t i = 0; i < state_tensors_.size(); ++i) {
-    if (i + 2 * kAhead < state_tensors_.size()) state_tensors_[i + 2 * kAhead].tensor.prefetch();
-    if (i + kAhead < state_tensors_.size()) state_tensors_[i + kAhead].tensor.prefetch_storage();
+  const Range states = range_of(state_tensors_.size(), part, parts);
+  for (size_t i = states.begin; i < states.end; ++i) {
+    if (i + 2 * kAhead < states.end) state_tensors_[i + 2 * kAhead].tensor.prefetch();
+    if (i + kAhead < states.end) state_tensors_[i + kAhead].tensor.prefetch_storage();
     if (state_tensors_[i].tensor.data() != state_tensors_[i].data) return false;
   }
   return true;
 }
 
-bool Watch::same_main_grad(const Row& row) const {
+bool Watch::same_main_grads() const {
   static PyObject* const name = PyUnicode_InternFromString("main_grad");
-  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(row.param.object(), name));
-  if (!now) PyErr_Clear();
-  return now && now.ptr() == (row.main_grad ? row.main_grad->object() : Py_None);
+  for (const Row& row : rows_) {
+    if (!row.has_main_grad) continue;
+    const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(row.param.object(), name));
+    if (!now) PyErr_Clear();
+    if (!now || now.ptr() != (row.main_grad ? row.main_grad->object() : Py_None)) return false;
+  }
+  return true;
 }
 
-bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::list& relayout) {
-  if (row.has_main_grad && !same_main_grad(row)) return false;
+bool Watch::read_grad(size_t index, const void* found) {
+  const Row& row = rows_[index];
   const bool holds = row.held && row.held->value;
   if (holds && !row.table) return false;
   TensorInfo grad;
@@ -129,16 +159,33 @@ bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::l
     return false;
   const bool direct = same_strides(grad, shape + row.ndim);
   row.table->set_grad(row.slot, direct ? gradient_address(grad) : nullptr, holds);
-  if (!direct) relayout.append(index);
+  relayout_[index] = !direct;
+  return true;
+}
+
+bool Watch::read_part(size_t part, size_t parts) {
+  if (!same_addresses(part, parts)) return false;
+  const Range rows = range_of(rows_.size(), part, parts);
+  for (size_t i = rows.begin; i < rows.end; ++i) {
+    if (i + kAhead < rows.end) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
+    relayout_[i] = false;
+    if (!read_grad(i, grads_[i])) return false;
+  }
   return true;
 }
 
 bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout) {
-  if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr()) || !same_addresses()) return false;
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kAhead < rows_.size()) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
-    if (!read_grad(rows_[i], grads_[i], Py_ssize_t(i), relayout)) return false;
-  }
+  if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr())) return false;
+  if (has_main_grads_ && !same_main_grads()) return false;
+  // Waiting for memory is most of the work, and several threads wait at the same time. They touch no Python object.
+  const size_t parts = has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1;
+  std::atomic<bool> fresh{true};
+  parallel_for(reading_threads(), int64(parts), [&](int64 part) {
+    if (fresh.load(std::memory_order_relaxed) && !read_part(size_t(part), parts)) fresh = false;
+  });
+  if (!fresh) return false;
+  for (size_t i = 0; i < rows_.size(); ++i)
+    if (relayout_[i]) relayout.append(Py_ssize_t(i));
   return true;
 }
 

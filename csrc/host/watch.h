@@ -75,14 +75,17 @@ class Watch {
   };
 
   bool same_parameters(PyObject* param_groups) const;
-  bool same_addresses();
-  bool same_main_grad(const Row& row) const;
-  bool read_grad(const Row& row, const void* found, Py_ssize_t index, pybind11::list& relayout);
+  bool same_main_grads() const;
+  bool same_addresses(size_t part, size_t parts);
+  bool read_grad(size_t index, const void* found);
+  bool read_part(size_t part, size_t parts);
 
   std::vector<Row> rows_;
   std::vector<pybind11::object> owned_;  // parameters and tables of the rows
   std::vector<int64> extents_;
   std::vector<const void*> grads_;  // scratch, by row
+  std::vector<char> relayout_;      // scratch, by row: whether its gradient is laid out unlike the parameter
+  bool has_main_grads_ = false;
   StateGuard state_;
   std::vector<StateTensor> state_tensors_;
 };

@@ -18,19 +18,19 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (workers_ < helpers) {
-        std::thread(&Pool::work, this, workers_, generation_).detach();
+        std::thread(&Pool::work, this, generation_).detach();
         ++workers_;
       }
       task_ = &task;
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
-      invited_ = helpers;
-      busy_ = helpers;
+      places_ = helpers;
       ++generation_;
     }
-    start_.notify_all();
+    for (int i = 0; i < helpers; ++i) start_.notify_one();
     drain();
     std::unique_lock<std::mutex> lock(mutex_);
+    places_ = 0;
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
@@ -39,12 +39,14 @@ class Pool {
     for (int64 i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
   }
 
-  void work(int index, unsigned long seen) {
+  void work(unsigned long seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       start_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (index >= invited_) continue;
+      if (places_ == 0) continue;
+      --places_;
+      ++busy_;
       lock.unlock();
       drain();
       lock.lock();
@@ -55,7 +57,9 @@ class Pool {
   std::mutex run_mutex_, mutex_;
   std::condition_variable start_, done_;
   unsigned long generation_ = 0;
-  int workers_ = 0, invited_ = 0, busy_ = 0;
+  int workers_ = 0;
+  int places_ = 0;  // for helpers that have not come yet
+  int busy_ = 0;    // helpers that have
   const std::function<void(int64)>* task_ = nullptr;
   int64 count_ = 0;
   std::atomic<int64> next_{0};
