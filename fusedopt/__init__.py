@@ -7,6 +7,7 @@ kernel launches for any number of tensors, with no host synchronisation.
 from . import functional
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
 from .optim import Adam, AdamW, FusedOptimizer, Lion
+from .scaler import GradScaler
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FusedOptimizer",
+    "GradScaler",
     "Lion",
     "__version__",
     "clip_grad_norm_",

@@ -45,8 +45,9 @@ RANKS = {
     "functional": 5,
     "clip": 5,
     "optim": 6,
-    "__init__": 7,
-    "cli": 8,
+    "scaler": 7,
+    "__init__": 8,
+    "cli": 9,
 }
 
 

@@ -253,9 +253,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _run(self, plan: OptimizerPlan) -> None:
         scalars = self._scalars
-        given = self.__dict__  # GradScaler sets these two for the time of a step
-        if "found_inf" in given or "grad_scale" in given:
-            scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
+        given = self.__dict__  # GradScaler sets these for the time of a step, torch's the first two, ours the last
+        if "found_inf" in given or "grad_scale" in given or "_nonfinite_found" in given:
+            scalars = scalars._replace(
+                grad_scale=given.get("grad_scale"),
+                found_inf=given.get("found_inf"),
+                skip_nonfinite=scalars.skip_nonfinite or "_nonfinite_found" in given,
+            )
+        if "_nonfinite_found" in given and (self._has_accumulated() or any(t.grad is not None for t in plan.tracked)):
+            given["_nonfinite_found"].update({each.device: each.control.norm_found_inf for each in plan.tables})
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",), self.param_groups)
         plan.gather_copies()
@@ -266,6 +272,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = takes_norm
+
+    def _has_accumulated(self) -> bool:
+        """Whether main gradients wait for a step."""
+        return False
 
     # ---- results of the last step -----------------------------------------------------------------------
 
