@@ -215,7 +215,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<std::pair<std::string, int>>&>(), py::arg("keys"))
       .def("pack", &Hypers::pack)
       .def("set_value", &Hypers::set_value)
-      .def("set_lr_address", &Hypers::set_lr_address);
+      .def("set_lr_address", &Hypers::set_lr_address)
+      .def("learning_rates", &Hypers::learning_rates);
 
   py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
       .def(py::init<>())

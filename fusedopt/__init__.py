@@ -6,7 +6,7 @@ kernel launches for any number of tensors, with no host synchronisation.
 
 from . import functional
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
-from .optim import Adam, AdamW, FusedOptimizer, Lion
+from .optim import Adam, AdamW, FusedOptimizer, Lion, StepMetrics
 from .scaler import GradScaler
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "FusedOptimizer",
     "GradScaler",
     "Lion",
+    "StepMetrics",
     "__version__",
     "clip_grad_norm_",
     "clip_grad_value_",

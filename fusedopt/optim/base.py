@@ -14,8 +14,9 @@ from ..checks import check_clipping, check_hyperparameters, check_params
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
-from . import checkpoint, memory
+from . import checkpoint, memory, metrics
 from .memory import MemorySummary
+from .metrics import StepMetrics
 from .plan import OptimizerPlan
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     """Name of the rule in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
+
+    _steps = 0
+    """Calls of ``step()``."""
+    _fetches: tuple[torch.device, metrics.Fetches] | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         where = type(self).__name__
@@ -238,6 +243,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._replan()
         if plan.tables:
             self._run(plan)
+        self._steps += 1
         return loss
 
     def _replan(self) -> OptimizerPlan:
@@ -307,6 +313,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> torch.Tensor:
         """How many steps were skipped since this optimizer was made, 0-dim int64."""
         return self._control().skipped_steps.clone()
+
+    def metrics(self) -> StepMetrics | None:
+        """The newest results that have reached the host; asks for those of the last step. Never waits.
+
+        On a GPU each call enqueues one copy of 64 bytes to pinned memory, and returns what earlier calls have brought:
+        None at first, then results of a step or a few ago (``StepMetrics.step`` says which). If eight copies are under
+        way, and while a CUDA graph is being captured, nothing is asked for. On the CPU: those of the last step. Results
+        are of the first parameter's device, which the norm of all devices reaches too.
+        """
+        return metrics.fetch(self)
+
+    @property
+    def last_step(self) -> StepMetrics | None:
+        """The results of the last step; None before the first. Waits for the device."""
+        return metrics.wait(self)
 
     # ---- formats ------------------------------------------------------------------------------------------
 
