@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.amp.grad_scaler import OptState
 
+from .compiling import keep_out_of_graphs
 from .optim import FusedOptimizer
 
 __all__ = ["GradScaler"]
@@ -26,6 +28,11 @@ class GradScaler(torch.amp.GradScaler):
     What is found holds for this process: where ranks have different gradients (FSDP), it must be combined over them,
     as ``torch.distributed.fsdp.sharded_grad_scaler`` does.
     """
+
+    @functools.wraps(torch.amp.GradScaler.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        keep_out_of_graphs(type(self), "step", "unscale_", "update")
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the scale, in place, and notes whether they hold inf or NaN; see torch.

@@ -39,6 +39,7 @@ RANKS = {
     "formats": 1,
     "control": 1,
     "checks": 1,
+    "compiling": 1,
     "plan": 2,
     "backends": 3,
     "passes": 4,

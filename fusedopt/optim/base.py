@@ -11,6 +11,7 @@ import torch
 from .. import formats, passes
 from ..backends import for_device
 from ..checks import check_clipping, check_hyperparameters, check_params
+from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
@@ -112,6 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not params:
             raise ValueError(f"{where}: params is empty, expected at least one parameter; pass model.parameters()")
         super().__init__(params, {**defaults, **chosen})
+        keep_out_of_graphs(type(self), "step", "metrics")
 
     # ---- options --------------------------------------------------------------------------------------
 
@@ -376,6 +378,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        keep_out_of_graphs(type(self), "step", "metrics")
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self._forget_plan()
