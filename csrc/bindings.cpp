@@ -46,7 +46,7 @@ py::list rules() {
 // ---- tables ---------------------------------------------------------------------------------------------
 
 int32 table_add(Table& table, uint64 param, uint64 extra, const std::vector<uint64>& states,
-                const std::vector<uint64>& scales, uint64 step, int64 numel, int32 group, uint32 id) {
+                const std::vector<uint64>& scales, uint64 step, uint64 main_grad, int64 numel, int32 group, uint32 id) {
   if (states.size() > size_t(kMaxStates) || scales.size() > states.size())
     throw std::invalid_argument("Table.add: more states than kMaxStates, or more scales than states");
   TensorEntry entry = {};
@@ -55,6 +55,7 @@ int32 table_add(Table& table, uint64 param, uint64 extra, const std::vector<uint
   for (size_t k = 0; k < states.size(); ++k) entry.states[k] = address<void>(states[k]);
   for (size_t k = 0; k < scales.size(); ++k) entry.scales[k] = address<float>(scales[k]);
   entry.step = address<float>(step);
+  entry.main_grad = address<void>(main_grad);
   entry.numel = numel;
   entry.group = group;
   entry.id = id;
@@ -68,16 +69,16 @@ py::bytes as_bytes(const std::vector<Row>& rows) {
 
 // ---- CPU passes -----------------------------------------------------------------------------------------
 
-GradTable grad_table(Table& table, int32 grad_dtype) {
-  return {table.entries().data(), table.grads().data(), DType(grad_dtype), table.chunk_size()};
+GradTable grad_table(Table& table, int32 grad_dtype, int32 main_dtype) {
+  return {table.entries().data(), table.grads().data(), DType(grad_dtype), DType(main_dtype), table.chunk_size()};
 }
 
 bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
 
 void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
-                     int32 state_format, const PassArgs& args, int threads) {
+                     int32 main_dtype, int32 state_format, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
-  const UpdateJob job = {grad_table(table, grad_dtype),
+  const UpdateJob job = {grad_table(table, grad_dtype, main_dtype),
                          ParamFormat(param_format),
                          StateFormat(state_format),
                          rule,
@@ -92,25 +93,39 @@ void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param
   }
 }
 
-std::pair<double, double> bind_cpu_norm(Table& table, int32 grad_dtype, const PassArgs& args, double sum,
-                                        double nonfinite, int threads) {
+std::pair<double, double> bind_cpu_norm(Table& table, int32 grad_dtype, int32 main_dtype, const PassArgs& args,
+                                        double sum, double nonfinite, int threads) {
   const py::gil_scoped_release release;
-  cpu_norm({grad_table(table, grad_dtype), args.scaling, args.norm.type}, table.chunks(), threads, sum, nonfinite);
+  const NormJob job = {grad_table(table, grad_dtype, main_dtype), args.scaling, args.norm.type};
+  cpu_norm(job, table.chunks(), threads, sum, nonfinite);
   return {sum, nonfinite};
+}
+
+void bind_cpu_accumulate(Table& table, int32 grad_dtype, int32 main_dtype, const PassArgs& args, int threads) {
+  const py::gil_scoped_release release;
+  cpu_accumulate({grad_table(table, grad_dtype, main_dtype), args.scaling}, table.chunks(), threads);
 }
 
 void bind_cpu_scale(Table& table, int32 grad_dtype, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
-  cpu_scale({grad_table(table, grad_dtype), args.scaling, args.nonfinite_out}, table.chunks(), threads);
+  cpu_scale({grad_table(table, grad_dtype, grad_dtype), args.scaling, args.nonfinite_out}, table.chunks(), threads);
 }
 
 // ---- the scalars of a step --------------------------------------------------------------------------------
 
 void set_scalars(const std::vector<PassArgs*>& all, uint64 grad_scale, uint64 found_inf, uint64 clip_coef,
                  uint64 norm_found_inf, double max_grad_value, double max_norm, int32 norm_type, bool skip_nonfinite,
-                 uint64 nonfinite_out) {
+                 uint64 nonfinite_out, double grad_weight, uint64 grad_weight_at, double grad_divisor,
+                 uint64 grad_divisor_at) {
   for (PassArgs* args : all) {
-    args->scaling = {address<float>(grad_scale), address<float>(found_inf), address<double>(clip_coef), max_grad_value};
+    args->scaling = {address<float>(grad_scale),
+                     address<float>(found_inf),
+                     address<double>(clip_coef),
+                     max_grad_value,
+                     grad_weight,
+                     grad_divisor,
+                     address<float>(grad_weight_at),
+                     address<float>(grad_divisor_at)};
     args->norm_found_inf = address<float>(norm_found_inf);
     args->norm = {max_norm, NormType(norm_type), skip_nonfinite};
     args->nonfinite_out = address<float>(nonfinite_out);
@@ -154,6 +169,7 @@ void bind_pass_args(py::module_& m) {
       .def(py::init([] {
         PassArgs args = {};
         args.scaling.max_grad_value = __builtin_inf();
+        args.scaling.grad_weight = args.scaling.grad_divisor = 1.0;
         args.norm.max_norm = __builtin_inf();
         return args;
       }))
@@ -202,8 +218,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Table>(m, "Table")
       .def(py::init<int64>(), py::arg("chunk_size"))
       .def("add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
-           py::arg("numel"), py::arg("group"), py::arg("id"))
-      .def("set_grad", [](Table& table, int32 index, uint64 grad) { table.set_grad(index, address<void>(grad)); })
+           py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"))
+      .def("set_grad", [](Table& table, int32 index,
+                          uint64 grad) { table.set_grad(index, address<void>(grad), table.has_main(index)); })
       .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
       .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })
       .def("pack", [](Table& table, const Hypers& hypers, size_t capacity) { table.pack(hypers.rows(), capacity); })
@@ -218,19 +235,27 @@ PYBIND11_MODULE(_C, m) {
       .def("set_lr_address", &Hypers::set_lr_address)
       .def("learning_rates", &Hypers::learning_rates);
 
+  py::class_<Held, std::shared_ptr<Held>>(m, "Held")
+      .def(py::init([](bool value) { return std::make_shared<Held>(Held{value}); }), py::arg("value") = false)
+      .def_readwrite("value", &Held::value);
+
   py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
       .def(py::init<>())
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
-           py::arg("table"), py::arg("slot"), py::arg("has_main_grad"))
+           py::arg("table"), py::arg("slot"), py::arg("has_main_grad"), py::arg("held") = nullptr)
       .def("remember_state", &Watch::remember_state)
       .def("refresh", &Watch::refresh)
       .def("bump_versions", &Watch::bump_versions)
+      .def("num_grads", &Watch::num_grads)
+      .def("hold", &Watch::hold)
+      .def("drop_grads", &Watch::drop_grads)
       .def("__len__", &Watch::size);
 
   bind_pass_args(m);
   m.def("set_scalars", &set_scalars);
   m.def("cpu_update", &bind_cpu_update);
   m.def("cpu_norm", &bind_cpu_norm);
+  m.def("cpu_accumulate", &bind_cpu_accumulate);
   m.def("cpu_scale", &bind_cpu_scale);
   m.def("cpu_finalize_norm", [](const PassArgs& args, double sum, double nonfinite) {
     cpu_finalize_norm(*args.control, sum, nonfinite, args.norm);

@@ -5,6 +5,7 @@ kernel launches for any number of tensors, with no host synchronisation.
 """
 
 from . import functional
+from .accumulate import GradAccumulator
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
 from .optim import Adam, AdamW, FusedOptimizer, Lion, StepMetrics
 from .scaler import GradScaler
@@ -15,6 +16,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FusedOptimizer",
+    "GradAccumulator",
     "GradScaler",
     "Lion",
     "StepMetrics",

@@ -158,7 +158,7 @@ def _begin(
     dense = [t if is_dense(t) else torch.empty_like(t, requires_grad=False).copy_(t) for t in tensors]
     tables, places = _tables.get(None, [TensorRow(t.numel(), t.device, t.dtype) for t in dense])
     for (bucket, slot), tensor in zip(places, dense):
-        bucket.table.set_grad(slot, tensor.data_ptr() or 1)
+        bucket.table.set_grad(slot, tensor.data_ptr() or 2)
     passes.begin(tables, scalars, which, nonfinite_out=out)
     return tables, dense
 

@@ -161,7 +161,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _set_grads(places: Sequence[tuple[Bucket, int]], grads: Tensors) -> None:
     for (bucket, slot), grad in zip(places, grads):
-        bucket.table.set_grad(slot, grad.data_ptr() or 1)  # 0 would read as "no gradient"; an empty tensor has one
+        bucket.table.set_grad(slot, grad.data_ptr() or 2)  # 0 would read as "no gradient"; an empty tensor has one
 
 
 _tables = passes.TablesCache()

@@ -14,7 +14,7 @@ from .backends import for_device
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
 from .specs import NORM_TYPES, RuleSpec
 
-__all__ = ["StepScalars", "TablesCache", "begin", "norm", "prepare", "run_update", "scale"]
+__all__ = ["StepScalars", "TablesCache", "accumulate", "begin", "norm", "prepare", "run_update", "scale"]
 
 
 _INFINITY = float("inf")
@@ -29,6 +29,8 @@ class StepScalars(NamedTuple):
     max_grad_value: bound of each unscaled element, or None.
     max_grad_norm, norm_type: of the norm pass; None takes the norm without clipping.
     skip_nonfinite: whether the norm pass makes the step the identity if it meets inf or NaN.
+    grad_weight, grad_divisor: where gradients are accumulated, the gradient is (main gradient + weight * .grad) /
+        divisor; numbers, or tensors like ``grad_scale``.
     """
 
     grad_scale: torch.Tensor | float | None = None
@@ -38,6 +40,8 @@ class StepScalars(NamedTuple):
     max_grad_norm: float | None = None
     norm_type: float = 2.0
     skip_nonfinite: bool = False
+    grad_weight: torch.Tensor | float = 1.0
+    grad_divisor: torch.Tensor | float = 1.0
 
 
 def _address(value: torch.Tensor | float | None, tables: DeviceTables, dtype: torch.dtype = torch.float32) -> int:
@@ -47,6 +51,11 @@ def _address(value: torch.Tensor | float | None, tables: DeviceTables, dtype: to
     if not isinstance(value, torch.Tensor):
         value = torch.full((), float(value), dtype=dtype, device=tables.device)
     return tables.scalar(value, dtype).data_ptr()
+
+
+def _number(value: torch.Tensor | float, tables: DeviceTables) -> tuple[float, int]:
+    """A scalar as a number and, where it is a tensor, its address on the tables' device."""
+    return (1.0, _address(value, tables)) if isinstance(value, torch.Tensor) else (float(value), 0)
 
 
 def prepare(tables: Sequence[DeviceTables]) -> None:
@@ -89,13 +98,17 @@ def begin(
             NORM_TYPES[scalars.norm_type][1],
             scalars.skip_nonfinite,
             nonfinite_out,
+            *_number(scalars.grad_weight, device),
+            *_number(scalars.grad_divisor, device),
         )
         device.backend.begin(device, passes)
 
 
 def _already_told(device: DeviceTables, told: tuple[StepScalars, tuple[str, ...], int]) -> bool:
     """Whether the device's passes were given just this before: most steps of a loop are alike."""
-    if any(value is not None for value in told[0][:3]):  # tensors, which may change
+    scalars = told[0]
+    tensors = (*scalars[:3], *(value for value in scalars[-2:] if isinstance(value, torch.Tensor)))
+    if any(value is not None for value in tensors):  # they may change
         device.told = None
         return False
     if device.told == told:
@@ -121,6 +134,12 @@ def run_update(tables: Sequence[DeviceTables]) -> None:
     """The update pass on every device."""
     for device in tables:
         device.backend.update(device)
+
+
+def accumulate(tables: Sequence[DeviceTables]) -> None:
+    """Every gradient added to its main gradient, or written there where that holds nothing."""
+    for device in tables:
+        device.backend.accumulate(device)
 
 
 def scale(tables: Sequence[DeviceTables]) -> None:

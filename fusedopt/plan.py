@@ -76,6 +76,8 @@ class TensorRow:
     scales: Sequence[torch.Tensor] = ()
     """Of blocked state formats, one for each state."""
     step: torch.Tensor | None = None
+    main_grad: torch.Tensor | None = None
+    """An accumulator's, laid out as ``param``; None where nobody accumulates."""
     group: int = 0
     id: int = 0
     """Of the parameter in its optimizer, for random numbers."""
@@ -83,7 +85,8 @@ class TensorRow:
     @property
     def key(self) -> tuple:
         """What must be equal for two tensors to share a launch."""
-        return (self.grad_dtype, self.param_format, self.state_format)
+        main_dtype = None if self.main_grad is None else self.main_grad.dtype
+        return (self.grad_dtype, self.param_format, self.state_format, main_dtype)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -99,6 +102,8 @@ class Bucket:
     grad_dtype: torch.dtype
     param_format: ParamFormatSpec | None
     state_format: StateFormatSpec | None
+    main_dtype: torch.dtype | None
+    """Of main gradients; None where nobody accumulates."""
     table: _C.Table
     args: _C.PassArgs
     chunk: int
@@ -157,6 +162,7 @@ class DeviceTables:
                 states=[_address(state) for state in row.states],
                 scales=[_address(scale) for scale in row.scales],
                 step=_address(row.step),
+                main_grad=_address(row.main_grad),
                 numel=row.numel,
                 group=row.group,
                 id=row.id,

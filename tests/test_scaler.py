@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import re
 
 import pytest
 import torch
@@ -17,29 +16,11 @@ from cases import (
     memory,
     parameters,
     set_gradients,
-    train,
 )
+from scaler_cases import BAD, SCALE, SIZES, scaled_gradients, scalers
 from torch.amp.grad_scaler import OptState
 
 import fusedopt
-
-SIZES = [5, 0, 4097]
-SCALE = {"init_scale": 2.0**10, "growth_interval": 3}
-BAD = [math.inf, -math.inf, math.nan]
-
-
-def scalers(device, **kwargs):
-    """Ours and torch's."""
-    given = {**SCALE, **kwargs}
-    return fusedopt.GradScaler(device.type, **given), torch.amp.GradScaler(device.type, **given)
-
-
-def scaled_gradients(params, scaler, seed=0, bad=None):
-    """Gradients as backward() leaves them on a scaled loss; `bad` is put into the last one."""
-    scaler.scale(torch.zeros((), device=params[0].device))  # makes the scaler create its scale tensor
-    set_gradients(params, seed=seed, scale=scaler.get_scale())
-    if bad is not None:
-        params[-1].grad[-1] = bad
 
 
 def random_findings(steps, seed=0, share=0.2):
@@ -251,6 +232,37 @@ def test_step_after_unscale_always_calls_step(device):
     assert calls == [True, False] and not hasattr(opt, "found_inf")
 
 
+# ---- accumulation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [None, 0, 1, 2])
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_accumulated_gradients(case, where, device):
+    """Three micro-batches are one step on their sum, bit for bit; inf in any of them skips it and halves the scale."""
+    params, expected_params = (parameters(SIZES, device=device) for _ in range(2))
+    opt, expected = (case.make(p, max_grad_norm=0.5) for p in (params, expected_params))
+    accumulator = fusedopt.GradAccumulator(opt, reduction="sum")
+    both = [scalers(device)[0] for _ in range(2)]
+    for step in range(3):
+        for micro in range(3):
+            bad = math.inf if micro == where and step == 1 else None
+            earlier = [p.grad for p in expected_params] if micro else None
+            for ps, scaler in zip((params, expected_params), both, strict=True):
+                scaled_gradients(ps, scaler, 10 * step + micro, bad)
+            if earlier:
+                for p, grad in zip(expected_params, earlier, strict=True):
+                    p.grad = grad + p.grad
+            if micro < 2:
+                accumulator.accumulate()
+        for o, scaler in zip((opt, expected), both, strict=True):
+            scaler.step(o)
+            scaler.update()
+            o.zero_grad()
+        assert both[0].state_dict() == both[1].state_dict()
+        assert opt.step_was_skipped.item() is (step == 1 and where is not None)
+    assert_same_bits(memory(opt), memory(expected))
+
+
 # ---- checkpoints, settings ----------------------------------------------------------------------------------------
 
 
@@ -326,140 +338,6 @@ def test_schedulers_and_hooks_see_the_step(device):
         scaler.update()
         scheduler.step()  # warns if it missed the step
     assert calls == ["pre", "post"] * 2 and opt.param_groups[0]["lr"] == 0.025
-
-
-# ---- bad input ----------------------------------------------------------------------------------------------------
-
-
-def errors_of(program, device):
-    """What `program` raises with each scaler."""
-    raised = []
-    for scaler in scalers(device):
-        params = parameters([5, 33], device=device)
-        opt = fusedopt.AdamW(params, max_grad_norm=1.0)
-        with pytest.raises((RuntimeError, AssertionError, ValueError)) as info:
-            program(scaler, opt, params)
-        raised.append((type(info.value), str(info.value)))
-    return raised
-
-
-def step_twice(scaler, opt, params):
-    scaled_gradients(params, scaler)
-    scaler.step(opt)
-    before = memory(opt)
-    try:
-        scaler.step(opt)
-    finally:
-        assert_same_bits(memory(opt), before)
-
-
-def step_before_scale(scaler, opt, params):
-    set_gradients(params)
-    scaler.step(opt)
-
-
-def closure_by_name(scaler, opt, params):
-    scaled_gradients(params, scaler)
-    scaler.step(opt, closure=lambda: None)
-
-
-def unscale_twice(scaler, opt, params):
-    scaled_gradients(params, scaler)
-    scaler.unscale_(opt)
-    scaler.unscale_(opt)
-
-
-def unscale_after_step(scaler, opt, params):
-    scaled_gradients(params, scaler)
-    scaler.step(opt)
-    scaler.unscale_(opt)
-
-
-def no_gradients(scaler, opt, params):
-    scaler.scale(torch.zeros((), device=params[0].device))
-    scaler.step(opt)
-    scaler.update()
-
-
-def no_gradients_after_a_step(scaler, opt, params):
-    train(opt, params, 1)
-    opt.zero_grad()
-    before = memory(opt)
-    scaler.scale(torch.zeros((), device=params[0].device))
-    scaler.step(opt)
-    assert_same_bits(memory(opt), before)
-    scaler.update()
-
-
-def update_without_step(scaler, opt, params):
-    scaled_gradients(params, scaler)
-    scaler.update()
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        step_twice,
-        step_before_scale,
-        closure_by_name,
-        unscale_twice,
-        unscale_after_step,
-        no_gradients,
-        no_gradients_after_a_step,
-        update_without_step,
-    ],
-    ids=lambda program: program.__name__,
-)
-def test_errors_are_torchs(program, device):
-    ours, theirs = errors_of(program, device)
-    assert ours == theirs
-
-
-@pytest.mark.parametrize("growth", [{"growth_factor": 1.0}, {"backoff_factor": 1.0}], ids=str)
-def test_constructor_is_torchs(growth):
-    with pytest.raises(AssertionError):
-        fusedopt.GradScaler("cpu", **growth)
-
-
-def test_a_step_that_fails_leaves_nothing_behind(device):
-    """And can be done again."""
-    params = parameters([5, 33], device=device)
-    opt, (scaler, _) = fusedopt.AdamW(params, max_grad_norm=1.0), scalers(device)
-    scaled_gradients(params, scaler)
-    grad, params[1].grad = params[1].grad, params[1].grad.to_sparse()
-    opt.grad_scale = own = torch.tensor(2.0, device=device)
-    with pytest.raises(RuntimeError, match="dense"):
-        scaler.step(opt)
-    assert opt.grad_scale is own and not {"found_inf", "_nonfinite_found"} & opt.__dict__.keys()
-    params[1].grad = grad
-    scaler.step(opt)
-    scaler.update()
-    assert float(opt.state[params[0]]["step"]) == 1
-
-
-def test_unscale_needs_plain_gradients(device):
-    params = parameters([5, 33], device=device)
-    opt, (scaler, _) = fusedopt.AdamW(params), scalers(device)
-    scaled_gradients(params, scaler)
-    params[1].main_grad, params[1].grad = params[1].grad, None
-    before = [params[0].grad.clone(), params[1].main_grad.clone()]
-    with pytest.raises(RuntimeError, match=re.escape("scaler.step(optimizer) without unscale_")):
-        scaler.unscale_(opt)
-    assert_same_bits([params[0].grad, params[1].main_grad], before)
-    scaler.step(opt)
-    scaler.update()
-    assert {float(opt.state[p]["step"]) for p in params} == {1.0}
-
-
-def test_unscale_refuses_accumulated_gradients(device, monkeypatch):
-    params = parameters([5], device=device)
-    opt, (scaler, _) = fusedopt.AdamW(params), scalers(device)
-    scaled_gradients(params, scaler)
-    before = params[0].grad.clone()
-    monkeypatch.setattr(opt, "_has_accumulated", lambda: True)
-    with pytest.raises(RuntimeError, match="accumulated main gradients"):
-        scaler.unscale_(opt)
-    assert_same_bits(params[0].grad, before)
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ RANKS = {
     "functional": 5,
     "clip": 5,
     "optim": 6,
+    "accumulate": 7,
     "scaler": 7,
     "__init__": 8,
     "cli": 9,

@@ -1,4 +1,4 @@
-// What happens to a gradient before a rule sees it, and how the norm becomes a clip coefficient.
+// Where a gradient comes from, what happens to it before a rule sees it, and how the norm becomes a clip coefficient.
 #pragma once
 
 #include "structs.h"
@@ -6,11 +6,34 @@
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
 
+// One tensor's gradient in one step: what the last backward pass left (null: nothing) and, added to it, what the
+// tensor's main gradient holds of earlier micro-batches.
+//
+// It travels as one word, an address whose lowest bit stands for the main gradient: elements have at least two bytes.
+struct GradSource {
+  const void* grad;
+  bool has_main;
+
+  FUSEDOPT_HD bool any() const { return grad || has_main; }
+
+  template <class T>
+  FUSEDOPT_HD T sum(T own, T main, T weight) const {
+    const T weighted = weight * own;
+    return has_main ? (grad ? main + weighted : main) : weighted;
+  }
+};
+
+FUSEDOPT_HD GradSource grad_source(const void* word) {
+  const uint64 bits = reinterpret_cast<uint64>(word);
+  return {reinterpret_cast<const void*>(bits & ~uint64(1)), (bits & 1) != 0};
+}
+
 // unscale -> clamp -> clip: the order of GradScaler.unscale_, clip_grad_value_, clip_grad_norm_.
 // With nothing to do it multiplies by 1 and clamps at infinity, which changes no bit.
 template <class T>
 struct GradientTransform {
-  T inv_scale;
+  T weight;     // of this step's own gradient beside the main gradient
+  T inv_scale;  // of their sum
   T max_value;
   T clip_coef;  // negative where the rule maximises
 
@@ -33,7 +56,10 @@ struct GradientTransform {
 template <class T>
 FUSEDOPT_HD GradientTransform<T> gradient_transform(const Scaling& scaling) {
   GradientTransform<T> transform;
-  transform.inv_scale = scaling.grad_scale ? T(1.0 / double(*scaling.grad_scale)) : T(1);
+  const double divisor = scaling.grad_divisor_at ? double(*scaling.grad_divisor_at) : scaling.grad_divisor;
+  const double scale = scaling.grad_scale ? double(*scaling.grad_scale) : 1.0;
+  transform.weight = T(scaling.grad_weight_at ? double(*scaling.grad_weight_at) : scaling.grad_weight);
+  transform.inv_scale = T(1.0 / (scale * divisor));
   transform.max_value = T(scaling.max_grad_value);
   transform.clip_coef = scaling.clip_coef ? T(*scaling.clip_coef) : T(1);
   return transform;

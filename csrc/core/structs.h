@@ -37,11 +37,12 @@ struct TensorEntry {
   float* scales[kMaxStates];  // of blocked state formats
   float* step;                // number of steps taken so far, incremented by the update pass
   int64 numel;
-  int32 group;    // index into the Hyper rows
-  uint32 id;      // of the tensor in its optimizer, for random numbers
-  int32 chunks;   // how many of the table's chunks are this tensor's; at least 1
-  uint32 ticket;  // on the device: how many blocks have read `step`; 0 between launches
-  int64 unused[2];
+  int32 group;      // index into the Hyper rows
+  uint32 id;        // of the tensor in its optimizer, for random numbers
+  int32 chunks;     // how many of the table's chunks are this tensor's; at least 1
+  uint32 ticket;    // on the device: how many blocks have read `step`; 0 between launches
+  void* main_grad;  // the sum of earlier micro-batches' gradients, or null where nobody accumulates
+  int64 unused;
 };
 static_assert(sizeof(TensorEntry) == 128, "read by the device as rows of whole cache lines");
 
@@ -93,6 +94,9 @@ struct Scaling {
   const float* found_inf;   // != 0: skip (a sum over devices, may be 2)
   const double* clip_coef;  // multiplies the gradients
   double max_grad_value;    // clamps the unscaled gradients; inf: no clamp
+  // Of accumulation: the gradient is (main gradient + weight * this step's own) / divisor.
+  double grad_weight, grad_divisor;
+  const float *grad_weight_at, *grad_divisor_at;  // read there instead, when the kernel runs
 };
 
 }  // namespace fusedopt

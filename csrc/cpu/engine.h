@@ -74,6 +74,53 @@ inline const void* element(const void* base, DType dtype, int64 offset) {
   return static_cast<const char*>(base) + offset * stream_functions<float>(dtype).size;
 }
 
+// ---- gradients ----------------------------------------------------------------------------------------
+
+// One tensor's gradient, block by block: memory itself, or a buffer where it takes more than that.
+template <class T>
+class GradBlocks {
+ public:
+  GradBlocks(const GradTable& table, int32 tensor, T weight)
+      : dtype_(table.grad_dtype),
+        main_dtype_(table.main_dtype),
+        functions_(stream_functions<T>(table.grad_dtype)),
+        source_(grad_source(table.grads[tensor])),
+        main_grad_(table.tensors[tensor].main_grad),
+        weight_(weight) {}
+
+  const GradSource& source() const { return source_; }
+
+  // Elements [offset, offset + n) of main gradient and gradient together.
+  const T* at(int64 offset, int64 n) {
+    if (!source_.has_main && weight_ == T(1)) return own(offset, n);
+    const T* grad = source_.grad ? own(offset, n) : nullptr;
+    if (source_.has_main) {
+      main_functions().load(element(main_grad_, main_dtype_, offset), main_buffer_, n);
+      if (!grad) return main_buffer_;
+    }
+    for (int64 i = 0; i < n; ++i) sum_[i] = source_.sum(grad[i], main_buffer_[i], weight_);
+    return sum_;
+  }
+
+  void* main_at(int64 offset) const { return const_cast<void*>(element(main_grad_, main_dtype_, offset)); }
+  const StreamFunctions<T>& main_functions() const { return stream_functions<T>(main_dtype_); }
+
+ private:
+  const T* own(int64 offset, int64 n) {
+    const void* memory = element(source_.grad, dtype_, offset);
+    if (functions_.direct) return static_cast<const T*>(memory);
+    functions_.load(memory, buffer_, n);
+    return buffer_;
+  }
+
+  DType dtype_, main_dtype_;
+  const StreamFunctions<T>& functions_;
+  GradSource source_;
+  const void* main_grad_;
+  T weight_;
+  alignas(64) T buffer_[kBlock], main_buffer_[kBlock], sum_[kBlock];
+};
+
 // ---- random bits --------------------------------------------------------------------------------------
 
 // For each of the elements [first, first + n); `first` is a multiple of kRandomGroup. Whole groups are filled.
@@ -300,23 +347,13 @@ inline Span span_of(const Chunk& chunk, const GradTable& table) {
 template <class T>
 class TensorBlocks {
  public:
-  TensorBlocks(const UpdateJob& job, const TensorEntry& tensor, const void* grad, const RandomStream& stream)
+  TensorBlocks(const UpdateJob& job, const TensorEntry& tensor, const RandomStream& stream)
       : rule_(rule_row(job.rule)),
-        grad_dtype_(job.table.grad_dtype),
-        grad_functions_(stream_functions<T>(job.table.grad_dtype)),
         param_functions_(param_functions<T>(job.param_format)),
         state_functions_(state_functions<T>(job.state_format)),
         tensor_(tensor),
-        grad_(grad),
         stream_(stream),
         dither_key_(dither_key(stream)) {}
-
-  const T* grad(int64 offset, int64 n) {
-    const void* memory = element(grad_, grad_dtype_, offset);
-    if (grad_functions_.direct) return static_cast<const T*>(memory);
-    grad_functions_.load(memory, grad_buffer_, n);
-    return grad_buffer_;
-  }
 
   T* param(int64 offset, int64 n) {
     if (param_functions_.in_place == InPlace::kMain) return static_cast<T*>(main(offset));
@@ -353,28 +390,24 @@ class TensorBlocks {
   }
 
   const RuleRow& rule_;
-  DType grad_dtype_;
-  const StreamFunctions<T>& grad_functions_;
   const ParamFunctions<T>& param_functions_;
   const StateFunctions<T>& state_functions_;
   const TensorEntry& tensor_;
-  const void* grad_;
   RandomStream stream_;
   DitherKey dither_key_;
   alignas(64) T param_buffer_[kBlock];
-  alignas(64) T grad_buffer_[kBlock];
   alignas(64) T state_buffers_[kMaxStates][kBlock];
   Noise noise_;
 };
 
 template <class T>
 void update_chunk(const UpdateJob& job, const Chunk& chunk) {
-  const void* grad_base = job.table.grads[chunk.tensor];
-  if (!grad_base) return;
+  GradientTransform<T> transform = gradient_transform<T>(job.scaling);
+  GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
+  if (!grad.source().any()) return;
   const TensorEntry& tensor = job.table.tensors[chunk.tensor];
   const Hyper& hyper = job.hypers[tensor.group];
   const RuleRow& rule = rule_row(job.rule);
-  GradientTransform<T> transform = gradient_transform<T>(job.scaling);
   if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
   const Span span = span_of(chunk, job.table);
   const RuleFunctions<T>& functions = rule_functions(rule, T());
@@ -382,13 +415,13 @@ void update_chunk(const UpdateJob& job, const Chunk& chunk) {
   Coefficients coefficients;
   functions.prepare(hyper, step, coefficients);
 
-  TensorBlocks<T> blocks(job, tensor, grad_base, {job.seed, tensor.id, uint32(step)});
+  TensorBlocks<T> blocks(job, tensor, {job.seed, tensor.id, uint32(step)});
   for (int64 i = span.begin; i < span.end; i += kBlock) {
     const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
     T* const param = blocks.param(i, n);
     T* states[kMaxStates];
     for (int k = 0; k < rule.states; ++k) states[k] = blocks.state(k, i, n);
-    functions.apply(param, blocks.grad(i, n), states, n, coefficients, transform);
+    functions.apply(param, grad.at(i, n), states, n, coefficients, transform);
     blocks.commit(i, n, param, states);
   }
 }
@@ -455,18 +488,14 @@ NormPartial sum_block(const double* grad, int64 n, const GradientTransform<doubl
 template <NormType kType, class T>
 NormPartial norm_chunk(const NormJob& job, const Chunk& chunk) {
   NormPartial partial = {0.0, 0.0};
-  const void* base = job.table.grads[chunk.tensor];
-  if (!base) return partial;
   const GradientTransform<T> transform = gradient_transform<T>(job.scaling);
-  const StreamFunctions<T>& stream = stream_functions<T>(job.table.grad_dtype);
+  GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
+  if (!grad.source().any()) return partial;
   const Span span = span_of(chunk, job.table);
 
-  alignas(64) T buffer[kBlock];
   for (int64 i = span.begin; i < span.end; i += kBlock) {
     const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
-    const void* memory = element(base, job.table.grad_dtype, i);
-    if (!stream.direct) stream.load(memory, buffer, n);
-    const NormPartial block = sum_block<kType>(stream.direct ? static_cast<const T*>(memory) : buffer, n, transform);
+    const NormPartial block = sum_block<kType>(grad.at(i, n), n, transform);
     partial.sum = combine(partial.sum, block.sum, kType);
     partial.nonfinite += block.nonfinite;
   }
@@ -478,6 +507,19 @@ NormPartial norm_chunk(const NormJob& job, const Chunk& chunk) {
   if (job.type == NormType::kL2) return norm_chunk<NormType::kL2, T>(job, chunk);
   return job.type == NormType::kL1 ? norm_chunk<NormType::kL1, T>(job, chunk)
                                    : norm_chunk<NormType::kInf, T>(job, chunk);
+}
+
+// ---- accumulate ---------------------------------------------------------------------------------------
+
+template <class T>
+void accumulate_chunk(const AccumulateJob& job, const Chunk& chunk) {
+  GradBlocks<T> grad(job.table, chunk.tensor, gradient_transform<T>(job.scaling).weight);
+  if (!grad.source().grad) return;
+  const Span span = span_of(chunk, job.table);
+  for (int64 i = span.begin; i < span.end; i += kBlock) {
+    const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
+    grad.main_functions().store(grad.at(i, n), grad.main_at(i), n);
+  }
 }
 
 // ---- scale --------------------------------------------------------------------------------------------
@@ -516,6 +558,10 @@ inline void update(const UpdateJob& job, const Chunk& chunk) {
 
 inline NormPartial norm(const NormJob& job, const Chunk& chunk) {
   return job.table.grad_dtype == DType::kFloat64 ? norm_chunk<double>(job, chunk) : norm_chunk<float>(job, chunk);
+}
+
+inline void accumulate(const AccumulateJob& job, const Chunk& chunk) {
+  job.table.main_dtype == DType::kFloat64 ? accumulate_chunk<double>(job, chunk) : accumulate_chunk<float>(job, chunk);
 }
 
 inline void scale(const ScaleJob& job, const Chunk& chunk) {

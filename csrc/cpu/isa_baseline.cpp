@@ -4,7 +4,7 @@
 namespace fusedopt {
 
 const CpuEngine& engine_baseline() {
-  static constexpr CpuEngine engine = {"baseline", &baseline::update, &baseline::norm, &baseline::scale};
+  static constexpr CpuEngine engine = {"baseline", &baseline::update, &baseline::norm, &baseline::accumulate, &baseline::scale};
   return engine;
 }
 

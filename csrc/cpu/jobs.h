@@ -8,8 +8,9 @@ namespace fusedopt {
 
 struct GradTable {
   const TensorEntry* tensors;
-  const void* const* grads;  // by tensor; null where a parameter has no gradient in this step
+  const void* const* grads;  // by tensor: words, as GradSource; null where a parameter has no gradient in this step
   DType grad_dtype;
+  DType main_dtype;  // of main gradients, where there are any
   int64 chunk_size;
 };
 
@@ -29,6 +30,12 @@ struct NormJob {
   NormType type;
 };
 
+// Adds the gradients to the main gradients.
+struct AccumulateJob {
+  GradTable table;
+  Scaling scaling;
+};
+
 // Multiplies and clamps the gradients where they are.
 struct ScaleJob {
   GradTable table;
@@ -45,6 +52,7 @@ struct CpuEngine {
   const char* isa;
   void (*update)(const UpdateJob&, const Chunk&);
   NormPartial (*norm)(const NormJob&, const Chunk&);
+  void (*accumulate)(const AccumulateJob&, const Chunk&);
   void (*scale)(const ScaleJob&, const Chunk&);
 };
 

@@ -65,6 +65,11 @@ void cpu_norm(const NormJob& job, const std::vector<Chunk>& chunks, int threads,
   }
 }
 
+void cpu_accumulate(const AccumulateJob& job, const std::vector<Chunk>& chunks, int threads) {
+  const CpuEngine& engine = cpu_engine();
+  parallel_for(threads, int64(chunks.size()), [&](int64 i) { engine.accumulate(job, chunks[i]); });
+}
+
 void cpu_scale(const ScaleJob& job, const std::vector<Chunk>& chunks, int threads) {
   const CpuEngine& engine = cpu_engine();
   parallel_for(threads, int64(chunks.size()), [&](int64 i) { engine.scale(job, chunks[i]); });

@@ -16,6 +16,8 @@ void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 te
 // Adds the table's gradients to (sum, nonfinite), in chunk order whatever the number of threads.
 void cpu_norm(const NormJob& job, const std::vector<Chunk>& chunks, int threads, double& sum, double& nonfinite);
 
+void cpu_accumulate(const AccumulateJob& job, const std::vector<Chunk>& chunks, int threads);
+
 void cpu_scale(const ScaleJob& job, const std::vector<Chunk>& chunks, int threads);
 
 void cpu_finalize_norm(Control& control, double sum, double nonfinite, const NormOptions& options);

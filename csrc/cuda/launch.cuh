@@ -15,9 +15,9 @@ struct StepTable {
 };
 
 template <int kBytes>
-__device__ __forceinline__ const void* grad_of(const PassArgs& args, const StepTable<kBytes>& table, int tensor) {
+__device__ __forceinline__ GradSource grad_of(const PassArgs& args, const StepTable<kBytes>& table, int tensor) {
   const char* grads = table.bytes + args.num_groups * sizeof(Hyper);
-  return reinterpret_cast<const void* const*>(grads)[tensor];
+  return grad_source(reinterpret_cast<const void* const*>(grads)[tensor]);
 }
 
 template <int kBytes>

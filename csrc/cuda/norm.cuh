@@ -1,8 +1,7 @@
 // The norm pass: sum, non-finite flag, and from them the clip coefficient.
 #pragma once
 
-#include "launch.cuh"
-#include "vectors.cuh"
+#include "gradients.cuh"
 
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
@@ -10,11 +9,17 @@ namespace FUSEDOPT_ISA {
 // Sums in float over the few elements of one load, in double over everything else. A float sum that has
 // overflowed, or is so small that squares may have vanished, is done again in double: finite gradients
 // never give an infinite norm, whatever their size.
-template <class G, NormType kType, Tuning kTuning>
+//
+// G, M: as GradStream.
+template <class G, class M, NormType kType, Tuning kTuning>
 struct Norm {
   using T = typename G::Compute;
+  using Stored = GradVector<G, M, 16 / int(sizeof(typename G::Storage))>;
   static constexpr int V = 16 / int(sizeof(typename G::Storage));
-  static constexpr int kVectors = FUSEDOPT_NORM_ELEMENTS(kTuning) / V;
+  static constexpr bool kHasMain = !is_same<M, NoMain>;
+  // Two streams have as much in flight with half the elements.
+  static constexpr int kElements = FUSEDOPT_NORM_ELEMENTS(kTuning) / (kHasMain ? 2 : 1);
+  static constexpr int kVectors = maximum(1, kElements / V);
   static constexpr int kRound = kThreads * kVectors * V;
   static_assert(kVectors >= 1 && kChunk % kRound == 0, "a chunk is a whole number of rounds");
 
@@ -29,50 +34,67 @@ struct Norm {
 
   static __device__ __forceinline__ T magnitude(T x) { return x < T(0) ? -x : x; }
 
-  __device__ __forceinline__ void add(typename G::Storage stored) {
-    const T raw = T(G::decode(stored));
+  __device__ __forceinline__ void add(T raw) {
     nonfinite |= !(raw - raw == T(0));
     sum = accumulate(sum, double(magnitude(transform.clamp(raw))), kType);
   }
 
-  __device__ __forceinline__ void add(const Vector<G, V> (&vectors)[kVectors]) {
+  __device__ __forceinline__ void add(const Stored (&vectors)[kVectors], const GradSource& source) {
     if (sizeof(T) == 4 && !clamps) {
       float quick = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j)
+      for (int j = 0; j < kVectors; ++j) {
+        T values[V];
+        decode(vectors[j], source, transform.weight, values);
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-          quick = accumulate(quick, float(magnitude(T(G::decode(vectors[j].get(e))) * transform.inv_scale)), kType);
+        for (int e = 0; e < V; ++e) quick = accumulate(quick, float(magnitude(values[e] * transform.inv_scale)), kType);
+      }
       if (quick > 1e-30f && quick < 1e38f) {
         sum = combine(sum, double(quick), kType);
         return;
       }
     }
 #pragma unroll  // a run-time index would put the vectors into local memory, on the quick way too
-    for (int j = 0; j < kVectors; ++j)
+    for (int j = 0; j < kVectors; ++j) {
+      T values[V];
+      decode(vectors[j], source, transform.weight, values);
 #pragma unroll
-      for (int e = 0; e < V; ++e) add(vectors[j].get(e));
+      for (int e = 0; e < V; ++e) add(values[e]);
+    }
+  }
+
+  // Vectors begin where the stream that is read is aligned: this step's own gradients, if there are any.
+  static __device__ __forceinline__ Split split_of(const GradSource& source, const void* main_grad,
+                                                   const Chunk& chunk) {
+    if constexpr (kHasMain)
+      if (!source.grad) return Split::peeled<M, V>(main_grad, chunk.numel, chunk.index);
+    return Split::peeled<G, V>(source.grad, chunk.numel, chunk.index);
   }
 
   template <class Table>
   __device__ __forceinline__ void add_chunk(const PassArgs& args, const Table& table, const Chunk& chunk) {
-    const void* base = grad_of(args, table, chunk.tensor);
-    if (!base) return;
-    const Split split = Split::peeled<G, V>(base, chunk.numel, chunk.index);
-    const Stream<G, V> grad(base, split.first);
+    const GradSource source = grad_of(args, table, chunk.tensor);
+    if (!source.any()) return;
+    const void* const main_grad = kHasMain ? args.tensors[chunk.tensor].main_grad : nullptr;
+    const Split split = split_of(source, main_grad, chunk);
+    const GradStream<G, M, V> grad(source, main_grad, split.first);
     for (int round = 0; round < split.vectored; round += kRound) {
-      Vector<G, V> vectors[kVectors];
+      Stored vectors[kVectors];
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         const int i = round + (j * kThreads + int(threadIdx.x)) * V;
         if (i < split.vectored)
-          vectors[j] = grad.load(i);
+          vectors[j] = grad.load(i, V);
         else
-          vectors[j] = Vector<G, V>{};
+          vectors[j] = Stored{};
       }
-      add(vectors);
+      add(vectors, source);
     }
-    if (int(threadIdx.x) < split.scalars) add(grad.base[split.scalar(threadIdx.x)]);
+    if (int(threadIdx.x) < split.scalars) {
+      T value[1];
+      decode(grad.scalar(split.scalar(threadIdx.x)), source, transform.weight, value);
+      add(value[0]);
+    }
   }
 };
 
@@ -107,10 +129,10 @@ __device__ __forceinline__ void finish_norm(const PassArgs& args) {
   if (args.finalize) finalize_norm(*args.control, total.sum, total.nonfinite, args.norm);
 }
 
-template <class G, NormType kType, Tuning kTuning, class Table>
+template <class G, class M, NormType kType, Tuning kTuning, class Table>
 __device__ __forceinline__ void norm_pass(const PassArgs& args, const Table& table) {
   __shared__ bool last;
-  Norm<G, kType, kTuning> norm(args);
+  Norm<G, M, kType, kTuning> norm(args);
   Chunk next = int(blockIdx.x) < args.num_chunks ? args.chunks[blockIdx.x] : Chunk{0, 0, 0};
   for (int c = blockIdx.x; c < args.num_chunks; c += gridDim.x) {
     const Chunk chunk = next;

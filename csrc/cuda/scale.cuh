@@ -15,7 +15,7 @@ __device__ __forceinline__ void scale_pass(const PassArgs& args, const Table& ta
   if (transform.is_identity() && !args.nonfinite_out) return;  // nothing to do and nothing to look for
 
   const Chunk chunk = args.chunks[blockIdx.x];
-  const void* base = grad_of(args, table, chunk.tensor);
+  const void* base = grad_of(args, table, chunk.tensor).grad;
   if (!base) return;
   const Split split = Split::peeled<G, V>(base, chunk.numel, chunk.index);
   const Stream<G, V> grad(base, split.first);

@@ -30,6 +30,9 @@ enum class Tuning { kBandwidth, kLatency };
 #ifndef FUSEDOPT_NORM_BLOCKS
 #define FUSEDOPT_NORM_BLOCKS(tuning) ((tuning) == Tuning::kBandwidth ? 4 : 8)
 #endif
+#ifndef FUSEDOPT_ACCUMULATE_ELEMENTS
+#define FUSEDOPT_ACCUMULATE_ELEMENTS 16
+#endif
 
 }  // namespace FUSEDOPT_ISA
 }  // namespace fusedopt

@@ -6,8 +6,7 @@
 
 #include "../formats/state.h"
 #include "../rules/all.h"
-#include "launch.cuh"
-#include "vectors.cuh"
+#include "gradients.cuh"
 
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
@@ -66,7 +65,8 @@ __device__ __forceinline__ void record(const PassArgs& args, bool skip) {
   args.control->skipped_steps += skip;
 }
 
-template <class Rule, class P, class G, class S, Tuning kTuning>
+// G, M: as GradStream.
+template <class Rule, class P, class G, class S, class M, Tuning kTuning>
 struct Update {
   using T = typename P::Compute;
   static constexpr int kStates = Rule::kStates;
@@ -76,7 +76,7 @@ struct Update {
       minimum(sizeof(typename P::Main::Storage), minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
   static constexpr int kLargest =
       maximum(maximum(sizeof(typename P::Main::Storage), sizeof(typename P::Extra::Storage)),
-              maximum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
+              maximum(maximum(sizeof(typename G::Storage), sizeof(typename M::Storage)), sizeof(typename S::Storage)));
   static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
   static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
@@ -95,21 +95,21 @@ struct Update {
   struct Registers {
     Vector<typename P::Main, V> param[kVectors];
     Vector<typename P::Extra, V> extra[kVectors];
-    Vector<G, V> grad[kVectors];
+    GradVector<G, M, V> grad[kVectors];
     Vector<S, V> state[kStates][kVectors];
   };
 
   Stream<typename P::Main, V> param;
   Stream<typename P::Extra, V> extra;
-  Stream<G, V> grad;
+  GradStream<G, M, V> grad;
   Stream<S, V> state[kStates];
   float* units[kStates];  // of this chunk's blocks
   int vectored;
 
-  __device__ __forceinline__ Update(const TensorEntry& tensor, const void* grads, const Split& split)
+  __device__ __forceinline__ Update(const TensorEntry& tensor, const GradSource& source, const Split& split)
       : param(tensor.param, split.first),
         extra(tensor.extra, split.first),
-        grad(grads, split.first),
+        grad(source, GradStream<G, M, V>::kHasMain ? tensor.main_grad : nullptr, split.first),
         vectored(split.vectored) {
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
@@ -132,7 +132,7 @@ struct Update {
 
   // How many rounds can do without looking at alignment and ends.
   __device__ __forceinline__ int whole_rounds() const {
-    bool aligned = param.aligned && extra.aligned && grad.aligned;
+    bool aligned = param.aligned && extra.aligned && grad.aligned();
 #pragma unroll
     for (int k = 0; k < kStates; ++k) aligned = aligned && state[k].aligned;
     return aligned ? vectored / kRound : 0;
@@ -256,12 +256,13 @@ struct Update {
 
   template <int N>
   static __device__ __forceinline__ void update(Vector<typename P::Main, N>& main, Vector<typename P::Extra, N>& extra,
-                                                const Vector<G, N>& grad, Vector<S, N>* const (&state)[kStates],
-                                                float (&unit)[kStates], const Noise& noise, const Plan& plan) {
+                                                const GradVector<G, M, N>& grad, const GradSource& source,
+                                                Vector<S, N>* const (&state)[kStates], float (&unit)[kStates],
+                                                const Noise& noise, const Plan& plan) {
     T p[N], g[N], s[kStates][N];
 #pragma unroll
     for (int e = 0; e < N; ++e) p[e] = P::decode(main.get(e), extra.get(e));
-    decode(grad, g);
+    decode(grad, source, plan.transform.weight, g);
 #pragma unroll
     for (int k = 0; k < kStates; ++k) decode_state(*state[k], unit[k], k, s[k]);
     const bool clamps = plan.transform.clamps();
@@ -323,7 +324,7 @@ struct Update {
         s[k] = &r.state[k][j];
         if constexpr (S::kBlocked) unit[k] = __shfl_sync(0xffffffffu, all.held[k], round);
       }
-      update<V>(r.param[j], r.extra[j], r.grad[j], s, unit, noise(plan, uint64(first + i)), plan);
+      update<V>(r.param[j], r.extra[j], r.grad[j], grad.source, s, unit, noise(plan, uint64(first + i)), plan);
       param.store_aligned(i, r.param[j]);
       extra.store_aligned(i, r.extra[j]);
 #pragma unroll
@@ -347,7 +348,7 @@ struct Update {
         s[k] = &r.state[k][j];
         if (S::kBlocked && n > 0) unit[k] = units[k][i / kStateBlock];
       }
-      update<V>(r.param[j], r.extra[j], r.grad[j], s, unit, noise(plan, uint64(first + i)), plan);
+      update<V>(r.param[j], r.extra[j], r.grad[j], grad.source, s, unit, noise(plan, uint64(first + i)), plan);
       param.store(i, r.param[j], n);
       extra.store(i, r.extra[j], n);
 #pragma unroll
@@ -365,8 +366,6 @@ struct Update {
       p.set(0, param.base[i]);
       Vector<typename P::Extra, 1> x = {};
       if constexpr (kHasExtra) x.set(0, extra.base[i]);
-      Vector<G, 1> g;
-      g.set(0, grad.base[i]);
       Vector<S, 1> own[kStates];
       Vector<S, 1>* s[kStates];
       float unit[kStates] = {};
@@ -375,7 +374,7 @@ struct Update {
         own[k].set(0, state[k].base[i]);
         s[k] = &own[k];
       }
-      update<1>(p, x, g, s, unit, Noise{}, plan);
+      update<1>(p, x, grad.scalar(i), grad.source, s, unit, Noise{}, plan);
       param.base[i] = p.get(0);
       if constexpr (kHasExtra) extra.base[i] = x.get(0);
 #pragma unroll
@@ -384,14 +383,14 @@ struct Update {
   }
 };
 
-template <class Rule, class P, class G, class S, Tuning kTuning, class Table>
+template <class Rule, class P, class G, class S, class M, Tuning kTuning, class Table>
 __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& table) {
-  using Pass = Update<Rule, P, G, S, kTuning>;
+  using Pass = Update<Rule, P, G, S, M, kTuning>;
   __shared__ typename Pass::Plan shared_plan;
 
   const Chunk chunk = args.chunks[blockIdx.x];
-  const void* grad = grad_of(args, table, chunk.tensor);
-  if (!grad) {
+  const GradSource grad = grad_of(args, table, chunk.tensor);
+  if (!grad.any()) {
     if (blockIdx.x == 0 && threadIdx.x == 0) record(args, must_skip(args));
     return;
   }

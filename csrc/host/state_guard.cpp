@@ -1,5 +1,6 @@
 #include "state_guard.h"
 
+#include <algorithm>
 #include <unordered_map>
 
 namespace py = pybind11;
@@ -11,16 +12,16 @@ namespace fusedopt {
 namespace {
 
 // Under the GIL. Never destroyed: dicts may die after static destructors have run.
-std::unordered_map<PyObject*, StateGuard*>& guards() {
-  static auto* const map = new std::unordered_map<PyObject*, StateGuard*>;
+std::unordered_multimap<PyObject*, StateGuard*>& guards() {
+  static auto* const map = new std::unordered_multimap<PyObject*, StateGuard*>;
   return *map;
 }
 
 }  // namespace
 
 void note_change(PyObject* dict) {
-  const auto found = guards().find(dict);
-  if (found != guards().end()) found->second->changed_ = true;
+  const auto [first, last] = guards().equal_range(dict);
+  for (auto found = first; found != last; ++found) found->second->changed_ = true;
 }
 
 namespace {
@@ -48,7 +49,7 @@ void StateGuard::remember(py::dict state) {
     if (PyDict_Check(item.second.ptr())) dicts_.push_back(py::reinterpret_borrow<py::object>(item.second));
   for (const py::object& dict : dicts_) {
     if (PyDict_Watch(watcher_id(), dict.ptr()) != 0) throw py::error_already_set();
-    guards()[dict.ptr()] = this;
+    guards().emplace(dict.ptr(), this);
   }
   changed_ = false;
 }
@@ -58,10 +59,10 @@ bool StateGuard::unchanged(PyObject* state) const { return !changed_ && dicts_.f
 void StateGuard::clear() {
   changed_ = true;
   for (const py::object& dict : dicts_) {
-    const auto found = guards().find(dict.ptr());
-    if (found == guards().end() || found->second != this) continue;  // a newer guard watches it
-    guards().erase(found);
-    if (PyDict_Unwatch(watcher_id(), dict.ptr()) != 0) PyErr_Clear();
+    const auto [first, last] = guards().equal_range(dict.ptr());
+    const auto found = std::find_if(first, last, [this](const auto& entry) { return entry.second == this; });
+    if (found != last) guards().erase(found);
+    if (guards().count(dict.ptr()) == 0 && PyDict_Unwatch(watcher_id(), dict.ptr()) != 0) PyErr_Clear();
   }
   const auto dicts = std::move(dicts_);  // freed last, because freeing may call back into Python
   dicts_.clear();

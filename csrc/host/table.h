@@ -32,9 +32,14 @@ class Table {
   std::vector<const void*>& grads() { return grads_; }
   int64 chunk_size() const { return chunk_size_; }
 
-  // Null: no gradient in this step. An empty tensor's address is never read, so any other value does.
-  void set_grad(int32 index, const void* grad) { grads_.at(index) = grad; }
+  // Null: no gradient in this step. An empty tensor's address is never read, so any other even value does.
+  void set_grad(int32 index, const void* grad, bool has_main = false) {
+    grads_.at(index) = reinterpret_cast<const void*>(reinterpret_cast<uint64>(grad) | uint64(has_main));
+  }
+  // A word, as GradSource.
   const void* grad(int32 index) const { return grads_.at(index); }
+  bool has_main(int32 index) const { return reinterpret_cast<uint64>(grads_.at(index)) & 1; }
+  bool has_own(int32 index) const { return reinterpret_cast<uint64>(grads_[size_t(index)]) > 1; }
 
   // Writes down what changes from step to step, as the device reads it: Hyper rows, then gradient pointers.
   // Takes `capacity` bytes at least, because a kernel parameter is copied whole.

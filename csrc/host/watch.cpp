@@ -7,10 +7,10 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-// The address of an empty tensor may be null, which would read as "no gradient". It has no chunk, so any other
-// value does.
+// The address of an empty tensor may be null, which would read as "no gradient". It has no elements, so any other
+// even value does.
 const void* gradient_address(const TensorInfo& info) {
-  return info.data ? info.data : reinterpret_cast<const void*>(uint64(1));
+  return info.data ? info.data : reinterpret_cast<const void*>(uint64(2));
 }
 
 bool same_shape(const TensorInfo& info, int32 ndim, const int64* shape) {
@@ -32,14 +32,14 @@ constexpr size_t kAhead = 8;  // tensors whose memory is fetched before it is lo
 }  // namespace
 
 void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dtype, py::object table, int32 slot,
-                bool has_main_grad) {
+                bool has_main_grad, std::shared_ptr<Held> held) {
   TensorInfo info, seen;
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
   Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
-  Row row = {ref,         info.data,        rows_table,        slot,      group,           info.dtype,
-             grad_dtype,  info.device_type, info.device_index, info.ndim, extents_.size(), has_main_grad,
-             std::nullopt};
+  Row row = {ref,          info.data,        rows_table,        slot,      group,           info.dtype,
+             grad_dtype,   info.device_type, info.device_index, info.ndim, extents_.size(), has_main_grad,
+             std::nullopt, std::move(held)};
   if (has_main_grad) {
     py::object main_grad = param.attr("main_grad");
     if (!main_grad.is_none()) row.main_grad.emplace(main_grad);
@@ -106,6 +106,8 @@ bool Watch::same_main_grad(const Row& row) const {
 
 bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::list& relayout) {
   if (row.has_main_grad && !same_main_grad(row)) return false;
+  const bool holds = row.held && row.held->value;
+  if (holds && !row.table) return false;
   TensorInfo grad;
   switch (row.param.read_grad(found, grad)) {
     case TensorRef::Grad::kNone:
@@ -113,7 +115,7 @@ bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::l
         if (!row.main_grad->read(grad)) return false;
         break;
       }
-      if (row.table) row.table->set_grad(row.slot, nullptr);
+      if (row.table) row.table->set_grad(row.slot, nullptr, holds);
       return true;
     case TensorRef::Grad::kOther:
       return false;
@@ -125,10 +127,9 @@ bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::l
   if (!row.table || grad.dtype != row.grad_dtype || grad.device_type != row.device_type ||
       grad.device_index != row.device_index || !same_shape(grad, row.ndim, shape))
     return false;
-  if (same_strides(grad, shape + row.ndim))
-    row.table->set_grad(row.slot, gradient_address(grad));
-  else
-    relayout.append(index);
+  const bool direct = same_strides(grad, shape + row.ndim);
+  row.table->set_grad(row.slot, direct ? gradient_address(grad) : nullptr, holds);
+  if (!direct) relayout.append(index);
   return true;
 }
 
@@ -146,6 +147,24 @@ bool Watch::bump_versions() const {
   for (const Row& row : rows_)
     if (row.table && row.table->grad(row.slot) && !row.param.bump_version()) return false;
   return true;
+}
+
+size_t Watch::num_grads() const {
+  size_t count = 0;
+  for (const Row& row : rows_) count += row.table && row.table->has_own(row.slot);
+  return count;
+}
+
+void Watch::hold() {
+  for (const Row& row : rows_)
+    if (row.table && row.held && row.table->has_own(row.slot)) row.held->value = true;
+}
+
+void Watch::drop_grads() {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  for (const Row& row : rows_)
+    if (row.table && row.table->has_own(row.slot) && PyObject_SetAttr(row.param.object(), name, Py_None) != 0)
+      throw py::error_already_set();
 }
 
 int Watch::traverse(visitproc visit, void* arg) const {

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -16,13 +17,19 @@
 
 namespace fusedopt {
 
+// Whether a main gradient holds anything: set by an accumulator, and read where its optimizer looks for gradients.
+struct Held {
+  bool value;
+};
+
 class Watch {
  public:
   // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense
   // copy of it). table, slot: where its gradient pointer goes; table is None while it never had a gradient.
-  // has_main_grad: whether param has an attribute main_grad, which is its gradient unless it is None.
+  // has_main_grad: whether param has an attribute main_grad, which is its gradient unless it is None. held: of the
+  // accumulator's main gradient for param; null where there is none.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
-           int32 slot, bool has_main_grad);
+           int32 slot, bool has_main_grad, std::shared_ptr<Held> held);
 
   // Remembers the optimizer's state as it is now.
   void remember_state(pybind11::dict state);
@@ -33,6 +40,14 @@ class Watch {
 
   // Tells autograd that the parameters in tables were written. False: torch must be asked in Python.
   bool bump_versions() const;
+
+  // How many parameters have a gradient of their own in this step.
+  size_t num_grads() const;
+
+  // For an accumulator: the main gradients of all parameters that had a gradient hold something now.
+  void hold();
+  // Sets the attribute grad of those parameters to None.
+  void drop_grads();
 
   size_t size() const { return rows_.size(); }
 
@@ -52,6 +67,7 @@ class Watch {
     size_t extents;  // where in extents_ its shape and then the strides that the kernels see begin
     bool has_main_grad;
     std::optional<TensorRef> main_grad;  // empty where the attribute is None
+    std::shared_ptr<Held> held;
   };
   struct StateTensor {
     TensorRef tensor;  // lives as long as state_ is unchanged

@@ -4,7 +4,10 @@
     Once, after the tables are built: put them where the passes read them.
 ``begin(tables, passes)``
     Once per step, after gradient addresses and hyper-parameters are set. Everything that can fail (compiling a
-    kernel, above all) fails here, before anything is written. ``passes``: which of "norm", "update", "scale" follow.
+    kernel, above all) fails here, before anything is written. ``passes``: which of "accumulate", "norm", "update",
+    "scale" follow.
+``accumulate(tables)``
+    Gradients added to main gradients.
 ``norm(tables, finalize)``
     Total norm into ``tables.control``; with ``finalize=False`` only this device's share (``control.local_sums``).
 ``finalize_norm(tables, gathered)``

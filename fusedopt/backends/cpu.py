@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from .. import _C
-from ..plan import DeviceTables, dtype_code
+from ..plan import Bucket, DeviceTables, dtype_code
 
-__all__ = ["begin", "finalize_norm", "norm", "prepare", "scale", "update"]
+__all__ = ["accumulate", "begin", "finalize_norm", "norm", "prepare", "scale", "update"]
 
 
 def prepare(tables: DeviceTables) -> None:
@@ -19,11 +19,16 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
     """Nothing to do: tables and gradient addresses are read where the host keeps them."""
 
 
+def _dtypes(bucket: Bucket) -> tuple[int, int]:
+    """Codes of gradients and main gradients."""
+    return dtype_code(bucket.grad_dtype), dtype_code(bucket.main_dtype or bucket.grad_dtype)
+
+
 def norm(tables: DeviceTables, finalize: bool = True) -> None:
     total, nonfinite = 0.0, 0.0
     for bucket in tables.buckets:
         total, nonfinite = _C.cpu_norm(
-            bucket.table, dtype_code(bucket.grad_dtype), bucket.args, total, nonfinite, torch.get_num_threads()
+            bucket.table, *_dtypes(bucket), bucket.args, total, nonfinite, torch.get_num_threads()
         )
     if finalize:
         _C.cpu_finalize_norm(tables.buckets[0].args, total, nonfinite)
@@ -46,11 +51,16 @@ def update(tables: DeviceTables) -> None:
             tables.hypers,
             tables.rule.index,
             bucket.param_format.code,
-            dtype_code(bucket.grad_dtype),
+            *_dtypes(bucket),
             bucket.state_format.code,
             bucket.args,
             torch.get_num_threads(),
         )
+
+
+def accumulate(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        _C.cpu_accumulate(bucket.table, *_dtypes(bucket), bucket.args, torch.get_num_threads())
 
 
 def scale(tables: DeviceTables) -> None:

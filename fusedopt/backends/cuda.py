@@ -11,7 +11,7 @@ from ..plan import Bucket, DeviceTables
 from ..specs import NORM_TYPES
 from . import nvrtc
 
-__all__ = ["begin", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+__all__ = ["accumulate", "begin", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
 
 # A model of fewer elements is bound by the latency of a block, not by memory.
 _LATENCY_BOUND = 1 << 23
@@ -111,15 +111,17 @@ def _choose_kernels(tables: DeviceTables, bucket: Bucket, passes: tuple[str, ...
 
 def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec:
     grad = str(bucket.grad_dtype).removeprefix("torch.")
+    main = str(bucket.main_dtype).removeprefix("torch.") if bucket.main_dtype else None
+    if name == "accumulate":
+        return nvrtc.accumulate_kernel(grad, main, bucket.capacity)
     if name == "norm":
-        return nvrtc.norm_kernel(
-            grad, _NORM_ORDERS[bucket.args.norm_type], bucket.capacity, _latency_bound(bucket), bucket.chunk
-        )
+        order = _NORM_ORDERS[bucket.args.norm_type]
+        return nvrtc.norm_kernel(grad, order, bucket.capacity, _latency_bound(bucket), bucket.chunk, main)
     if name == "scale":
         return nvrtc.scale_kernel(grad, bucket.capacity)
     param, state = bucket.param_format.name, bucket.state_format.name
     low = param == "float32" and _latency_bound(bucket)
-    return nvrtc.update_kernel(tables.rule.name, param, grad, state, bucket.capacity, low)
+    return nvrtc.update_kernel(tables.rule.name, param, grad, state, bucket.capacity, low, main)
 
 
 def _latency_bound(bucket: Bucket) -> bool:
@@ -164,6 +166,11 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
 def update(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
         _launch("update", bucket, tables)
+
+
+def accumulate(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        _launch("accumulate", bucket, tables)
 
 
 def scale(tables: DeviceTables) -> None:

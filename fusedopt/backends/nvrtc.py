@@ -92,14 +92,25 @@ def _tuning(latency_bound: bool) -> str:
     return "Tuning::kLatency" if latency_bound else "Tuning::kBandwidth"
 
 
+def _main(main: str | None) -> str:
+    return DTYPES[main].cpp if main else "NoMain"
+
+
 def update_kernel(
-    rule: str, param: str, grad: str, state: str, table_bytes: int = SMALL_TABLE, latency_bound: bool = False
+    rule: str,
+    param: str,
+    grad: str,
+    state: str,
+    table_bytes: int = SMALL_TABLE,
+    latency_bound: bool = False,
+    main: str | None = None,
 ) -> KernelSpec:
     """The update pass of a rule.
 
-    param, state: names of formats; grad: name of a dtype. latency_bound: for models of a few million parameters.
+    param, state: names of formats; grad, main: names of the dtypes of gradients and main gradients, the latter None
+    where nobody accumulates. latency_bound: for models of a few million parameters.
     """
-    formats = (PARAM_FORMATS[param].cpp, DTYPES[grad].cpp, STATE_FORMATS[state].cpp)
+    formats = (PARAM_FORMATS[param].cpp, DTYPES[grad].cpp, STATE_FORMATS[state].cpp, _main(main))
     chunk = CUDA_CHUNK_BLOCKED if STATE_FORMATS[state].blocked else CUDA_CHUNK
     return KernelSpec("update_pass", (RULES[rule].cpp, *formats, _tuning(latency_bound)), table_bytes, chunk)
 
@@ -110,10 +121,16 @@ def norm_kernel(
     table_bytes: int = SMALL_TABLE,
     latency_bound: bool = False,
     chunk: int = CUDA_CHUNK,
+    main: str | None = None,
 ) -> KernelSpec:
     """The norm pass for gradients of one dtype. latency_bound: for models of a few million parameters."""
-    arguments = (DTYPES[grad].cpp, f"NormType::{NORM_TYPES[norm_type][0]}", _tuning(latency_bound))
+    arguments = (DTYPES[grad].cpp, _main(main), f"NormType::{NORM_TYPES[norm_type][0]}", _tuning(latency_bound))
     return KernelSpec("norm_pass", arguments, table_bytes, chunk)
+
+
+def accumulate_kernel(grad: str, main: str, table_bytes: int = SMALL_TABLE) -> KernelSpec:
+    """Gradients added to main gradients."""
+    return KernelSpec("accumulate_pass", (DTYPES[grad].cpp, DTYPES[main].cpp), table_bytes)
 
 
 def scale_kernel(grad: str, table_bytes: int = SMALL_TABLE) -> KernelSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 import torch
 
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["FusedOptimizer", "Options"]
+
+
+class Accumulator(Protocol):
+    """What an optimizer asks of the :class:`fusedopt.GradAccumulator` that is attached to it."""
+
+    @property
+    def holds(self) -> bool: ...
+    def main_grad(self, where: str, param: torch.Tensor) -> Any: ...
+    def step_scalars(self, own: bool) -> dict[str, Any]: ...
+    def release(self, param: torch.Tensor) -> None: ...
+    def reset(self) -> None: ...
+    def bytes(self) -> int: ...
 
 
 class Options(TypedDict, total=False):
@@ -100,6 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         check_hyperparameters(where, defaults)
         self._forget_plan()
+        self._accumulator: Accumulator | None = None
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -113,7 +126,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not params:
             raise ValueError(f"{where}: params is empty, expected at least one parameter; pass model.parameters()")
         super().__init__(params, {**defaults, **chosen})
-        keep_out_of_graphs(type(self), "step", "metrics")
+        keep_out_of_graphs(type(self), "step", "zero_grad", "metrics")
 
     # ---- options --------------------------------------------------------------------------------------
 
@@ -259,17 +272,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan = plan
         return plan
 
-    def _run(self, plan: OptimizerPlan) -> None:
+    def _step_scalars(self, plan: OptimizerPlan) -> passes.StepScalars:
         scalars = self._scalars
         given = self.__dict__  # GradScaler sets these for the time of a step, torch's the first two, ours the last
         if "found_inf" in given or "grad_scale" in given or "_nonfinite_found" in given:
-            scalars = scalars._replace(
-                grad_scale=given.get("grad_scale"),
-                found_inf=given.get("found_inf"),
-                skip_nonfinite=scalars.skip_nonfinite or "_nonfinite_found" in given,
-            )
-        if "_nonfinite_found" in given and (self._has_accumulated() or any(t.grad is not None for t in plan.tracked)):
-            given["_nonfinite_found"].update({each.device: each.control.norm_found_inf for each in plan.tables})
+            scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
+        if "_nonfinite_found" in given:
+            scalars = scalars._replace(skip_nonfinite=True)
+            if plan.watch.num_grads() > 0 or self._has_accumulated():
+                given["_nonfinite_found"].update({each.device: each.control.norm_found_inf for each in plan.tables})
+        if self._accumulator is not None:
+            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
+        return scalars
+
+    def _run(self, plan: OptimizerPlan) -> None:
+        scalars = self._step_scalars(plan)
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",), self.param_groups)
         plan.gather_copies()
@@ -280,10 +297,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = takes_norm
+        if self._accumulator is not None:
+            self._accumulator.reset()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim; drops what a :class:`fusedopt.GradAccumulator` holds too."""
+        super().zero_grad(set_to_none)
+        if self._accumulator is not None:
+            self._accumulator.reset()
+
+    # ---- accumulation -----------------------------------------------------------------------------------
+
+    def _attach_accumulator(self, accumulator: Accumulator | None) -> None:
+        if accumulator is not None and self._accumulator is not None:
+            raise ValueError(
+                f"GradAccumulator: got an {type(self).__name__} that has an accumulator already, expected one without; "
+                "use that one, or detach() it first"
+            )
+        self._accumulator = accumulator
+        self._forget_plan()
 
     def _has_accumulated(self) -> bool:
         """Whether main gradients wait for a step."""
-        return False
+        return self._accumulator is not None and self._accumulator.holds
+
+    def _accumulated_grad(self, where: str, param: torch.Tensor) -> Any:
+        return None if self._accumulator is None else self._accumulator.main_grad(where, param)
 
     # ---- results of the last step -----------------------------------------------------------------------
 
@@ -335,7 +374,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def memory_summary(self) -> MemorySummary:
         """How many bytes everything takes that belongs to the parameters of this optimizer, by role."""
-        return memory.summarize(self, RULES[self._rule_name()], self._plan)
+        accumulated = 0 if self._accumulator is None else self._accumulator.bytes()
+        return memory.summarize(self, RULES[self._rule_name()], self._plan, accumulated)
 
     @torch.no_grad()
     def master_params(self) -> list[torch.Tensor]:
@@ -378,9 +418,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        keep_out_of_graphs(type(self), "step", "metrics")
+        keep_out_of_graphs(type(self), "step", "zero_grad", "metrics")
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
+        self.__dict__.setdefault("_accumulator", None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

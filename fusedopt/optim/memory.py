@@ -51,8 +51,13 @@ class MemorySummary:
         return "\n".join([f"{self.numel:,} parameters", *lines])
 
 
-def summarize(optimizer: torch.optim.Optimizer, rule: RuleSpec, plan: OptimizerPlan | None) -> MemorySummary:
-    """As they are now: without state before the first step, without ``grad`` after ``zero_grad``."""
+def summarize(
+    optimizer: torch.optim.Optimizer, rule: RuleSpec, plan: OptimizerPlan | None, accumulated: int
+) -> MemorySummary:
+    """As they are now: without state before the first step, without ``grad`` after ``zero_grad``.
+
+    accumulated: bytes of an accumulator's main gradients.
+    """
     params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     entries = [optimizer.state.get(param, {}) for param in params]
     scales = {scale_key(key) for key in rule.states}
@@ -66,7 +71,7 @@ def summarize(optimizer: torch.optim.Optimizer, rule: RuleSpec, plan: OptimizerP
             "scales": _bytes(entry.get(key) for entry in entries for key in scales),
             "steps": _bytes(entry.get("step") for entry in entries),
             "grad": _bytes(param.grad for param in params),
-            "main_grad": _bytes(getattr(param, "main_grad", None) for param in params),
+            "main_grad": accumulated + _bytes(getattr(param, "main_grad", None) for param in params),
             "tables": _bytes(tables),
         },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
+from typing import Protocol
 
 import torch
 from torch.autograd.graph import increment_version
@@ -29,6 +30,13 @@ from ..specs import ParamFormatSpec, RuleSpec, StateFormatSpec
 __all__ = ["OptimizerPlan"]
 
 
+class AccumulatedGrad(Protocol):
+    """The main gradient of one parameter, as an accumulator keeps it."""
+
+    tensor: torch.Tensor
+    held: _C.Held
+
+
 @dataclass
 class _Tracked:
     """A parameter as the plan sees it."""
@@ -44,6 +52,8 @@ class _Tracked:
     param_format: ParamFormatSpec
     main_grad: torch.Tensor | None
     """Its ``main_grad`` attribute, or None where it has no such attribute."""
+    accumulated: AccumulatedGrad | None
+    """Its main gradient in the optimizer's accumulator."""
     grad_dtype: torch.dtype | None = None
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
@@ -63,6 +73,7 @@ class _Tracked:
             states=[state[key] for key in rule.states],
             scales=[state[scale_key(key)] for key in rule.states] if blocked else (),
             step=state["step"],
+            main_grad=self.accumulated and self.accumulated.tensor,
             group=self.group,
             id=self.id,
         )
@@ -84,12 +95,20 @@ class OptimizerPlan:
     """(parameter with gaps, its dense copy)."""
     grads: list[torch.Tensor] = field(default_factory=list)
     """Gradients that were laid out anew for the step under way."""
+    alone: _Alone | None = None
+    """Where the plan is for one parameter."""
 
     @classmethod
     def make(
-        cls, optimizer: torch.optim.Optimizer, rule: RuleSpec, controls: dict[torch.device, Control]
+        cls,
+        optimizer: torch.optim.Optimizer,
+        rule: RuleSpec,
+        controls: dict[torch.device, Control],
+        only: int | None = None,
     ) -> OptimizerPlan:
         """Checks everything, then creates what state is missing and builds the tables.
+
+        only: position of the one parameter, among all of the optimizer, that the plan is for; by default all.
 
         Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
@@ -99,23 +118,27 @@ class OptimizerPlan:
                 "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while "
                 "a CUDA graph is being captured; call step() once before the capture"
             )
-        tracked = list(_track(optimizer, rule))
+        tracked = [each for each in _track(optimizer, rule) if only is None or each.id == only]
         for each in tracked:
             if each.grad_dtype is not None:
                 _check_state(optimizer.state.get(each.param, {}), rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, rule, controls, tracked)
+            return cls._build(optimizer, rule, controls, tracked, only is not None)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, rule, controls, tracked) -> OptimizerPlan:
+    def _build(cls, optimizer, rule, controls, tracked, alone) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer.state, optimizer.param_groups, rule, active)
-        tables, places = build_tables(rule, [each.row(optimizer.state, rule) for each in active], controls)
+        rows = [each.row(optimizer.state, rule) for each in active]
+        if alone:
+            for numbered in (*tracked, *rows):
+                numbered.group = 0
+        tables, places = build_tables(rule, rows, controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -123,13 +146,16 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch())
+        plan = cls(tracked, tables, _C.Watch(), alone=_Alone.of(optimizer, tracked[0].param) if alone else None)
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
             table = bucket.table if bucket else None
-            plan.watch.add(each.param, each.dense, each.group, code, table, slot, hasattr(each.param, "main_grad"))
-        plan.watch.remember_state(optimizer.state)
+            held = each.accumulated and each.accumulated.held
+            plan.watch.add(
+                each.param, each.dense, each.group, code, table, slot, hasattr(each.param, "main_grad"), held
+            )
+        plan.watch.remember_state(plan.alone.state if plan.alone else optimizer.state)
         plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
         return plan
 
@@ -137,7 +163,10 @@ class OptimizerPlan:
         """Finds this step's gradients. False if the plan is out of date."""
         relayout: list[int] = []
         self.grads.clear()
-        if not self.watch.refresh(optimizer.param_groups, optimizer.state, relayout):
+        groups, state = optimizer.param_groups, optimizer.state
+        if self.alone:
+            groups, state = self.alone.found_in(state)
+        if not self.watch.refresh(groups, state, relayout):
             return False
         for i in relayout:
             each = self.tracked[i]
@@ -145,7 +174,7 @@ class OptimizerPlan:
             with torch.no_grad():
                 grad = like_parameter(each.grad, each.dense)
             self.grads.append(grad)
-            bucket.table.set_grad(slot, grad.data_ptr() or 1)
+            bucket.table.set_grad(slot, grad.data_ptr() or 2)
         return True
 
     def bump_versions(self) -> None:
@@ -162,6 +191,23 @@ class OptimizerPlan:
             param.detach().copy_(dense)
 
 
+@dataclass
+class _Alone:
+    """One parameter as if it were all of an optimizer."""
+
+    groups: list[dict]
+    state: dict
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, param: torch.Tensor) -> _Alone:
+        return cls([{"params": [param]}], {param: optimizer.state.get(param)})
+
+    def found_in(self, states: dict) -> tuple[list[dict], dict]:
+        """Its groups and its state; the latter another dict where the optimizer's has been replaced."""
+        ((param, entry),) = self.state.items()
+        return self.groups, self.state if states.get(param) is entry else {}
+
+
 def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec) -> Iterator[_Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
@@ -170,12 +216,20 @@ def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec) -> Iterator[_Tracke
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param)
             dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False)
-            main_grad = _main_grad(where, param)
-            each = _Tracked(param, dense, where, g, next(position), param_format(where, group, param.dtype), main_grad)
+            each = _Tracked(
+                param=param,
+                dense=dense,
+                where=where,
+                group=g,
+                id=next(position),
+                param_format=param_format(where, group, param.dtype),
+                main_grad=_main_grad(where, param),
+                accumulated=optimizer._accumulated_grad(where, param),
+            )
             if each.grad is not None:
-                check_grad(f"{where}.{'grad' if main_grad is None else 'main_grad'}", each.grad, param)
+                check_grad(f"{where}.{'grad' if each.main_grad is None else 'main_grad'}", each.grad, param)
                 each.grad_dtype = each.grad.dtype
-            elif optimizer.state.get(param):
+            elif optimizer.state.get(param) or (each.accumulated and each.accumulated.held.value):
                 each.grad_dtype = param.dtype  # until a gradient of another dtype comes
             yield each
 
