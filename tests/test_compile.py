@@ -102,8 +102,8 @@ def test_a_compiled_training_step(case, backend, device):
     check_repeats(recorder, opt, case, device, max_grad_norm=1.0)
 
 
-def test_without_a_scheduler(device):
-    """Which puts a wrapper of its own around step, where the others have theirs."""
+def test_without_a_scheduler(device, recwarn):
+    """Which puts a wrapper of its own around step, where the others have theirs. No warnings either."""
     model = model_for(device)
     opt = fusedopt.AdamW(model.parameters(), lr=0.01)
 
@@ -119,6 +119,7 @@ def test_without_a_scheduler(device):
         with no_compilation() if i >= WARM_UP else contextlib.nullcontext():
             step(x)
     assert opt.last_step.step == STEPS
+    assert not [each for each in recwarn if "dynamo" in str(each.message).lower()]
 
 
 def test_everything_in_one_compiled_function(device):

@@ -18,8 +18,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing"]
 STEPS = 14
 
-# Two correct optimizers drift apart by rounding. Over these steps on a CPU, torch against itself, clipped to two float32
-# ulps more than 1, drifted by 5e-7 in float32, 3e-5 with float16 activations and 9e-5 with bfloat16 ones. The smallest
+# Two correct optimizers drift apart by rounding. Over these steps on a CPU, torch against itself, clipped to two ulps
+# more than 1, drifted by 5e-7 in float32, 3e-5 with float16 activations and 9e-5 with bfloat16 ones. The smallest
 # mistake that was tried, weight decay left out, made 9e-4 in float32 and 3e-4 in float16, where 8 steps are skipped.
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 
