@@ -1,6 +1,7 @@
 """fusedopt.GradScaler beside torch's: the same scales, skipped steps and parameters, with no pass of its own."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -33,6 +34,7 @@ def random_findings(steps, seed=0, share=0.2):
 
 def test_what_is_relied_upon_in_torch():
     """Private names of torch.amp.GradScaler. If this fails, torch renamed them: fusedopt/scaler.py must follow."""
+    assert list(inspect.signature(torch.amp.GradScaler.step).parameters) == ["self", "optimizer", "args", "kwargs"]
     scaler = torch.amp.GradScaler("cpu")
     assert scaler._enabled is True and scaler._scale is None and callable(scaler._get_scale_async)
     assert {"READY", "UNSCALED", "STEPPED"} <= {stage.name for stage in OptState}

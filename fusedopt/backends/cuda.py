@@ -60,18 +60,26 @@ def _on_device(content: bytes, device: torch.device) -> torch.Tensor:
 
 def prepare(tables: DeviceTables) -> None:
     """Copies the tables to the device."""
+    for i, bucket in enumerate(tables.buckets):
+        entries = _on_device(bucket.table.entries(), tables.device)
+        chunks = _on_device(bucket.table.chunks(), tables.device)
+        bucket.device_memory = [entries, chunks]
+        args = bucket.args
+        args.tensors, args.chunks = entries.data_ptr(), chunks.data_ptr()
+        args.control = tables.control.address
+        args.num_chunks = bucket.num_chunks
+        args.lead = int(i == 0)
+
+
+def _prepare_norm(tables: DeviceTables) -> None:
+    """Memory for the partial sums of the norm pass, before the first one."""
     device = _device(tables.device.index)
     most = device.multiprocessors * max(_NORM_BLOCKS_PER_SM.values())
     partials = torch.zeros(2 * most * len(tables.buckets), dtype=torch.float64, device=tables.device)
     for i, bucket in enumerate(tables.buckets):
-        entries = _on_device(bucket.table.entries(), tables.device)
-        chunks = _on_device(bucket.table.chunks(), tables.device)
-        bucket.device_memory = [entries, chunks, partials]
+        bucket.device_memory.append(partials)
         args = bucket.args
-        args.tensors, args.chunks = entries.data_ptr(), chunks.data_ptr()
-        args.partials, args.control = partials.data_ptr(), tables.control.address
-        args.num_chunks = bucket.num_chunks
-        args.lead = int(i == 0)
+        args.partials = partials.data_ptr()
         args.first_partial = i * most
         # The last launch adds all up. Partial sums of blocks that a small bucket does not have are zero from the start.
         args.num_partials = most * len(tables.buckets) if i + 1 == len(tables.buckets) else 0
@@ -80,6 +88,8 @@ def prepare(tables: DeviceTables) -> None:
 def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
     """Packs hyper-parameters and gradient addresses; those that fit no kernel parameter are sent to the device."""
     tables.stream = torch._C._cuda_getCurrentRawStream(tables.device.index)
+    if "norm" in passes and not tables.buckets[0].args.partials:
+        _prepare_norm(tables)
     for bucket in tables.buckets:
         key = (tables.num_groups, passes, bucket.args.norm_type)
         if key != bucket.launches_key:

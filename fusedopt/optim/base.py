@@ -19,6 +19,7 @@ from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
 from .plan import OptimizerPlan
+from .release import GradientRelease, check_releasable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -113,6 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_hyperparameters(where, defaults)
         self._forget_plan()
         self._accumulator: Accumulator | None = None
+        self._release: GradientRelease | None = None
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -131,9 +133,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- options --------------------------------------------------------------------------------------
 
     def _set_options(self, **changes: Any) -> None:
-        options = {**self._options, **changes}
+        before, options = self._options, {**self._options, **changes}
         check_clipping(type(self).__name__, **options)
         self._options = options
+        if self._releases():
+            try:
+                check_releasable(self)
+            except ValueError:
+                self._options = before
+                raise
         self._scalars = passes.StepScalars(
             max_grad_value=options["max_grad_value"],
             max_grad_norm=options["max_grad_norm"],
@@ -229,6 +237,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget_plan(self) -> None:
         self._plan: OptimizerPlan | None = None
         self._norm_taken = False
+        if self._releases():
+            self._release.forget_plans()
 
     def _rule_name(self) -> str:
         return self.rule
@@ -258,6 +268,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._replan()
         if plan.tables:
             self._run(plan)
+        if self._accumulator is not None:
+            self._accumulator.reset()
         self._steps += 1
         return loss
 
@@ -276,6 +288,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = self._scalars
         given = self.__dict__  # GradScaler sets these for the time of a step, torch's the first two, ours the last
         if "found_inf" in given or "grad_scale" in given or "_nonfinite_found" in given:
+            if self._releases():
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: got a gradient scaler beside release_gradients(), expected an unscaled "
+                    "loss: parameters have been updated before the scale was known; use bfloat16 or remove() the release"
+                )
             scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
         if "_nonfinite_found" in given:
             scalars = scalars._replace(skip_nonfinite=True)
@@ -297,8 +314,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = takes_norm
+
+    def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
+        """The update of one parameter, inside a backward pass."""
+        scalars = self._scalars
         if self._accumulator is not None:
-            self._accumulator.reset()
+            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
+        passes.begin(plan.tables, scalars, ("update",), plan.alone.hyper(self.param_groups))
+        plan.gather_copies()
+        passes.run_update(plan.tables)
+        plan.scatter_copies()
+        plan.bump_versions()
+        self._norm_taken = False
+        if self._accumulator is not None:
+            self._accumulator.release(param)
+
+    def release_gradients(self, module: torch.nn.Module | Iterable[torch.Tensor] | None = None) -> GradientRelease:
+        """From now on, updates each parameter in the backward pass as soon as its gradient is complete, and frees it.
+
+        At no time do all gradients exist. Go on calling ``step()``, which updates what has not been released, and
+        ``zero_grad()``, as usual. With several micro-batches, run the backward passes of all but the last inside
+        ``with handle.paused():``. The loss must not be scaled, and each parameter must get its gradient once per
+        backward pass (not so in reentrant activation checkpointing of shared layers).
+
+        Args:
+            module: whose parameters to release, as far as they belong to this optimizer, or the parameters themselves;
+                by default all of this optimizer's that require a gradient.
+
+        Returns:
+            A handle: ``remove()`` undoes it, ``paused()`` is a context manager.
+
+        Raises:
+            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients first; no parameter in common.
+            RuntimeError: gradients are being released already.
+        """
+        where = f"{type(self).__name__}.release_gradients"
+        check_releasable(self)
+        if self._releases():
+            raise RuntimeError(f"{where}: gradients are being released already; call remove() on the first handle")
+        own = dict.fromkeys(chain.from_iterable(group["params"] for group in self.param_groups))
+        given = own if module is None else module.parameters() if isinstance(module, torch.nn.Module) else module
+        params = [param for param in given if param in own and param.requires_grad]
+        if not params:
+            raise ValueError(
+                f"{where}: got no parameter of this optimizer that requires a gradient, expected one at least; pass the "
+                "model that was given to the optimizer"
+            )
+        self._release = GradientRelease(self, params)
+        return self._release
+
+    def _releases(self) -> bool:
+        release = self.__dict__.get("_release")
+        return release is not None and release.active
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim; drops what a :class:`fusedopt.GradAccumulator` holds too."""
@@ -422,6 +489,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_accumulator", None)
+        self.__dict__.setdefault("_release", None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

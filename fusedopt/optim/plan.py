@@ -104,11 +104,11 @@ class OptimizerPlan:
         optimizer: torch.optim.Optimizer,
         rule: RuleSpec,
         controls: dict[torch.device, Control],
-        only: int | None = None,
+        only: torch.Tensor | None = None,
     ) -> OptimizerPlan:
         """Checks everything, then creates what state is missing and builds the tables.
 
-        only: position of the one parameter, among all of the optimizer, that the plan is for; by default all.
+        only: the one parameter of the optimizer that the plan is for; by default all.
 
         Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
@@ -118,24 +118,31 @@ class OptimizerPlan:
                 "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while "
                 "a CUDA graph is being captured; call step() once before the capture"
             )
-        tracked = [each for each in _track(optimizer, rule) if only is None or each.id == only]
+        tracked = list(_track(optimizer, rule, only))
+        if only is not None and not tracked:
+            raise ValueError(
+                f"{type(optimizer).__name__}: got a parameter that is in no param group any more, expected one of this "
+                "optimizer's; remove() the release of gradients before its parameters are changed"
+            )
         for each in tracked:
             if each.grad_dtype is not None:
                 _check_state(optimizer.state.get(each.param, {}), rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, rule, controls, tracked, only is not None)
+            return cls._build(optimizer, rule, controls, tracked, only)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, rule, controls, tracked, alone) -> OptimizerPlan:
+    def _build(cls, optimizer, rule, controls, tracked, only) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer.state, optimizer.param_groups, rule, active)
         rows = [each.row(optimizer.state, rule) for each in active]
-        if alone:
+        alone = None
+        if only is not None:
+            alone = _Alone.of(optimizer, tracked[0])
             for numbered in (*tracked, *rows):
                 numbered.group = 0
         tables, places = build_tables(rule, rows, controls)
@@ -146,7 +153,7 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch(), alone=_Alone.of(optimizer, tracked[0].param) if alone else None)
+        plan = cls(tracked, tables, _C.Watch(), alone=alone)
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
@@ -197,10 +204,16 @@ class _Alone:
 
     groups: list[dict]
     state: dict
+    group: int
+    """Of the optimizer."""
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, param: torch.Tensor) -> _Alone:
-        return cls([{"params": [param]}], {param: optimizer.state.get(param)})
+    def of(cls, optimizer: torch.optim.Optimizer, each: _Tracked) -> _Alone:
+        return cls([{"params": [each.param]}], {each.param: optimizer.state.get(each.param)}, each.group)
+
+    def hyper(self, groups: list[dict]) -> list[dict]:
+        """The param groups whose hyper-parameters the tables refer to."""
+        return groups[self.group : self.group + 1]
 
     def found_in(self, states: dict) -> tuple[list[dict], dict]:
         """Its groups and its state; the latter another dict where the optimizer's has been replaced."""
@@ -208,11 +221,14 @@ class _Alone:
         return self.groups, self.state if states.get(param) is entry else {}
 
 
-def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec) -> Iterator[_Tracked]:
+def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec, only: torch.Tensor | None) -> Iterator[_Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
         check_format_options(f"{type(optimizer).__name__}.step: param_groups[{g}]", group, rule)
         for i, param in enumerate(group["params"]):
+            id = next(position)
+            if only is not None and param is not only:
+                continue
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param)
             dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False)
@@ -221,7 +237,7 @@ def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec) -> Iterator[_Tracke
                 dense=dense,
                 where=where,
                 group=g,
-                id=next(position),
+                id=id,
                 param_format=param_format(where, group, param.dtype),
                 main_grad=_main_grad(where, param),
                 accumulated=optimizer._accumulated_grad(where, param),

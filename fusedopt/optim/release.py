@@ -1,0 +1,80 @@
+"""Gradient release: each parameter is updated in the backward pass, as soon as its gradient is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..specs import RULES
+from .plan import OptimizerPlan
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+__all__ = ["GradientRelease", "check_releasable"]
+
+
+def check_releasable(optimizer: FusedOptimizer) -> None:
+    """ValueError where the step needs to know all gradients before it changes the first parameter."""
+    where = f"{type(optimizer).__name__}.release_gradients"
+    if optimizer.max_grad_norm is not None:
+        raise ValueError(
+            f"{where}: got max_grad_norm={optimizer.max_grad_norm}, expected None: a parameter is updated before the "
+            "total norm is known; use max_grad_value, which clamps elements, or do without release"
+        )
+    if optimizer.nonfinite == "skip":
+        raise ValueError(
+            f"{where}: got nonfinite='skip', expected 'propagate': a parameter is updated before all gradients have been "
+            "looked at; do without one of them"
+        )
+
+
+class GradientRelease:
+    """What :meth:`FusedOptimizer.release_gradients` returns: undoes it, or pauses it for some backward passes."""
+
+    def __init__(self, optimizer: FusedOptimizer, params: Iterable[torch.Tensor]) -> None:
+        self._optimizer = optimizer
+        self._plans: dict[torch.Tensor, OptimizerPlan] = {}
+        self._paused = False
+        self._hooks: list[Any] = [param.register_post_accumulate_grad_hook(self._update) for param in params]
+
+    @property
+    def active(self) -> bool:
+        """Whether parameters are updated in backward passes: not after ``remove``."""
+        return bool(self._hooks)
+
+    def remove(self) -> None:
+        """From now on, backward passes leave gradients in ``.grad`` for ``step()``, as usual."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._plans.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For the backward passes of all micro-batches but the last: gradients stay in ``.grad``."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def forget_plans(self) -> None:
+        """Param groups or options have changed."""
+        self._plans.clear()
+
+    @torch.no_grad()
+    def _update(self, param: torch.Tensor) -> None:
+        optimizer = self._optimizer
+        if self._paused:
+            return
+        plan = self._plans.get(param)
+        if plan is None or not plan.refresh(optimizer):
+            rule = RULES[optimizer._rule_name()]
+            plan = self._plans[param] = OptimizerPlan.make(optimizer, rule, optimizer._controls, param)
+            plan.refresh(optimizer)
+        optimizer._run_alone(plan, param)
+        param.grad = None
