@@ -232,7 +232,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<std::pair<std::string, int>>&>(), py::arg("keys"))
       .def("pack", &Hypers::pack)
       .def("set_value", &Hypers::set_value)
-      .def("set_lr_address", &Hypers::set_lr_address);
+      .def("set_lr_address", &Hypers::set_lr_address)
+      .def("learning_rates", &Hypers::learning_rates);
 
   py::class_<Held, std::shared_ptr<Held>>(m, "Held")
       .def(py::init([](bool value) { return std::make_shared<Held>(Held{value}); }), py::arg("value") = false)

@@ -7,7 +7,8 @@ kernel launches for any number of tensors, with no host synchronisation.
 from . import functional
 from .accumulate import GradAccumulator
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
-from .optim import Adam, AdamW, FusedOptimizer, Lion
+from .optim import Adam, AdamW, FusedOptimizer, Lion, StepMetrics
+from .scaler import GradScaler
 
 __version__ = "0.1.0"
 
@@ -16,7 +17,9 @@ __all__ = [
     "AdamW",
     "FusedOptimizer",
     "GradAccumulator",
+    "GradScaler",
     "Lion",
+    "StepMetrics",
     "__version__",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -8,10 +8,13 @@ __all__ = ["Control"]
 
 
 class Control:
-    """``struct Control`` of ``csrc/core/structs.h``: 64 bytes on ``device``, seen through views."""
+    """``struct Control`` of ``csrc/core/structs.h``: 64 bytes on ``device``, seen through views.
 
-    def __init__(self, device: torch.device) -> None:
-        self.buffer = torch.zeros(8, dtype=torch.float64, device=device)
+    buffer: a copy of another's to look at, ``(8,)`` float64.
+    """
+
+    def __init__(self, device: torch.device, buffer: torch.Tensor | None = None) -> None:
+        self.buffer = torch.zeros(8, dtype=torch.float64, device=device) if buffer is None else buffer
         as_float = self.buffer.view(torch.float32)
         self.local_sums = self.buffer[0:2]
         """(Σ|g|^p or max |g|, number of non-finite findings) over this device's gradients, float64."""
@@ -25,7 +28,8 @@ class Control:
         self.address = self.buffer.data_ptr()
         self.clip_coef_address = self.clip_coef64.data_ptr()
         self.norm_found_inf_address = self.norm_found_inf.data_ptr()
-        self.reset_norm()
+        if buffer is None:
+            self.reset_norm()
 
     def reset_norm(self) -> None:
         """Makes the norm read as "not taken": NaN, with a coefficient of 1."""

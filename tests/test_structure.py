@@ -39,6 +39,7 @@ RANKS = {
     "formats": 1,
     "control": 1,
     "checks": 1,
+    "compiling": 1,
     "plan": 2,
     "backends": 3,
     "passes": 4,
@@ -46,6 +47,7 @@ RANKS = {
     "clip": 5,
     "optim": 6,
     "accumulate": 7,
+    "scaler": 7,
     "__init__": 8,
     "cli": 9,
 }

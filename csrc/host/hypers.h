@@ -43,6 +43,13 @@ class Hypers {
   }
   const std::vector<Hyper>& rows() const { return rows_; }
 
+  // As last packed, one for each group; meaningless where the lr is read on the device.
+  std::vector<double> learning_rates() const {
+    std::vector<double> rates;
+    for (const Hyper& row : rows_) rates.push_back(row.value[0]);
+    return rates;
+  }
+
  private:
   struct Key {
     pybind11::object name;

@@ -4,5 +4,6 @@ from .adam import Adam
 from .adamw import AdamW
 from .base import FusedOptimizer
 from .lion import Lion
+from .metrics import StepMetrics
 
-__all__ = ["Adam", "AdamW", "FusedOptimizer", "Lion"]
+__all__ = ["Adam", "AdamW", "FusedOptimizer", "Lion", "StepMetrics"]

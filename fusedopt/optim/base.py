@@ -11,11 +11,13 @@ import torch
 from .. import formats, passes
 from ..backends import for_device
 from ..checks import check_clipping, check_hyperparameters, check_params
+from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
-from . import checkpoint, memory
+from . import checkpoint, memory, metrics
 from .memory import MemorySummary
+from .metrics import StepMetrics
 from .plan import OptimizerPlan
 from .release import GradientRelease, check_releasable
 
@@ -97,6 +99,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[str]
     """Name of the rule in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
 
+    _steps = 0
+    """Calls of ``step()``."""
+    _fetches: tuple[torch.device, metrics.Fetches] | None = None
+
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         where = type(self).__name__
         unknown = sorted(options.keys() - Options.__annotations__.keys())
@@ -122,6 +128,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not params:
             raise ValueError(f"{where}: params is empty, expected at least one parameter; pass model.parameters()")
         super().__init__(params, {**defaults, **chosen})
+        keep_out_of_graphs(type(self), "step", "zero_grad", "metrics")
 
     # ---- options --------------------------------------------------------------------------------------
 
@@ -263,6 +270,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._run(plan)
         if self._accumulator is not None:
             self._accumulator.reset()
+        self._steps += 1
         return loss
 
     def _replan(self) -> OptimizerPlan:
@@ -276,18 +284,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan = plan
         return plan
 
-    def _run(self, plan: OptimizerPlan) -> None:
+    def _step_scalars(self, plan: OptimizerPlan) -> passes.StepScalars:
         scalars = self._scalars
-        given = self.__dict__  # GradScaler sets these two for the time of a step
-        if "found_inf" in given or "grad_scale" in given:
+        given = self.__dict__  # GradScaler sets these for the time of a step, torch's the first two, ours the last
+        if "found_inf" in given or "grad_scale" in given or "_nonfinite_found" in given:
             if self._releases():
                 raise RuntimeError(
                     f"{type(self).__name__}.step: got a gradient scaler beside release_gradients(), expected an unscaled "
                     "loss: parameters have been updated before the scale was known; use bfloat16 or remove() the release"
                 )
             scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
+        if "_nonfinite_found" in given:
+            scalars = scalars._replace(skip_nonfinite=True)
+            if plan.watch.num_grads() > 0 or self._has_accumulated():
+                given["_nonfinite_found"].update({each.device: each.control.norm_found_inf for each in plan.tables})
         if self._accumulator is not None:
             scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
+        return scalars
+
+    def _run(self, plan: OptimizerPlan) -> None:
+        scalars = self._step_scalars(plan)
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",), self.param_groups)
         plan.gather_copies()
@@ -369,6 +385,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget_plan()
 
     def _has_accumulated(self) -> bool:
+        """Whether main gradients wait for a step."""
         return self._accumulator is not None and self._accumulator.holds
 
     def _accumulated_grad(self, where: str, param: torch.Tensor) -> Any:
@@ -404,6 +421,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> torch.Tensor:
         """How many steps were skipped since this optimizer was made, 0-dim int64."""
         return self._control().skipped_steps.clone()
+
+    def metrics(self) -> StepMetrics | None:
+        """The newest results that have reached the host; asks for those of the last step. Never waits.
+
+        On a GPU each call enqueues one copy of 64 bytes to pinned memory, and returns what earlier calls have brought:
+        None at first, then results of a step or a few ago (``StepMetrics.step`` says which). If eight copies are under
+        way, and while a CUDA graph is being captured, nothing is asked for. On the CPU: those of the last step. Results
+        are of the first parameter's device, which the norm of all devices reaches too.
+        """
+        return metrics.fetch(self)
+
+    @property
+    def last_step(self) -> StepMetrics | None:
+        """The results of the last step; None before the first. Waits for the device."""
+        return metrics.wait(self)
 
     # ---- formats ------------------------------------------------------------------------------------------
 
@@ -453,6 +485,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        keep_out_of_graphs(type(self), "step", "zero_grad", "metrics")
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_accumulator", None)
