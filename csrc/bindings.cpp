@@ -6,6 +6,7 @@
 #include "cuda/args.h"
 #include "host/cuda_driver.h"
 #include "host/hypers.h"
+#include "host/repeated_step.h"
 #include "host/table.h"
 #include "host/watch.h"
 #include "rules/all.h"
@@ -134,8 +135,6 @@ void set_scalars(const std::vector<PassArgs*>& all, uint64 grad_scale, uint64 fo
 
 // ---- CUDA passes ----------------------------------------------------------------------------------------
 
-constexpr uint32 kCudaThreads = 256;  // kThreads of cuda/engine.cuh
-
 void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, PassArgs& args, Table* table) {
   void* params[2] = {&args, table ? table->packed() : nullptr};
   CudaDriver::instance().launch(address<void>(context), address<void>(function), grid, kCudaThreads,
@@ -244,7 +243,8 @@ PYBIND11_MODULE(_C, m) {
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
            py::arg("table"), py::arg("slot"), py::arg("has_main_grad"), py::arg("held") = nullptr)
       .def("remember_state", &Watch::remember_state)
-      .def("refresh", &Watch::refresh)
+      .def("refresh", &Watch::refresh, py::arg("param_groups"), py::arg("state"), py::arg("relayout"),
+           py::arg("bump") = false)
       .def("bump_versions", &Watch::bump_versions)
       .def("num_grads", &Watch::num_grads)
       .def("hold", &Watch::hold)
@@ -253,6 +253,18 @@ PYBIND11_MODULE(_C, m) {
 
   bind_pass_args(m);
   m.def("set_scalars", &set_scalars);
+  py::class_<RepeatedStep>(m, "RepeatedStep")
+      .def(py::init<Watch&, Hypers&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def(
+          "add",
+          [](RepeatedStep& step, Table& table, PassArgs& args, uint64 context, uint64 function, uint32 grid,
+             size_t capacity) {
+            step.add(table, &args, address<void>(context), address<void>(function), grid, capacity);
+          },
+          py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def("run", [](RepeatedStep& step, py::list param_groups, py::dict state, uint64 stream) {
+        return step.run(std::move(param_groups), std::move(state), address<void>(stream));
+      });
   m.def("cpu_update", &bind_cpu_update);
   m.def("cpu_norm", &bind_cpu_norm);
   m.def("cpu_accumulate", &bind_cpu_accumulate);

@@ -287,7 +287,7 @@ def test_rows_hold_every_rule():
 
 
 def test_thread_block_agrees_with_the_kernels():
-    assert constant("bindings.cpp", "kCudaThreads") == constant("cuda/tuning.cuh", "kThreads")
+    assert constant("host/cuda_driver.h", "kCudaThreads") == constant("cuda/tuning.cuh", "kThreads")
 
 
 # ---- memory shared with C++ ---------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@
 
 namespace fusedopt {
 
+constexpr uint32 kCudaThreads = 256;  // kThreads of cuda/tuning.cuh
+
 class CudaDriver {
  public:
   // Throws std::runtime_error if there is no driver.

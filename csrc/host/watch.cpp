@@ -163,25 +163,26 @@ bool Watch::read_grad(size_t index, const void* found) {
   return true;
 }
 
-bool Watch::read_part(size_t part, size_t parts) {
+bool Watch::read_part(size_t part, size_t parts, bool bump) {
   if (!same_addresses(part, parts)) return false;
   const Range rows = range_of(rows_.size(), part, parts);
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + kAhead < rows.end) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
     relayout_[i] = false;
     if (!read_grad(i, grads_[i])) return false;
+    if (bump && rows_[i].table && rows_[i].table->grad(rows_[i].slot)) rows_[i].param.bump_version();
   }
   return true;
 }
 
-bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout) {
+bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout, bool bump) {
   if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr())) return false;
   if (has_main_grads_ && !same_main_grads()) return false;
   // Waiting for memory is most of the work, and several threads wait at the same time. They touch no Python object.
   const size_t parts = has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1;
   std::atomic<bool> fresh{true};
   parallel_for(reading_threads(), int64(parts), [&](int64 part) {
-    if (fresh.load(std::memory_order_relaxed) && !read_part(size_t(part), parts)) fresh = false;
+    if (fresh.load(std::memory_order_relaxed) && !read_part(size_t(part), parts, bump)) fresh = false;
   });
   if (!fresh) return false;
   for (size_t i = 0; i < rows_.size(); ++i)

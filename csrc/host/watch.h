@@ -35,8 +35,9 @@ class Watch {
   void remember_state(pybind11::dict state);
 
   // Fills the tables' gradient pointers. False: the plan is stale, or a gradient is not as expected; nothing else
-  // may be assumed then. `relayout` receives the rows whose gradient is laid out unlike the parameter.
-  bool refresh(pybind11::list param_groups, pybind11::dict state, pybind11::list relayout);
+  // may be assumed then. `relayout` receives the rows whose gradient is laid out unlike the parameter. bump: tell
+  // autograd of the step at once, while the tensors are in the cache.
+  bool refresh(pybind11::list param_groups, pybind11::dict state, pybind11::list relayout, bool bump);
 
   // Tells autograd that the parameters in tables were written. False: torch must be asked in Python.
   bool bump_versions() const;
@@ -78,7 +79,7 @@ class Watch {
   bool same_main_grads() const;
   bool same_addresses(size_t part, size_t parts);
   bool read_grad(size_t index, const void* found);
-  bool read_part(size_t part, size_t parts);
+  bool read_part(size_t part, size_t parts, bool bump);
 
   std::vector<Row> rows_;
   std::vector<pybind11::object> owned_;  // parameters and tables of the rows

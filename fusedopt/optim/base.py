@@ -11,7 +11,7 @@ import torch
 from .. import formats, passes
 from ..backends import for_device
 from ..checks import check_clipping, check_hyperparameters, check_params
-from ..compiling import keep_out_of_graphs
+from ..compiling import keep_out_of_graphs, tracer
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
@@ -19,7 +19,8 @@ from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
 from .plan import OptimizerPlan
-from .release import GradientRelease, check_releasable
+from .release import GradientRelease, check_releasable, releasable
+from .repeat import Repetition
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,7 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not params:
             raise ValueError(f"{where}: params is empty, expected at least one parameter; pass model.parameters()")
         super().__init__(params, {**defaults, **chosen})
-        keep_out_of_graphs(type(self), "step", "zero_grad", "metrics")
+        self._keep_out_of_graphs()
 
     # ---- options --------------------------------------------------------------------------------------
 
@@ -259,6 +260,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError: a gradient whose shape, device or dtype does not fit its parameter. Nothing has
             been changed then.
         """
+        plan = self._plan
+        repetition = None if closure is not None or plan is None or tracer() is not None else plan.repetition
+        if repetition is not None and repetition.run(self):
+            self._steps += 1
+            return None
+        return self._hooked_step() if closure is None else self._hooked_step(closure)
+
+    # torch.optim.Optimizer wraps a step that is not, for hooks that are rarely there: 0.1 ms with cold caches.
+    step.hooked = True
+
+    def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -272,6 +284,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._accumulator.reset()
         self._steps += 1
         return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
+    def _keep_out_of_graphs(self) -> None:
+        overridden = type(self).step is not FusedOptimizer.step
+        always = ("_hooked_step", "zero_grad", "metrics", *(("step",) if overridden else ()))
+        keep_out_of_graphs(type(self), *always, alone=() if overridden else ("step",))
 
     def _replan(self) -> OptimizerPlan:
         self._plan = None
@@ -290,8 +309,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "found_inf" in given or "grad_scale" in given or "_nonfinite_found" in given:
             if self._releases():
                 raise RuntimeError(
-                    f"{type(self).__name__}.step: got a gradient scaler beside release_gradients(), expected an unscaled "
-                    "loss: parameters have been updated before the scale was known; use bfloat16 or remove() the release"
+                    f"{type(self).__name__}.step: got a gradient scaler beside release_gradients(), expected an "
+                    "unscaled loss: parameters have been updated before the scale was known; use bfloat16 or remove() "
+                    "the release"
                 )
             scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
         if "_nonfinite_found" in given:
@@ -305,7 +325,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run(self, plan: OptimizerPlan) -> None:
         scalars = self._step_scalars(plan)
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
-        passes.begin(plan.tables, scalars, ("norm", "update") if takes_norm else ("update",), self.param_groups)
+        names = ("norm", "update") if takes_norm else ("update",)
+        passes.begin(plan.tables, scalars, names, self.param_groups)
         plan.gather_copies()
         if takes_norm:
             passes.norm(plan.tables)
@@ -314,6 +335,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = takes_norm
+        if plan.repetition is None or not plan.repetition.serves(scalars):
+            plan.repetition = Repetition.of(self, plan, scalars, names)
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
@@ -345,22 +368,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             A handle: ``remove()`` undoes it, ``paused()`` is a context manager.
 
         Raises:
-            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients first; no parameter in common.
+            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients; no parameter in common.
             RuntimeError: gradients are being released already.
         """
-        where = f"{type(self).__name__}.release_gradients"
-        check_releasable(self)
-        if self._releases():
-            raise RuntimeError(f"{where}: gradients are being released already; call remove() on the first handle")
-        own = dict.fromkeys(chain.from_iterable(group["params"] for group in self.param_groups))
-        given = own if module is None else module.parameters() if isinstance(module, torch.nn.Module) else module
-        params = [param for param in given if param in own and param.requires_grad]
-        if not params:
-            raise ValueError(
-                f"{where}: got no parameter of this optimizer that requires a gradient, expected one at least; pass the "
-                "model that was given to the optimizer"
-            )
-        self._release = GradientRelease(self, params)
+        self._release = GradientRelease(self, releasable(self, module))
         return self._release
 
     def _releases(self) -> bool:
@@ -485,7 +496,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        keep_out_of_graphs(type(self), "step", "zero_grad", "metrics")
+        self._keep_out_of_graphs()
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_accumulator", None)

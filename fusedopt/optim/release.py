@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from .plan import OptimizerPlan
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["GradientRelease", "check_releasable"]
+__all__ = ["GradientRelease", "check_releasable", "releasable"]
 
 
 def check_releasable(optimizer: FusedOptimizer) -> None:
@@ -27,9 +28,28 @@ def check_releasable(optimizer: FusedOptimizer) -> None:
         )
     if optimizer.nonfinite == "skip":
         raise ValueError(
-            f"{where}: got nonfinite='skip', expected 'propagate': a parameter is updated before all gradients have been "
-            "looked at; do without one of them"
+            f"{where}: got nonfinite='skip', expected 'propagate': a parameter is updated before all gradients have "
+            "been looked at; do without one of them"
         )
+
+
+def releasable(
+    optimizer: FusedOptimizer, module: torch.nn.Module | Iterable[torch.Tensor] | None
+) -> list[torch.Tensor]:
+    """The parameters of the optimizer that ``release_gradients(module)`` means; raises as that."""
+    where = f"{type(optimizer).__name__}.release_gradients"
+    check_releasable(optimizer)
+    if optimizer._releases():
+        raise RuntimeError(f"{where}: gradients are being released already; call remove() on the first handle")
+    own = dict.fromkeys(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    given = own if module is None else module.parameters() if isinstance(module, torch.nn.Module) else module
+    params = [param for param in given if param in own and param.requires_grad]
+    if not params:
+        raise ValueError(
+            f"{where}: got no parameter of this optimizer that requires a gradient, expected one at least; pass the model "
+            "that was given to the optimizer"
+        )
+    return params
 
 
 class GradientRelease:
