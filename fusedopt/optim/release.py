@@ -46,8 +46,8 @@ def releasable(
     params = [param for param in given if param in own and param.requires_grad]
     if not params:
         raise ValueError(
-            f"{where}: got no parameter of this optimizer that requires a gradient, expected one at least; pass the model "
-            "that was given to the optimizer"
+            f"{where}: got no parameter of this optimizer that requires a gradient, expected one at least; pass the "
+            "model that was given to the optimizer"
         )
     return params
 
