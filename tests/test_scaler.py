@@ -92,6 +92,8 @@ def test_same_bits_with_either_scaler(case, dtype, device):
 
     In float16 the scale grows until gradients overflow by themselves.
     """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        pytest.skip("torch's scaler has no CUDA kernel for bfloat16 gradients")
     params, expected_params = (parameters([5, 0, 33], dtype, device) for _ in range(2))
     opt, expected = (case.make(p, max_grad_norm=0.5) for p in (params, expected_params))
     scaler, torchs = scalers(device, init_scale=2.0**6)

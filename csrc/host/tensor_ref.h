@@ -32,6 +32,12 @@ bool has_torch_functions();
 
 // Does not own the tensor: whoever holds a TensorRef sees to it that the Python object lives.
 class TensorRef {
+  // After one or two words of reference counts come the pointers to the storage, to autograd's data, among them the
+  // gradient, to rarer things, and to the version counter. A wrong guess fetches something else.
+  static void prefetch_words(const void* impl, int end) {
+    if (!impl) return;
+    for (int word = 2; word < end; ++word) __builtin_prefetch(static_cast<const void* const*>(impl)[word]);
+  }
   static void prefetch_tensor(const void* impl) {
     for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(impl) + 64 * line);
   }
@@ -47,14 +53,11 @@ class TensorRef {
   // In two halves, so that many tensors' gradients can be on their way from memory at once.
   const void* find_grad() const;
   Grad read_grad(const void* found, TensorInfo& info) const;
-  // Hints, in this order and some tensors ahead: fetch the tensor's memory, then that of the storage it points to.
+  // Hints, in this order and some tensors ahead: fetch the tensor's memory, then what it points to.
   void prefetch() const { prefetch_tensor(impl_); }
   void prefetch_storage() const { prefetch_storage_of(impl_); }
-  // The pointer to the storage follows one or two words of reference counts. A wrong guess fetches something else.
-  static void prefetch_storage_of(const void* impl) {
-    if (!impl) return;
-    for (int word = 2; word < 4; ++word) __builtin_prefetch(static_cast<const void* const*>(impl)[word]);
-  }
+  void prefetch_all() const { prefetch_words(impl_, 7); }
+  static void prefetch_storage_of(const void* impl) { prefetch_words(impl, 4); }
   // Tells autograd that the memory was written, as an in-place operation would. False: ask torch in Python.
   bool bump_version() const;
 

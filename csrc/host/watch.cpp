@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <string>
 #include <thread>
 
@@ -33,8 +32,9 @@ bool same_strides(const TensorInfo& info, const int64* strides) {
   return true;
 }
 
-constexpr size_t kAhead = 8;   // tensors whose memory is fetched before it is looked at
-constexpr size_t kPart = 128;  // tensors that a thread looks at in one go
+constexpr size_t kAhead = 8;           // tensors whose memory is fetched before it is looked at
+constexpr size_t kPart = 128;          // tensors that a thread looks at in one go
+constexpr size_t kPartsPerThread = 4;  // to wake a thread takes as long as to look at some hundred tensors
 
 struct Range {
   size_t begin, end;
@@ -42,12 +42,9 @@ struct Range {
 
 Range range_of(size_t size, size_t part, size_t parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
-int reading_threads() {
-  static const int threads = [] {
-    const char* wanted = std::getenv("FUSEDOPT_HOST_THREADS");
-    if (wanted && *wanted) return std::max(1, std::atoi(wanted));
-    return int(std::clamp(std::thread::hardware_concurrency() / 2, 1u, 4u));
-  }();
+// Of those that look at tensors. Measured: more than four wait for one another.
+int most_threads() {
+  static const int threads = int(std::clamp(std::thread::hardware_concurrency() / 2, 1u, 4u));
   return threads;
 }
 
@@ -110,7 +107,7 @@ bool Watch::same_addresses(size_t part, size_t parts) {
   const Range rows = range_of(rows_.size(), part, parts);
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].param.prefetch();
-    if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_storage();
+    if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_all();
     if (rows_[i].param.data() != rows_[i].data) return false;
     grads_[i] = rows_[i].param.find_grad();
   }
@@ -180,8 +177,9 @@ bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout, bo
   if (has_main_grads_ && !same_main_grads()) return false;
   // Waiting for memory is most of the work, and several threads wait at the same time. They touch no Python object.
   const size_t parts = has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1;
+  const int threads = std::min(most_threads(), int(parts / kPartsPerThread));
   std::atomic<bool> fresh{true};
-  parallel_for(reading_threads(), int64(parts), [&](int64 part) {
+  parallel_for(threads, int64(parts), [&](int64 part) {
     if (fresh.load(std::memory_order_relaxed) && !read_part(size_t(part), parts, bump)) fresh = false;
   });
   if (!fresh) return false;

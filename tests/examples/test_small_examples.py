@@ -15,7 +15,7 @@ import torch
 import fusedopt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing"]
+NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing", "captured_graph", "gradient_release"]
 STEPS = 14
 
 # Two correct optimizers drift apart by rounding. Over these steps on a CPU, torch against itself, clipped to two ulps
@@ -110,3 +110,19 @@ def test_activation_checkpointing(example, data, device):
     losses, dtype = train(STEPS, device), training_dtype(device)
     assert losses == pytest.approx(train(STEPS, device, checkpointed=False), abs=LOSS_TOLERANCE[dtype] / 10)
     assert losses == pytest.approx(torch_losses(data, device, dtype), abs=LOSS_TOLERANCE[dtype])
+
+
+def test_captured_graph(example, data, device):
+    """Replays take the steps that eager ones take; the learning rate follows the cosine in both."""
+    train = example("captured_graph").train
+    losses, dtype = train(STEPS, device), training_dtype(device)
+    assert losses == train(STEPS, device, captured=False)
+    rates = [1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS)]
+    assert losses == pytest.approx(torch_losses(data, device, dtype, rates=rates), abs=LOSS_TOLERANCE[dtype])
+
+
+def test_gradient_release(example, device):
+    train = example("gradient_release").train
+    losses = train(STEPS, device)
+    assert losses == train(STEPS, device, released=False)
+    assert losses[-1] < losses[0]

@@ -215,3 +215,63 @@ def test_gradients_freed_after_a_step_on_a_side_stream():
         expected.step()
     torch.cuda.synchronize()
     assert_same_bits(memory(opt), memory(expected))
+
+
+# ---- whole training steps -----------------------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(33, 65), torch.nn.Tanh(), torch.nn.Linear(65, 7)).cuda()
+
+
+@pytest.mark.parametrize("warm_up", [1, 3])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_training_steps(compiled, set_to_none, warm_up):
+    """Forward, backward and step in one graph; learning rate, loss scale and data change; some replays are skipped."""
+
+    def run(captured):
+        model = network()
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        lr, scale = (torch.tensor(value, device="cuda") for value in (0.01, 1.0))
+        opt = fusedopt.AdamW(model.parameters(), lr=lr, max_grad_norm=0.05, nonfinite="skip")
+        x, graph = torch.empty(4, 33, device="cuda"), None
+
+        def step():
+            opt.zero_grad(set_to_none)
+            (forward(x).square().mean() * scale).backward()
+            opt.grad_scale = scale
+            opt.step()
+
+        for i in range(12):
+            x.copy_(normal((4, 33), device="cuda", seed=i))
+            x[0, 0] = math.nan if i in (5, 6) else x[0, 0]
+            lr.fill_(0.01 / (i + 1))
+            scale.fill_(2.0**i)
+            if captured and i == warm_up:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+            graph.replay() if graph else step()
+        return opt
+
+    opt, expected = run(captured=True), run(captured=False)
+    assert_same_bits(memory(opt), memory(expected))
+    assert opt.skipped_steps.item() == 2
+
+
+def test_capture_before_the_first_step_says_what_to_do():
+    model = network()
+    opt = fusedopt.AdamW(model.parameters())
+    model(torch.ones(4, 33, device="cuda")).sum().backward()
+    before = memory(opt)
+    with (
+        pytest.raises(RuntimeError, match="call step\\(\\) once before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+    torch.cuda.synchronize()
+    assert_same_bits(memory(opt), before)
+    opt.step()

@@ -1,0 +1,155 @@
+"""Steps that are made like the one before: whatever changes between two of them is noticed.
+
+On a CPU every step takes the long way, so these tests compare with it on CUDA.
+"""
+
+import pytest
+import torch
+from cases import ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
+
+import fusedopt
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [5, 0, 4097, 65537]
+
+
+def make(case, **options):
+    params = parameters(SIZES, device="cuda")
+    opt = case.make([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}], **options)
+    return params, opt
+
+
+def long_way(opt):
+    """The same optimizer without repetition: an observer makes every step take the long way."""
+    opt.register_step_pre_hook(lambda *_: None)
+    return opt
+
+
+def repeats(opt):
+    return opt._plan is not None and opt._plan.repetition is not None
+
+
+CHANGES = {
+    "nothing": lambda params, opt: None,
+    "lr": lambda params, opt: opt.param_groups[1].update(lr=0.5),
+    "tensor_lr": lambda params, opt: opt.param_groups[0].update(lr=torch.tensor(0.25, device="cuda")),
+    "maximize": lambda params, opt: opt.param_groups[0].update(maximize=True),
+    "max_grad_norm": lambda params, opt: setattr(opt, "max_grad_norm", 0.1),
+    "norm_type": lambda params, opt: setattr(opt, "norm_type", 1.0),
+    "no_norm": lambda params, opt: setattr(opt, "max_grad_norm", None),
+    "new_group": lambda params, opt: opt.add_param_group({"params": params.append(more()) or params[-1:]}),
+    "checkpoint": lambda params, opt: opt.load_state_dict(opt.state_dict()),
+    "swapped_data": lambda params, opt: setattr(params[2], "data", params[2].data.clone()),
+    "replaced_state": lambda params, opt: opt.state[params[3]].update(exp_avg=opt.state[params[3]]["exp_avg"].clone()),
+    "frozen": lambda params, opt: params.pop(),
+    "counter": lambda params, opt: opt.state[params[0]]["step"].fill_(40),
+}
+
+
+def more():
+    return parameters([300], device="cuda", seed=9)[0]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_changes_between_steps(case, change):
+    params, opt = make(case, max_grad_norm=0.5)
+    expected_params, expected = make(case, max_grad_norm=0.5)
+    long_way(expected)
+    frozen = params[-1], expected_params[-1]
+    for ps, one in ((params, opt), (expected_params, expected)):
+        train(one, ps, 3)
+        CHANGES[change](ps, one)
+        for p in frozen:
+            p.grad = None
+        train(one, ps, 3, first=3)
+    assert repeats(opt)
+    assert_same_bits(memory(opt), memory(expected))
+    assert_same_bits(opt.grad_norm, expected.grad_norm)
+    assert opt.last_step.step == 6
+
+
+def test_scalers_between_steps():
+    """A scaled step, and one that is skipped, among repeated ones."""
+    case = ONE_EACH[1]
+    params, opt = make(case, max_grad_norm=0.5)
+    expected_params, expected = make(case, max_grad_norm=0.5)
+    long_way(expected)
+    for ps, one in ((params, opt), (expected_params, expected)):
+        train(one, ps, 2)
+        set_gradients(ps, seed=2, scale=4.0)
+        one.grad_scale = torch.tensor(4.0, device="cuda")
+        one.step()
+        del one.grad_scale
+        one.found_inf = torch.ones((), device="cuda")
+        one.step()
+        del one.found_inf
+        train(one, ps, 2, first=3)
+    assert_same_bits(memory(opt), memory(expected))
+    assert opt.skipped_steps.item() == expected.skipped_steps.item() == 1
+
+
+def test_hooks_and_profilers_are_told_of_every_step():
+    params, opt = make(ONE_EACH[1])
+    train(opt, params, 2)
+    assert repeats(opt)
+    called = []
+    handles = [
+        opt.register_step_pre_hook(lambda *_: called.append("pre")),
+        opt.register_step_post_hook(lambda *_: called.append("post")),
+        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: called.append("global")),
+    ]
+    opt.step()
+    for handle in handles:
+        handle.remove()
+    opt.step()
+    assert called == ["pre", "post", "global"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        opt.step()
+    assert [e.count for e in profiler.key_averages() if e.key == "Optimizer.step#AdamW.step"] == [1]
+
+
+def test_autograd_notices_that_parameters_were_written():
+    param = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    opt = fusedopt.AdamW([param])
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        version = param._version
+        opt.step()
+        assert param._version == version + 1
+    param.grad = None
+    version = param._version
+    opt.step()
+    assert param._version == version
+
+
+def test_accumulators_and_release_end_the_repetition():
+    params, opt = make(ONE_EACH[1])
+    expected_params, expected = make(ONE_EACH[1])
+    for ps, one in ((params, opt), (expected_params, expected)):
+        train(one, ps, 2)
+        accumulator = fusedopt.GradAccumulator(one)
+        for step in range(2, 5):
+            set_gradients(ps, seed=10 * step)
+            accumulator.accumulate()
+            set_gradients(ps, seed=10 * step + 1)
+            one.step()
+        accumulator.detach()
+        train(one, ps, 2, first=5)
+    assert repeats(opt)
+    assert_same_bits(memory(opt), memory(expected))
+
+
+def test_steps_on_several_streams_and_threads():
+    """The stream is the current one of each step."""
+    params, opt = make(ONE_EACH[1])
+    expected_params, expected = make(ONE_EACH[1])
+    train(long_way(expected), expected_params, 5)
+    for step in range(5):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            train(opt, params, 1, first=step)
+        torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits(memory(opt), memory(expected))
