@@ -139,8 +139,7 @@ class Runner:
     def run(self, case: Case, model: Model) -> list[Row]:
         """One row a library, measured in turns. An error costs its library the row, and nobody else."""
         free_memory()
-        names = contracts.libraries(case) + peers.installed(case, self.device)
-        entries = [Measured(library) for library in names]
+        entries = [Measured(library) for library in self.libraries(case)]
         for stage in [self._prepare] + [self._measure] * self.repeats.rounds:
             entries = [entry if entry.error else self._attempt(stage, entry, case, model) for entry in entries]
         for param in model.params:
@@ -155,12 +154,25 @@ class Runner:
             return Measured(entry.library, error=f"{type(error).__name__}: {error}")
         return entry
 
-    @staticmethod
-    def _prepare(entry: Measured, case: Case, model: Model) -> None:
+    # What is measured; a benchmark with cases of its own overrides these.
+
+    def libraries(self, case: Case) -> list[str]:
+        return contracts.libraries(case) + peers.installed(case, self.device)
+
+    def build(self, library: str, case: Case, model: Model) -> Tail:
+        build = contracts.build if library in contracts.libraries(case) else peers.build
+        return build(library, case, model.params)
+
+    def check(self, case: Case, tail: Tail, model: Model) -> float:
+        return check(case, tail, model)
+
+    def make_model(self, case: Case) -> Model:
+        return Model(WORKLOADS[case.workload], case.layout.dtype, self.device)
+
+    def _prepare(self, entry: Measured, case: Case, model: Model) -> None:
         model.reset()  # some optimizers copy the parameters when they are made
-        build = contracts.build if entry.library in contracts.libraries(case) else peers.build
-        entry.tail = build(entry.library, case, model.params)
-        entry.error_ratio = check(case, entry.tail, model)
+        entry.tail = self.build(entry.library, case, model)
+        entry.error_ratio = self.check(case, entry.tail, model)
         for _ in range(WARM_UP_STEPS):
             model.backward()
             entry.tail()
@@ -244,7 +256,7 @@ def measure_cases(
             if subject != (case.workload, case.layout.dtype):
                 subject, model = (case.workload, case.layout.dtype), None  # two models might not fit into memory
                 free_memory()
-                model = Model(WORKLOADS[case.workload], case.layout.dtype, runner.device)
+                model = runner.make_model(case)
             rows += runner.run(case, model)
         progress.advance(task)
     model = None

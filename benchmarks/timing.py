@@ -108,6 +108,7 @@ class DeviceStep:
     ms: float = 0.0  # sum over kernels, copies and fills; gaps between them are not in it
     kernels: int = 0
     memory_operations: int = 0
+    names: list[str] = field(default_factory=list)  # of the kernels
 
 
 def split_steps(events: list[dict]) -> list[DeviceStep]:
@@ -119,7 +120,9 @@ def split_steps(events: list[dict]) -> list[DeviceStep]:
             steps.append(DeviceStep())
         elif steps:
             steps[-1].ms += float(event["dur"]) / US_PER_MS
-            steps[-1].kernels += event["cat"] == KERNEL
+            if event["cat"] == KERNEL:
+                steps[-1].kernels += 1
+                steps[-1].names.append(event["name"])
             steps[-1].memory_operations += event["cat"] in MEMORY_OPERATIONS
     return steps
 
