@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter_ns
@@ -99,6 +99,33 @@ def time_host(step: Step, prepare: Step, caches: Caches, repeats: int, times: Ho
             finished = perf_counter_ns()
             times.host.append((returned - start) / NS_PER_MS)
             times.wall.append((finished - start) / NS_PER_MS)
+
+
+def time_stages(
+    stages: Sequence[Step],
+    before: Callable[[int], object],
+    prepare: Step,
+    caches: Caches,
+    repeats: int,
+    times: HostTimes,
+) -> None:
+    """As ``time_host`` for a step in stages: ``before``, called with each one's number, counts in ``wall`` alone."""
+    with no_garbage_collection():
+        for _ in range(repeats):
+            prepare()
+            caches.evict_device()
+            synchronize(caches.device)
+            caches.evict_host()
+            spent = 0
+            begin = perf_counter_ns()
+            for number, stage in enumerate(stages):
+                before(number)
+                start = perf_counter_ns()
+                stage()
+                spent += perf_counter_ns() - start
+            synchronize(caches.device)
+            times.host.append(spent / NS_PER_MS)
+            times.wall.append((perf_counter_ns() - begin) / NS_PER_MS)
 
 
 @dataclass
