@@ -1,15 +1,15 @@
 """A whole training step in a CUDA graph: the same bits as eager steps, and the time of a replay beside torch's.
 
-The model is the GPT of ``examples/_gpt.py`` with GPT-2's vocabulary and sizes (124 M parameters), float32 under bfloat16
-autocast, on random tokens. Forward, backward, clipping to a norm of 1.0 and AdamW are captured once; the learning rate, a
-tensor, follows a cosine from replay to replay. Forward and backward are made deterministic (algorithms of cuBLAS with
+The model is the GPT of ``examples/_gpt.py`` with GPT-2's vocabulary and sizes (124 M parameters), float32 under
+bfloat16 autocast, on random tokens. Forward, backward, clipping to a norm of 1.0 and AdamW are captured once; the
+learning rate, a tensor, follows a cosine from replay to replay. Forward and backward are made deterministic (cuBLAS by
 ``CUBLAS_WORKSPACE_CONFIG``, attention in plain operations), otherwise two runs would differ without any optimizer.
 
 ``measure`` returns a row for fusedopt and one for torch (``clip_grad_norm_``, ``AdamW(capturable=True, fused=True)``):
 
 * ``same_bits``: whether parameters and states after the replays are those of as many eager steps, bit for bit;
-* ``gpu_ms``, ``launches``: kernels of a replay; ``gpu_span_ms``: a replay of a run of replays; ``eager_span_ms``: a step of
-  a run of eager steps; ``host_ms``, ``wall_ms``: of the call that replays;
+* ``gpu_ms``, ``launches``: kernels of a replay; ``gpu_span_ms``: a replay of a run of replays; ``eager_span_ms``: a
+  step of a run of eager steps; ``host_ms``, ``wall_ms``: of the call that replays;
 * ``tail_ms``, ``tail_launches``: kernels of clipping and update alone, of an eager step.
 """
 
@@ -28,8 +28,10 @@ from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
 from benchmarks import timing
-from benchmarks.contracts import HYPER, MAX_NORM
+from benchmarks.checks import check
+from benchmarks.contracts import HYPER, MAX_NORM, Case, Tail, fusedopt_reader, torch_reader
 from benchmarks.report import Row
+from benchmarks.workloads import BorrowedModel
 from examples._gpt import GPT
 
 CONTRACT = "captured_step"
@@ -137,6 +139,16 @@ class Training:
         return [param.detach() for param in self.params] + states
 
 
+def check_tail(library: str, size: Size, device: torch.device) -> float:
+    """Largest error of clipping and update as they are captured, over what rounding allows; see ``checks.check``."""
+    loop = Training(library, size, device)
+    loop.lr.fill_(HYPER["adamw"]["lr"])
+    reader = fusedopt_reader if library == "fusedopt" else torch_reader
+    case = Case(size.name, "adamw", "fp32", "clip_step")
+    tail = Tail(loop.optimizer, loop.tail, reader(loop.optimizer, case), clips_in_place=library != "fusedopt")
+    return check(case, tail, BorrowedModel(loop.params))
+
+
 def warm_up(loop: Training) -> None:
     for step in range(WARM_UP_STEPS):
         loop.feed(step)
@@ -169,6 +181,7 @@ class Pair:
 
     def __init__(self, library: str, size: Size, device: torch.device) -> None:
         self.library, self.size = library, size
+        self.check_error_ratio = check_tail(library, size, device)
         self.captured, self.eager = Training(library, size, device), Training(library, size, device)
         self.graph = capture(self.captured)
         warm_up(self.eager)
@@ -209,6 +222,7 @@ class Pair:
             "tail_ms": statistics.median(tail),
             "tail_launches": max(step.kernels for step in self.tail.cold),
             "same_bits": self.same_bits,
+            "check_error_ratio": self.check_error_ratio,
             "replays": self.size.replays,
             "samples": len(self.host.wall),
             "traced_samples": len(gpu),

@@ -138,6 +138,7 @@ class Tail:
 
 
 Params = list[torch.nn.Parameter]
+Reader = Callable[[torch.nn.Parameter], Kept]
 Builder = Callable[[Case, Params], Tail]
 
 
@@ -158,7 +159,10 @@ def fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **tra
     """``run(optimizer)`` makes what does the step; its ``step`` method if it is None."""
     cls = {"adamw": fusedopt.AdamW, "lion": fusedopt.Lion}[case.optimizer]
     opt = cls(param_groups(case, params), **HYPER[case.optimizer], **case.layout.options, **transform)
+    return Tail(opt, run(opt) if run else opt.step, fusedopt_reader(opt, case))
 
+
+def fusedopt_reader(opt: torch.optim.Optimizer, case: Case) -> Reader:
     def read(param: torch.nn.Parameter) -> Kept:
         entry = opt.state.get(param)
         if not entry:
@@ -166,7 +170,7 @@ def fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **tra
         states = clone(formats.decode_states(entry, case.rule))
         return Kept(float(entry["step"]), formats.decode_master(entry, param), states)
 
-    return Tail(opt, run(opt) if run else opt.step, read)
+    return read
 
 
 def _fusedopt_step(case: Case, params: Params) -> Tail:
@@ -217,12 +221,18 @@ def torch_adamw(case: Case, params: Params, **options: object) -> torch.optim.Op
 
 
 def torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: bool) -> Tail:
+    return Tail(opt, run, torch_reader(opt), clips_in_place=clips)
+
+
+def torch_reader(opt: torch.optim.Optimizer, case: Case | None = None) -> Reader:
+    """Of torch's AdamW."""
+
     def read(param: torch.nn.Parameter) -> Kept:
         entry = opt.state.get(param)
         states = clone({key: entry[key] for key in STATES["adamw"]}) if entry else {}
         return Kept(float(entry["step"]) if entry else 0, param.detach().clone(), states)
 
-    return Tail(opt, run, read, clips_in_place=clips)
+    return read
 
 
 def grad_scaler(device: torch.device, cls: type[torch.amp.GradScaler] = torch.amp.GradScaler) -> torch.amp.GradScaler:

@@ -10,8 +10,9 @@ batch, activations recomputed: gradients are a large part of what a normal step 
 ``torch-in-backward``       an ``AdamW(fused=True)`` for each parameter, stepped by a post-accumulate hook
 ==========================  =================================================================================
 
-``peak_bytes`` is the largest amount allocated in a step, ``resident_bytes`` what is allocated between steps, ``grad_bytes``
-all gradients together; ``same_bits`` whether the released step left the parameters that the normal one did.
+``peak_bytes`` is the largest amount allocated in a step, ``resident_bytes`` what is allocated between steps,
+``grad_bytes`` all gradients together; ``same_bits``: whether the released steps left the parameters that the normal ones
+did.
 """
 
 from __future__ import annotations
@@ -105,13 +106,14 @@ def why_missing(library: str) -> str | None:
 
 
 def train(library: str, size: Size, device: torch.device) -> tuple[Row, list[torch.Tensor]]:
-    """The figures of one library, and the parameters that its steps left, in host memory."""
+    """The figures of one library and, of ours, the parameters that its steps left, in host memory."""
     gc.collect()
+    base = _start_peak(device)
     model = Llama.create(size.shape, device, torch.bfloat16, seed=0)
     keep, finish = BUILDERS[library](model)
     generator = torch.Generator(device).manual_seed(1)
     shape = (size.batch, size.context + 1)
-    resident, peaks, times = 0, [], []
+    resident, peaks, times = None, [], []
     for step in range(WARM_UP_STEPS + size.steps):
         tokens = torch.randint(size.shape.vocabulary, shape, generator=generator, device=device)
         resident = _start_peak(device)
@@ -128,15 +130,15 @@ def train(library: str, size: Size, device: torch.device) -> tuple[Row, list[tor
     row = {
         "params": sum(param.numel() for param in params),
         "tensors": len(params),
-        "peak_bytes": max(peaks) if device.type == "cuda" else None,
-        "resident_bytes": resident,
+        "peak_bytes": max(peaks) - base if device.type == "cuda" else None,
+        "resident_bytes": resident - base if device.type == "cuda" else None,
         "grad_bytes": sum(param.nbytes for param in params),
         "wall_ms": statistics.median(times),
         "wall_ms_min": min(times),
         "wall_ms_max": max(times),
         "samples": len(times),
     }
-    left = [param.detach().cpu() for param in params]
+    left = [param.detach().cpu() for param in params] if library.startswith("fusedopt") else []
     del keep
     return row, left
 

@@ -98,6 +98,15 @@ class Model:
             tensor.normal_(0.0, std, generator=generator)
 
 
+class BorrowedModel(Model):
+    """Somebody's parameters, which are overwritten, with gradients of their own shapes."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.params = params
+        self.gradients = [torch.empty_like(param, requires_grad=False) for param in params]
+        self._fill(self.gradients, GRAD_STD, seed=1)
+
+
 def gpt2(name: str, *, width: int, layers: int, vocab: int, context: int) -> Workload:
     """GPT-2 with tied embeddings: 12 tensors a layer, 2 embeddings, final layer norm."""
     layer = [
