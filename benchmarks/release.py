@@ -11,8 +11,7 @@ batch, activations recomputed: gradients are a large part of what a normal step 
 ==========================  =================================================================================
 
 ``peak_bytes`` is the largest amount allocated in a step, ``resident_bytes`` what is allocated between steps,
-``grad_bytes`` all gradients together; ``same_bits``: whether the released steps left the parameters that the normal ones
-did.
+``grad_bytes`` all gradients together; ``same_bits``: whether released steps left the parameters that normal ones did.
 """
 
 from __future__ import annotations
