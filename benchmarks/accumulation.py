@@ -138,9 +138,8 @@ def _fusedopt_fold(case: AccumulationCase, model: MicroBatches) -> StagedTail:
             accumulator.reset()
         model.give(0)
 
-    if not first:
-        model.give(1)
-        accumulator.accumulate()
+    model.give(1)
+    accumulator.accumulate()  # what the first fold must overwrite, and the others add to
     return staged(before, (accumulator.accumulate,), mains=lambda: _main_grads(accumulator, model))
 
 

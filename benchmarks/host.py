@@ -7,8 +7,8 @@ chain of small linear layers), trains it with ``zero_grad(set_to_none=True)``, a
 ``loss.backward()`` is through and the device is idle. Caches and heap are as training leaves them; nothing is evicted.
 
 Contracts: ``step_after_backward`` is ``opt.step()``; ``clip_step_after_backward`` clips the total norm to 1.0 too
-(torch: ``clip_grad_norm_``). Libraries: ``fusedopt``, ``torch-fused``, ``torch-foreach``. After the timing, the same tail
-is checked against the float64 reference on the same parameters, and of ours the phases of a step are timed
+(torch: ``clip_grad_norm_``). Libraries: ``fusedopt``, ``torch-fused``, ``torch-foreach``. After the timing, the same
+tail is checked against the float64 reference on the same parameters, and of ours the phases of a step are timed
 (``phases_us``).
 
 Processes are forked from one that has imported everything and has not touched the device yet.
@@ -50,7 +50,7 @@ CONTRACTS = {"step": "step_after_backward", "clip_step": "clip_step_after_backwa
 WARM_UP_STEPS = 3
 MANY_TENSORS = 5000  # a backward pass of so many takes long: fewer steps, one contract
 STEPS, STEPS_OF_MANY, QUICK_STEPS = 30, 10, 3
-CHILD_SECONDS = 120
+CHILD_SECONDS, EXIT_SECONDS = 120, 10
 
 NS_PER_US = 1e3
 
@@ -256,6 +256,7 @@ def in_fresh_process(library: str, case: Case, device: torch.device, steps: int)
         row = here.recv() if here.poll(CHILD_SECONDS) else {"error": f"no answer within {CHILD_SECONDS} s"}
     except EOFError:
         row = {"error": "the process ended without an answer"}
+    process.join(EXIT_SECONDS)
     process.kill()
     process.join()
     return row

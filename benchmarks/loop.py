@@ -7,9 +7,9 @@ The method, the figures and the JSON file are those of ``benchmarks/step.py``. A
 the device or this version of the library does not have what it is about. The contracts:
 
 =============================  ====================================================================================
-``accumulate_first``,          one micro-batch folded; four of them, clipping and a step: ``benchmarks/accumulation.py``.
-``accumulate``,                ``host_ms`` is of the library's calls alone, ``wall_ms`` includes handing out gradients
-``accumulated_clip_step``
+``accumulate_first``,          one micro-batch folded; four of them, clipping and a step:
+``accumulate``,                ``benchmarks/accumulation.py``. ``host_ms`` is of the library's calls alone, ``wall_ms``
+``accumulated_clip_step``      includes handing out gradients
 ``own_scaler_clip_step``       ``fusedopt.GradScaler`` beside torch's; ``own_launches``: kernels of this library
 ``captured_step``              a training step in a CUDA graph: ``benchmarks/captured.py``
 ``release``                    memory of a step with gradients released in backward: ``benchmarks/release.py``
@@ -147,21 +147,36 @@ class Units:
         self.model: Model | None = None
         self.key: object = None
 
-    def all(self) -> Iterator[Unit]:
+    def selected(self, select: tuple[str, ...]) -> Iterator[Unit]:
+        """Those whose name holds one of the texts; all if there are none."""
+
+        def wanted(name: str) -> bool:
+            return not select or any(text in name for text in select)
+
+        yield from (unit for unit in self._units() if wanted(unit.name))
+        names = {workload: self._host_names(workload) for workload in self._host_workloads()}
+        workloads = tuple(workload for workload, cases in names.items() if any(map(wanted, cases)))
+        if workloads:  # together: one process imports everything and makes the others
+            yield Unit(f"host after backward: {' '.join(workloads)}", lambda: self.host(workloads))
+
+    def _host_workloads(self) -> tuple[str, ...]:
+        return QUICK_HOST_WORKLOADS if self.quick else HOST_WORKLOADS[self.device.type]
+
+    @staticmethod
+    def _host_names(workload: str) -> list[str]:
+        return [f"{workload}/adamw/fp32/{contract}" for contract in host.contracts_of(workload).values()]
+
+    def _units(self) -> Iterator[Unit]:
         workload = "tiny" if self.quick else WORKLOAD[self.device.type]
-        host_workloads = QUICK_HOST_WORKLOADS if self.quick else HOST_WORKLOADS[self.device.type]
         cases = [AccumulationCase(workload, *variant) for variant in ACCUMULATION]
         cases += [Case(workload, "adamw", "fp32", "own_scaler_clip_step")]
         for case in cases:
             yield Unit(str(case), lambda case=case: self.case(case))
         yield Unit(f"{self.captured_size.name}/adamw/fp32/{captured.CONTRACT}", self.captured)
         yield Unit(f"{self.release_size.name}/adamw/bf16/{release.CONTRACT}", self.release)
-        for workload in host_workloads:
+        for workload in self._host_workloads():
             case = Case(workload, "adamw", "fp32", "clip_step")
             yield Unit(str(case), lambda case=case: self.case(case))
-        for workload in host_workloads:
-            names = " ".join(host.contracts_of(workload).values())
-            yield Unit(f"{workload}/adamw/fp32/{names}", lambda workload=workload: self.host(workload))
 
     @property
     def captured_size(self) -> captured.Size:
@@ -227,16 +242,15 @@ class Units:
         missing = {"skipped": "this version of the library does not have it"}
         return [row | found.get(library, missing) for library, row in rows.items()]
 
-    def host(self, workload: str) -> list[Row]:
+    def host(self, workloads: tuple[str, ...]) -> list[Row]:
         self.drop_model()
         try:
-            found = host.measure((workload,), self.device, self.quick)
+            found = host.measure(workloads, self.device, self.quick)
         except Exception as error:
-            names = host.contracts_of(workload).values()
-            found = [
-                {"contract": name, "library": "fusedopt", "error": f"{type(error).__name__}: {error}"} for name in names
-            ]
-        rows = [subject(self.device, workload, row["contract"], row["library"]) | row for row in found]
+            failed = {"library": "fusedopt", "error": f"{type(error).__name__}: {error}"}
+            names = [name.split("/") for workload in workloads for name in self._host_names(workload)]
+            found = [failed | {"workload": parts[0], "contract": parts[-1]} for parts in names]
+        rows = [subject(self.device, row["workload"], row["contract"], row["library"]) | row for row in found]
         return [row | {"library": reported_name(row["library"], self.device)} for row in rows]
 
 
@@ -250,7 +264,7 @@ def measure(
     load_average = os.getloadavg()[0]
     runner = LoopRunner(device, repeats)
     units = Units(runner, quick)
-    chosen = [unit for unit in units.all() if not select or any(text in unit.name for text in select)]
+    chosen = list(units.selected(select))
     rows: list[Row] = []
     left_out: list[str] = []
     seconds: dict[str, float] = {}
