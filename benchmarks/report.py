@@ -98,7 +98,7 @@ class Rows:
         names = ("workload", "optimizer", "format", "contract")
         for row in self.rows:
             if "/".join(str(row[name]) for name in names) == case and row["library"] == library:
-                return row[key]
+                return row.get(key)
         return None
 
     def ratio(self, key: str, case: str, library: str, baseline: str, baseline_case: str | None = None) -> float | None:

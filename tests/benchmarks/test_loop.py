@@ -370,3 +370,5 @@ def test_goals_of_the_loop():
     assert goals[f"{captured_step}: same bits as eager"]["reached"] is True
     assert goals[f"{small}: host ms"]["reached"] is False
     assert goals["llama-1.3B/none/bf16/accumulate: launches"]["reached"] is None
+    failed = judge_goals(CUDA, ("loop",), [row(captured_step, "fusedopt-cuda", error="no memory")], [])
+    assert {goal["reached"] for goal in failed} == {None}
