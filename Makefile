@@ -1,7 +1,7 @@
 # make demo       train the example with torch's AdamW and with fusedopt's; results in demo_out/
 # make test       lint, then the test suite (on a GPU too, where there is one)
 # make gpu-test   the GPU tests alone; writes tests/results/gpu.json
-# make bench      time the step tail beside torch's
+# make bench      time the step tail, and what a training loop does around it, beside torch's
 # make lint       ruff and clang-format
 # make clean      remove everything that was made, .venv included
 #
@@ -40,6 +40,7 @@ gpu-test: $(VENV)/test.stamp
 bench: $(VENV)/demo.stamp
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/step.py --device $(DEVICE) --first-step --json benchmarks/results/step-$(DEVICE).json
+	$(BIN)/python benchmarks/loop.py --device $(DEVICE) --json benchmarks/results/loop-$(DEVICE).json
 
 clean:
 	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,8 @@ each tensor and, for libraries that clip in place, the rounding of the clipped g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from benchmarks.contracts import GRAD_SCALE, HYPER, MAX_NORM, STATES, Case, Kept, Tail
@@ -28,6 +30,15 @@ CLIPPED = 4
 Values = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """Of one parameter as it enters the update, float64, and how far a tail may be off."""
+
+    value: torch.Tensor
+    error: torch.Tensor | None
+    """None for what ``ARITHMETIC`` covers."""
+
+
 def check(case: Case, tail: Tail, model: Model) -> float:
     """Runs the first steps of a tail and returns its largest error, as a fraction of what rounding allows.
 
@@ -36,7 +47,7 @@ def check(case: Case, tail: Tail, model: Model) -> float:
     """
     model.reset()
     sample = sampled_tensors(len(model.params))
-    gradients = clipped_gradients(case, model, sample)
+    gradients = clipped_gradients(case, tail, model, sample)
     before = [tail.read(model.params[i]) for i in sample]
     worst = 0.0
     for step in range(1, STEPS + 1):
@@ -55,15 +66,28 @@ def sampled_tensors(count: int) -> list[int]:
     return sorted({0, 1, count // 2, count // 2 + 1, count - 2, count - 1} & set(range(count)))
 
 
-def clipped_gradients(case: Case, model: Model, sample: list[int]) -> list[torch.Tensor]:
-    """float64 gradients of the sampled tensors as they enter the update."""
+def clipped_gradients(case: Case, tail: Tail, model: Model, sample: list[int]) -> list[Gradient]:
+    """Of the sampled tensors."""
     scale = GRAD_SCALE if case.scales else 1.0
     coefficient = 1.0
     if case.clips:
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in model.gradients]
+        norms = [torch.linalg.vector_norm(model.used_gradient(i)) for i in range(len(model.params))]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item() / scale
         coefficient = min(1.0, MAX_NORM / (norm + 1e-6))
-    return [model.gradients[i].double() * (coefficient / scale) for i in sample]
+    coefficient /= scale
+    return [_clipped(case, tail, model.used_gradient(i), model.gradient_error(i), coefficient) for i in sample]
+
+
+def _clipped(
+    case: Case, tail: Tail, gradient: torch.Tensor, error: torch.Tensor | None, coefficient: float
+) -> Gradient:
+    value = gradient * coefficient
+    error = None if error is None else error * coefficient
+    if tail.clips_in_place and case.clips:  # rounded to the gradients' dtype
+        finfo = torch.finfo(case.layout.dtype)
+        smallest = finfo.smallest_normal * finfo.eps  # fp16 gradients of a large model are that small once clipped
+        error = CLIPPED * finfo.eps * value.abs() + smallest + (0.0 if error is None else error)
+    return Gradient(value, error)
 
 
 def _largest_error(
@@ -72,15 +96,15 @@ def _largest_error(
     param: torch.nn.Parameter,
     before: Kept,
     after: Kept,
-    gradient: torch.Tensor,
+    gradient: Gradient,
     step: int,
     where: str,
 ) -> float:
     """Largest error over the bound, of a parameter and its states."""
     assert after.steps == step, f"{where}: step counter is {after.steps}, expected {step}"
     _check_dtypes(case, tail, param, where)
-    expected = _expected(case, before, gradient, step)
-    spread = _spread_of_clipping(case, tail, before, gradient, step, expected)
+    expected = _expected(case, before, gradient.value, step)
+    spread = _spread(case, before, gradient, step, expected)
     moved = (expected["master"] - before.master.double()).abs() + HYPER[case.optimizer]["lr"]
     errors = {}
     for name, target in expected.items():
@@ -120,16 +144,11 @@ def _expected(case: Case, before: Kept, gradient: torch.Tensor, step: int) -> Va
     return {"master": master, **states}
 
 
-def _spread_of_clipping(
-    case: Case, tail: Tail, before: Kept, gradient: torch.Tensor, step: int, expected: Values
-) -> Values:
-    """How far each result moves when gradients are clipped in place, and so rounded to their dtype."""
-    if not (tail.clips_in_place and case.clips):
+def _spread(case: Case, before: Kept, gradient: Gradient, step: int, expected: Values) -> Values:
+    """How far each result moves when the gradient does by its error."""
+    if gradient.error is None:
         return {}
-    finfo = torch.finfo(case.layout.dtype)
-    smallest = finfo.smallest_normal * finfo.eps  # fp16 gradients of a large model are that small once clipped
-    error = CLIPPED * finfo.eps * gradient.abs() + smallest
-    moved = [_expected(case, before, gradient + sign * error, step) for sign in (1, -1)]
+    moved = [_expected(case, before, gradient.value + sign * gradient.error, step) for sign in (1, -1)]
     return {name: torch.maximum(*((each[name] - target).abs() for each in moved)) for name, target in expected.items()}
 
 

@@ -7,6 +7,7 @@ Contracts, all on gradients that the backward pass has just left in ``.grad``:
 ``clip_step``              clip the total norm to 1.0, step
 ``scaler_clip_step``       unscale, check for inf and NaN, clip to 1.0, step (or skip it, decided on the device)
 ``torch_scaler_clip_step`` the same, driven by ``torch.amp.GradScaler``, which makes its own pass over the gradients
+``own_scaler_clip_step``   the same, driven by ``fusedopt.GradScaler``, its ``update()`` included
 =========================  =========================================================================
 
 Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``torch-fused`` (``torch.nn.utils.clip_grad_norm_``
@@ -25,7 +26,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import fusedopt
-from benchmarks.workloads import FORMATS, Format
+from benchmarks.workloads import FORMATS, WORKLOADS, Format
 from fusedopt import formats
 from fusedopt.specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
@@ -68,7 +69,7 @@ class Case:
 
     @property
     def scales(self) -> bool:
-        return self.contract in ("scaler_clip_step", "torch_scaler_clip_step")
+        return self.contract in ("scaler_clip_step", "torch_scaler_clip_step", "own_scaler_clip_step")
 
     @property
     def layout(self) -> Format:
@@ -137,7 +138,14 @@ class Tail:
 
 
 Params = list[torch.nn.Parameter]
+Reader = Callable[[torch.nn.Parameter], Kept]
 Builder = Callable[[Case, Params], Tail]
+
+
+def param_groups(case: Case, params: Params) -> list[dict[str, Params]]:
+    """The parameters in as many param groups of neighbours as the workload has."""
+    size = -(-len(params) // WORKLOADS[case.workload].groups)
+    return [{"params": params[start : start + size]} for start in range(0, len(params), size)]
 
 
 def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,11 +155,14 @@ def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------- fusedopt
 
 
-def _fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **transform: object) -> Tail:
+def fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **transform: object) -> Tail:
     """``run(optimizer)`` makes what does the step; its ``step`` method if it is None."""
     cls = {"adamw": fusedopt.AdamW, "lion": fusedopt.Lion}[case.optimizer]
-    opt = cls(params, **HYPER[case.optimizer], **case.layout.options, **transform)
+    opt = cls(param_groups(case, params), **HYPER[case.optimizer], **case.layout.options, **transform)
+    return Tail(opt, run(opt) if run else opt.step, fusedopt_reader(opt, case))
 
+
+def fusedopt_reader(opt: torch.optim.Optimizer, case: Case) -> Reader:
     def read(param: torch.nn.Parameter) -> Kept:
         entry = opt.state.get(param)
         if not entry:
@@ -159,15 +170,15 @@ def _fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **tr
         states = clone(formats.decode_states(entry, case.rule))
         return Kept(float(entry["step"]), formats.decode_master(entry, param), states)
 
-    return Tail(opt, run(opt) if run else opt.step, read)
+    return read
 
 
 def _fusedopt_step(case: Case, params: Params) -> Tail:
-    return _fusedopt_tail(case, params)
+    return fusedopt_tail(case, params)
 
 
 def _fusedopt_clip_step(case: Case, params: Params) -> Tail:
-    return _fusedopt_tail(case, params, max_grad_norm=MAX_NORM)
+    return fusedopt_tail(case, params, max_grad_norm=MAX_NORM)
 
 
 def _fusedopt_scaler_clip_step(case: Case, params: Params) -> Tail:
@@ -180,12 +191,14 @@ def _fusedopt_scaler_clip_step(case: Case, params: Params) -> Tail:
 
         return run
 
-    return _fusedopt_tail(case, params, unscaling, max_grad_norm=MAX_NORM, nonfinite="skip")
+    return fusedopt_tail(case, params, unscaling, max_grad_norm=MAX_NORM, nonfinite="skip")
 
 
 def _fusedopt_torch_scaler_clip_step(case: Case, params: Params) -> Tail:
-    scaler = grad_scaler(params[0].device)
+    return _driven_by(grad_scaler(params[0].device), case, params)
 
+
+def _driven_by(scaler: torch.amp.GradScaler, case: Case, params: Params) -> Tail:
     def driven(opt: torch.optim.Optimizer) -> Callable[[], None]:
         def run() -> None:
             scaler.step(opt)
@@ -193,48 +206,58 @@ def _fusedopt_torch_scaler_clip_step(case: Case, params: Params) -> Tail:
 
         return run
 
-    return _fusedopt_tail(case, params, driven, max_grad_norm=MAX_NORM)
+    return fusedopt_tail(case, params, driven, max_grad_norm=MAX_NORM)
+
+
+def _fusedopt_own_scaler_clip_step(case: Case, params: Params) -> Tail:
+    return _driven_by(grad_scaler(params[0].device, fusedopt.GradScaler), case, params)
 
 
 # ------------------------------------------------------------------------------------------------------------- torch
 
 
-def _torch_adamw(params: Params) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, **HYPER["adamw"], fused=True)
+def torch_adamw(case: Case, params: Params, **options: object) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(param_groups(case, params), **HYPER["adamw"], **(options or {"fused": True}))
 
 
-def _torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: bool) -> Tail:
+def torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: bool) -> Tail:
+    return Tail(opt, run, torch_reader(opt), clips_in_place=clips)
+
+
+def torch_reader(opt: torch.optim.Optimizer, case: Case | None = None) -> Reader:
+    """Of torch's AdamW."""
+
     def read(param: torch.nn.Parameter) -> Kept:
         entry = opt.state.get(param)
         states = clone({key: entry[key] for key in STATES["adamw"]}) if entry else {}
         return Kept(float(entry["step"]) if entry else 0, param.detach().clone(), states)
 
-    return Tail(opt, run, read, clips_in_place=clips)
+    return read
 
 
-def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler(device.type, init_scale=GRAD_SCALE)
+def grad_scaler(device: torch.device, cls: type[torch.amp.GradScaler] = torch.amp.GradScaler) -> torch.amp.GradScaler:
+    scaler = cls(device.type, init_scale=GRAD_SCALE)
     scaler.scale(torch.zeros((), device=device))  # creates the scale tensor, as the first loss does
     return scaler
 
 
 def _torch_step(case: Case, params: Params) -> Tail:
-    opt = _torch_adamw(params)
-    return _torch_tail(opt, opt.step, clips=False)
+    opt = torch_adamw(case, params)
+    return torch_tail(opt, opt.step, clips=False)
 
 
 def _torch_clip_step(case: Case, params: Params) -> Tail:
-    opt = _torch_adamw(params)
+    opt = torch_adamw(case, params)
 
     def run() -> None:
         clip_grad_norm_(params, MAX_NORM)
         opt.step()
 
-    return _torch_tail(opt, run, clips=True)
+    return torch_tail(opt, run, clips=True)
 
 
 def _torch_scaler_clip_step(case: Case, params: Params) -> Tail:
-    opt = _torch_adamw(params)
+    opt = torch_adamw(case, params)
     scaler = grad_scaler(params[0].device)
 
     def run() -> None:
@@ -243,22 +266,22 @@ def _torch_scaler_clip_step(case: Case, params: Params) -> Tail:
         scaler.step(opt)
         scaler.update()
 
-    return _torch_tail(opt, run, clips=True)
+    return torch_tail(opt, run, clips=True)
 
 
 def _grad_scale_clip_step(case: Case, params: Params) -> Tail:
-    opt = _torch_adamw(params)
+    opt = torch_adamw(case, params)
 
     def run() -> None:
         norm = get_total_norm([param.grad for param in params])
         opt.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0).float()
         opt.step()
 
-    return _torch_tail(opt, run, clips=True)
+    return torch_tail(opt, run, clips=True)
 
 
 def _grad_scale_scaler_clip_step(case: Case, params: Params) -> Tail:
-    opt = _torch_adamw(params)
+    opt = torch_adamw(case, params)
     scale = torch.full((), GRAD_SCALE, device=params[0].device)
 
     def run() -> None:
@@ -267,7 +290,7 @@ def _grad_scale_scaler_clip_step(case: Case, params: Params) -> Tail:
         opt.found_inf = norm.isfinite().logical_not().float()
         opt.step()
 
-    return _torch_tail(opt, run, clips=True)
+    return torch_tail(opt, run, clips=True)
 
 
 BUILDERS: dict[tuple[str, str], Builder] = {
@@ -275,9 +298,11 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ("fusedopt", "clip_step"): _fusedopt_clip_step,
     ("fusedopt", "scaler_clip_step"): _fusedopt_scaler_clip_step,
     ("fusedopt", "torch_scaler_clip_step"): _fusedopt_torch_scaler_clip_step,
+    ("fusedopt", "own_scaler_clip_step"): _fusedopt_own_scaler_clip_step,
     ("torch-fused", "step"): _torch_step,
     ("torch-fused", "clip_step"): _torch_clip_step,
     ("torch-fused", "scaler_clip_step"): _torch_scaler_clip_step,
+    ("torch-fused", "own_scaler_clip_step"): _torch_scaler_clip_step,
     ("torch-grad-scale", "clip_step"): _grad_scale_clip_step,
     ("torch-grad-scale", "scaler_clip_step"): _grad_scale_scaler_clip_step,
 }

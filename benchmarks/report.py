@@ -98,7 +98,7 @@ class Rows:
         names = ("workload", "optimizer", "format", "contract")
         for row in self.rows:
             if "/".join(str(row[name]) for name in names) == case and row["library"] == library:
-                return row[key]
+                return row.get(key)
         return None
 
     def ratio(self, key: str, case: str, library: str, baseline: str, baseline_case: str | None = None) -> float | None:
@@ -191,9 +191,31 @@ CPU_TAIL_GOALS = [
     Goal(f"{CPU_CLIP}: times faster than torch", _ratio("wall_ms", CPU_CLIP, "torch-fused", "fusedopt-cpu"), ">=", 1.25)
 ]
 
+ACCUMULATED = f"{LLAMA}/adamw/bf16+split16/accumulated_clip_step"
+OWN_SCALER = f"{LLAMA}/adamw/fp32/own_scaler_clip_step"
+CAPTURED = "gpt2-124M-model/adamw/fp32/captured_step"
+
+
+def _host_goals(workload: str, host_ms: float) -> list[Goal]:
+    cases = [f"{workload}/adamw/fp32/{contract}_after_backward" for contract in ("step", "clip_step")]
+    return [Goal(f"{case}: host ms", _figure("host_ms", case), "<=", host_ms) for case in cases]
+
+
+LOOP_GOALS = [
+    *_efficiency_goals(f"{LLAMA}/none/bf16/accumulate_first", 1, 0.75),
+    *_efficiency_goals(f"{LLAMA}/none/bf16/accumulate", 1, 0.94),
+    _share_goal(ACCUMULATED, 0.92),
+    Goal(f"{ACCUMULATED}: times faster than torch", _ratio("gpu_ms", ACCUMULATED, "torch-fused"), ">=", 1.6),
+    Goal(f"{OWN_SCALER}: our launches", _figure("own_launches", OWN_SCALER), "<=", 2),
+    _share_goal(OWN_SCALER, 0.95),
+    Goal(f"{CAPTURED}: same bits as eager", _figure("same_bits", CAPTURED), ">=", 1),
+    *_host_goals("gpt2-124M", 0.06),
+    *_host_goals("1000-small", 0.2),
+]
+
 GOALS = {
-    "cuda": {"tail": TAIL_GOALS, "formats": FORMAT_GOALS},
-    "cpu": {"tail": CPU_TAIL_GOALS, "formats": []},
+    "cuda": {"tail": TAIL_GOALS, "formats": FORMAT_GOALS, "loop": LOOP_GOALS},
+    "cpu": {"tail": CPU_TAIL_GOALS, "formats": [], "loop": []},
 }
 """By device and set of cases."""
 
@@ -221,19 +243,20 @@ def print_rows(console: Console, rows: list[Row]) -> None:
         table.add_row(f"  {row['library']}", *_cells(row))
     console.print(table)
     for row in rows:
-        if row["error"]:
+        if reason := row["error"] or row.get("skipped"):
             case = f"{row['workload']} {row['optimizer']} {row['format']} {row['contract']}"
-            console.print(f"FAILED {case} {row['library']}: {row['error']}", markup=False)
+            console.print(f"{'FAILED' if row['error'] else 'skipped'} {case} {row['library']}: {reason}", markup=False)
 
 
 def _cells(row: Row) -> list[str]:
-    if row["error"]:
-        return ["failed"]
+    if row["error"] or row.get("skipped"):
+        return ["failed" if row["error"] else "skipped"]
     gpu, floor, wall, host = (
         "-" if row[key] is None else f"{row[key]:.3f}" for key in ("gpu_ms", "floor_ms", "wall_ms", "host_ms")
     )
     launches = "-" if row["launches"] is None else str(row["launches"])
-    return [gpu, floor, f"{100 * row['efficiency']:.1f}%", launches, wall, host]
+    share = "-" if row["efficiency"] is None else f"{100 * row['efficiency']:.1f}%"
+    return [gpu, floor, share, launches, wall, host]
 
 
 def print_goals(console: Console, goals: list[Row]) -> None:

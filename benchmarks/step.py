@@ -139,8 +139,7 @@ class Runner:
     def run(self, case: Case, model: Model) -> list[Row]:
         """One row a library, measured in turns. An error costs its library the row, and nobody else."""
         free_memory()
-        names = contracts.libraries(case) + peers.installed(case, self.device)
-        entries = [Measured(library) for library in names]
+        entries = [Measured(library) for library in self.libraries(case)]
         for stage in [self._prepare] + [self._measure] * self.repeats.rounds:
             entries = [entry if entry.error else self._attempt(stage, entry, case, model) for entry in entries]
         for param in model.params:
@@ -155,12 +154,29 @@ class Runner:
             return Measured(entry.library, error=f"{type(error).__name__}: {error}")
         return entry
 
-    @staticmethod
-    def _prepare(entry: Measured, case: Case, model: Model) -> None:
+    # What is measured; a benchmark with cases of its own overrides these.
+
+    def libraries(self, case: Case) -> list[str]:
+        return contracts.libraries(case) + peers.installed(case, self.device)
+
+    def build(self, library: str, case: Case, model: Model) -> Tail:
+        build = contracts.build if library in contracts.libraries(case) else peers.build
+        return build(library, case, model.params)
+
+    def check(self, case: Case, tail: Tail, model: Model) -> float:
+        return check(case, tail, model)
+
+    def model_key(self, case: Case) -> object:
+        """Cases with the same one share a model."""
+        return case.workload, case.layout.dtype
+
+    def make_model(self, case: Case) -> Model:
+        return Model(WORKLOADS[case.workload], case.layout.dtype, self.device)
+
+    def _prepare(self, entry: Measured, case: Case, model: Model) -> None:
         model.reset()  # some optimizers copy the parameters when they are made
-        build = contracts.build if entry.library in contracts.libraries(case) else peers.build
-        entry.tail = build(entry.library, case, model.params)
-        entry.error_ratio = check(case, entry.tail, model)
+        entry.tail = self.build(entry.library, case, model)
+        entry.error_ratio = self.check(case, entry.tail, model)
         for _ in range(WARM_UP_STEPS):
             model.backward()
             entry.tail()
@@ -241,10 +257,10 @@ def measure_cases(
         if time.monotonic() > deadline:
             left_out.append(str(case))
         else:
-            if subject != (case.workload, case.layout.dtype):
-                subject, model = (case.workload, case.layout.dtype), None  # two models might not fit into memory
+            if subject != runner.model_key(case):
+                subject, model = runner.model_key(case), None  # two models might not fit into memory
                 free_memory()
-                model = Model(WORKLOADS[case.workload], case.layout.dtype, runner.device)
+                model = runner.make_model(case)
             rows += runner.run(case, model)
         progress.advance(task)
     model = None
@@ -294,8 +310,10 @@ def measure(
 def add_floor(rows: list[Row], copy_gbps: float, measured: str) -> None:
     """The time that the bytes of a row take at the bandwidth of a copy, and its share of the time ``measured``."""
     for row in rows:
-        row["floor_ms"] = row["params"] * row["bytes_per_param"] / copy_gbps / 1e6
-        row["efficiency"] = None if row["error"] else row["floor_ms"] / row[measured]
+        counted = row["bytes_per_param"] is not None
+        row["floor_ms"] = row["params"] * row["bytes_per_param"] / copy_gbps / 1e6 if counted else None
+        known = counted and not row["error"] and row[measured] is not None
+        row["efficiency"] = row["floor_ms"] / row[measured] if known else None
 
 
 def measure_first_step(device: torch.device, repeats: Repeats) -> tuple[list[Row], str | None]:
@@ -337,9 +355,20 @@ def main(
     sets = tuple(VARIANTS) if chosen == "all" else (chosen,)
     cases = select_cases(sets, device_type, workloads or (("tiny",) if quick else ()), select)
     result = measure(torch.device(device_type), repeats, sets, cases, first_step, deadline, console)
+    write(path, result)
+    print_result(console, result)
+    if result["first_step_error"] or any(row["error"] for row in result["rows"]):
+        sys.exit(1)
+
+
+def write(path: Path | None, result: Row) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_result(console: Console, result: Row) -> None:
+    """Everything that ``measure`` returned, for people."""
     print_rows(console, result["rows"])
     if result["goals"]:
         print_goals(console, result["goals"])
@@ -356,8 +385,6 @@ def main(
         console.print(f"left out by the time limit: {', '.join(result['left_out'])}")
     if result["first_step_error"]:
         console.print(f"FAILED first step: {result['first_step_error']}", markup=False)
-    if result["first_step_error"] or any(row["error"] for row in result["rows"]):
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter_ns
@@ -101,6 +101,33 @@ def time_host(step: Step, prepare: Step, caches: Caches, repeats: int, times: Ho
             times.wall.append((finished - start) / NS_PER_MS)
 
 
+def time_stages(
+    stages: Sequence[Step],
+    before: Callable[[int], object],
+    prepare: Step,
+    caches: Caches,
+    repeats: int,
+    times: HostTimes,
+) -> None:
+    """As ``time_host`` for a step in stages: ``before``, called with each one's number, counts in ``wall`` alone."""
+    with no_garbage_collection():
+        for _ in range(repeats):
+            prepare()
+            caches.evict_device()
+            synchronize(caches.device)
+            caches.evict_host()
+            spent = 0
+            begin = perf_counter_ns()
+            for number, stage in enumerate(stages):
+                before(number)
+                start = perf_counter_ns()
+                stage()
+                spent += perf_counter_ns() - start
+            synchronize(caches.device)
+            times.host.append(spent / NS_PER_MS)
+            times.wall.append((perf_counter_ns() - begin) / NS_PER_MS)
+
+
 @dataclass
 class DeviceStep:
     """The device work of one step."""
@@ -108,6 +135,7 @@ class DeviceStep:
     ms: float = 0.0  # sum over kernels, copies and fills; gaps between them are not in it
     kernels: int = 0
     memory_operations: int = 0
+    names: list[str] = field(default_factory=list)  # of the kernels
 
 
 def split_steps(events: list[dict]) -> list[DeviceStep]:
@@ -119,7 +147,9 @@ def split_steps(events: list[dict]) -> list[DeviceStep]:
             steps.append(DeviceStep())
         elif steps:
             steps[-1].ms += float(event["dur"]) / US_PER_MS
-            steps[-1].kernels += event["cat"] == KERNEL
+            if event["cat"] == KERNEL:
+                steps[-1].kernels += 1
+                steps[-1].names.append(event["name"])
             steps[-1].memory_operations += event["cat"] in MEMORY_OPERATIONS
     return steps
 

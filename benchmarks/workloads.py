@@ -46,6 +46,8 @@ class Workload:
 
     name: str
     shapes: tuple[Shape, ...]
+    groups: int = 1
+    """Param groups of neighbours that the optimizer receives."""
 
     @property
     def numel(self) -> int:
@@ -81,11 +83,28 @@ class Model:
         for param, gradient in zip(self.params, self.gradients):
             param.grad = gradient.clone()
 
+    def used_gradient(self, i: int) -> torch.Tensor:
+        """What a step has to take for the gradient of ``params[i]``, float64."""
+        return self.gradients[i].double()
+
+    def gradient_error(self, i: int) -> torch.Tensor | None:
+        """How far rounding may put a step's gradient from that before anything else is done; None for not at all."""
+        return None
+
     @staticmethod
     def _fill(tensors: list[torch.Tensor], std: float, seed: int) -> None:
         generator = torch.Generator(tensors[0].device).manual_seed(seed)
         for tensor in tensors:
             tensor.normal_(0.0, std, generator=generator)
+
+
+class BorrowedModel(Model):
+    """Somebody's parameters, which are overwritten, with gradients of their own shapes."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.params = params
+        self.gradients = [torch.empty_like(param, requires_grad=False) for param in params]
+        self._fill(self.gradients, GRAD_STD, seed=1)
 
 
 def gpt2(name: str, *, width: int, layers: int, vocab: int, context: int) -> Workload:
@@ -111,9 +130,9 @@ def llama(name: str, *, width: int, hidden: int, layers: int, vocab: int) -> Wor
     return Workload(name, ((vocab, width), *layer * layers, (width,), (vocab, width)))
 
 
-def small(name: str, *, pairs: int, width: int) -> Workload:
+def small(name: str, *, pairs: int, width: int, groups: int = 1) -> Workload:
     """Many small layers, a square weight and a bias each: host time and launches dominate."""
-    return Workload(name, ((width, width), (width,)) * pairs)
+    return Workload(name, ((width, width), (width,)) * pairs, groups)
 
 
 WORKLOADS = {
@@ -122,7 +141,10 @@ WORKLOADS = {
         llama("llama-1.3B", width=2048, hidden=5504, layers=24, vocab=32000),
         gpt2("gpt2-124M", width=768, layers=12, vocab=50257, context=1024),
         small("1000-small", pairs=500, width=64),
+        small("10000-small", pairs=5000, width=64),
+        small("10000-small-10-groups", pairs=5000, width=64, groups=10),
         gpt2("cpu-100M", width=768, layers=12, vocab=18432, context=1024),
         gpt2("tiny", width=64, layers=2, vocab=256, context=64),
+        small("tiny-4-groups", pairs=10, width=16, groups=4),
     )
 }
