@@ -21,6 +21,7 @@ the device or this version of the library does not have what it is about. The co
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -258,9 +259,15 @@ class Units:
 
 
 def measure(
-    device: torch.device, repeats: Repeats, select: tuple[str, ...], quick: bool, deadline: float, console: Console
+    device: torch.device,
+    repeats: Repeats,
+    select: tuple[str, ...],
+    quick: bool,
+    deadline: float,
+    console: Console,
+    keep: Callable[[Row], None],
 ) -> Row:
-    """The whole run, as the JSON file holds it."""
+    """The whole run, as the JSON file holds it. What there is after each unit is handed to ``keep``."""
     load_average = os.getloadavg()[0]
     runner = LoopRunner(device, repeats)
     units = Units(runner, quick)
@@ -279,19 +286,24 @@ def measure(
             else:
                 rows += unit.run()
                 seconds[unit.name] = time.monotonic() - start
+                keep(result_of(runner, rows, left_out) | {"load_average": load_average, "seconds": seconds})
             progress.advance(task)
     units.drop_model()
     runner.copy_gbps.append(runner.measure_copy())
+    return result_of(runner, rows, left_out) | {"load_average": load_average, "seconds": seconds}
+
+
+def result_of(runner: LoopRunner, rows: list[Row], left_out: list[str]) -> Row:
+    """What has been measured so far."""
+    device = runner.device
     add_floor(rows, max(runner.copy_gbps), measured="gpu_ms" if device.type == "cuda" else "wall_ms")
     return environment(device) | {
         "copy_gbps": max(runner.copy_gbps),
         "copy_gbps_start_end": runner.copy_gbps,
-        "load_average": load_average,
         "caches": CACHES,
         "rows": rows,
         "goals": judge_goals(device, ("loop",), rows, []),
         "left_out": left_out,
-        "seconds": seconds,
         "missing_libraries": {},
         "first_step_error": None,
     }
@@ -336,7 +348,8 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     repeats = QUICK if quick else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
-    result = measure(torch.device(device_type), repeats, select, quick, deadline, console)
+    keep = functools.partial(write, path)
+    result = measure(torch.device(device_type), repeats, select, quick, deadline, console, keep)
     write(path, result)
     print_result(console, result)
     print_more(console, result["rows"])

@@ -6,6 +6,7 @@ On a CPU every step takes the long way, so these tests compare with it on CUDA.
 import pytest
 import torch
 from cases import ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fusedopt
 
@@ -98,7 +99,7 @@ def test_hooks_and_profilers_are_told_of_every_step():
     handles = [
         opt.register_step_pre_hook(lambda *_: called.append("pre")),
         opt.register_step_post_hook(lambda *_: called.append("post")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: called.append("global")),
+        register_optimizer_step_post_hook(lambda *_: called.append("global")),
     ]
     opt.step()
     for handle in handles:
