@@ -44,6 +44,7 @@ RANKS = {
     "passes": 4,
     "functional": 5,
     "clip": 5,
+    "main_grads": 5,
     "optim": 6,
     "accumulate": 7,
     "__init__": 8,

@@ -106,7 +106,7 @@ bool Watch::same_main_grad(const Row& row) const {
 
 bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::list& relayout) {
   if (row.has_main_grad && !same_main_grad(row)) return false;
-  const bool holds = row.held && row.held->value;
+  const bool holds = row.held && row.held->value();
   if (holds && !row.table) return false;
   TensorInfo grad;
   switch (row.param.read_grad(found, grad)) {
@@ -157,7 +157,7 @@ size_t Watch::num_grads() const {
 
 void Watch::hold() {
   for (const Row& row : rows_)
-    if (row.table && row.held && row.table->has_own(row.slot)) row.held->value = true;
+    if (row.table && row.held && row.table->has_own(row.slot)) row.held->set(true);
 }
 
 void Watch::drop_grads() {

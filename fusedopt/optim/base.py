@@ -182,7 +182,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         differently.
         """
         asked = self._takes_norm or self.max_grad_value is not None
-        return asked or any(group.get("fused") for group in self.param_groups)
+        # With main gradients it must not divide .grad alone: it is told to hand over, and then refused.
+        return asked or self._has_accumulated() or any(group.get("fused") for group in self.param_groups)
 
     # ---- param groups ---------------------------------------------------------------------------------
 
@@ -265,6 +266,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return plan
 
     def _run(self, plan: OptimizerPlan) -> None:
+        self._refuse_torch_scaler()
         scalars = self._scalars
         given = self.__dict__  # GradScaler sets these two for the time of a step
         if "found_inf" in given or "grad_scale" in given:
@@ -303,6 +305,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _has_accumulated(self) -> bool:
         return self._accumulator is not None and self._accumulator.holds
+
+    def _refuse_torch_scaler(self) -> None:
+        """RuntimeError where torch's GradScaler, which sees no main gradient, has looked for inf and NaN."""
+        given = self.__dict__
+        if given.get("found_inf") is None or "_nonfinite_found" in given or not self._has_accumulated():
+            return
+        given.pop("found_inf"), given.pop("grad_scale", None)  # the scaler would leave them behind
+        raise RuntimeError(
+            f"{type(self).__name__}.step: got found_inf, as torch.amp.GradScaler sets it after a look at .grad, beside "
+            "main gradients of a GradAccumulator, which it knows nothing of; expected fusedopt.GradScaler, without "
+            "unscale_(): use it in its place"
+        )
 
     def _accumulated_grad(self, where: str, param: torch.Tensor) -> Any:
         return None if self._accumulator is None else self._accumulator.main_grad(where, param)
