@@ -223,7 +223,7 @@ class GradAccumulator:
                 "GradAccumulator.grads: got no gradients, expected those of a micro-batch; call it after backward()"
             )
         divisor = self._divisor(None)
-        mains = [self.main_grad("GradAccumulator.grads", param) for param in self.params]
+        mains = [self.main_grad(f"GradAccumulator.grads: params[{i}]", param) for i, param in enumerate(self.params)]
         grads = [main.tensor if main and main.held.value else None for main in mains]
         if isinstance(divisor, torch.Tensor) or divisor != 1.0:
             for buffer in self.buffers:
@@ -232,12 +232,14 @@ class GradAccumulator:
         return grads
 
     def assign_grads(self) -> None:
-        """Puts the result of :meth:`grads` into ``.grad``, in each parameter's dtype, for anybody's optimizer.
+        """Puts the result of :meth:`grads` into ``.grad``, for anybody's optimizer.
 
-        Where that is the main gradient's dtype they share memory until the next fold.
+        In each parameter's dtype, or ``grad_dtype`` if it has one. Where that is the main gradient's dtype they share
+        memory until the next fold.
         """
         for param, grad in zip(self.params, self.grads()):
-            param.grad = None if grad is None else grad.to(param.dtype)
+            dtype = getattr(param, "grad_dtype", None) or param.dtype
+            param.grad = None if grad is None else grad.to(dtype)
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None, *, find_unused_parameters: bool = False) -> None:

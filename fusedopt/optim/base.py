@@ -239,7 +239,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: sparse gradients; a first step while a CUDA graph is being captured.
+            RuntimeError: sparse gradients; a first step while a CUDA graph is being captured; torch's GradScaler beside
+                accumulated gradients.
             ValueError, TypeError: a gradient whose shape, device or dtype does not fit its parameter. Nothing has
             been changed then.
         """
@@ -247,6 +248,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_torch_scaler()
         plan = self._plan
         if plan is None or not plan.refresh(self):
             plan = self._replan()
@@ -266,7 +268,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         return plan
 
     def _run(self, plan: OptimizerPlan) -> None:
-        self._refuse_torch_scaler()
         scalars = self._scalars
         given = self.__dict__  # GradScaler sets these two for the time of a step
         if "found_inf" in given or "grad_scale" in given:
