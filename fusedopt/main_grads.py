@@ -46,7 +46,7 @@ class MainGrad:
             )
             raise ValueError(
                 f"{where}: got a parameter of {now}, beside a main gradient for {was}, expected no change while "
-                "gradients are accumulated; call GradAccumulator.reset() before a parameter is moved, resized or laid out anew"
+                "gradients are accumulated; call GradAccumulator.reset() before a parameter is moved or resized"
             )
 
 

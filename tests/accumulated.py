@@ -1,8 +1,8 @@
 """What a GradAccumulator must hold, in float64 with a bound, and the judge of the step that reads it.
 
-The sum over micro-batches is evaluated on `bounds.Bounded` numbers: each product and each addition may err by a rounding
-of the compute type, each store into a bfloat16 main gradient by half an ulp of it. The first micro-batch is written, not
-added, and the last one is added by the step, in the compute type.
+The sum over micro-batches is evaluated on `bounds.Bounded` numbers: each product and each addition may err by a
+rounding of the compute type, each store into a bfloat16 main gradient by half an ulp of it. The first micro-batch is
+written, not added, and the last one is added by the step, in the compute type.
 """
 
 import bounds
