@@ -234,9 +234,12 @@ PYBIND11_MODULE(_C, m) {
       .def("set_lr_address", &Hypers::set_lr_address)
       .def("learning_rates", &Hypers::learning_rates);
 
+  py::class_<Epoch, std::shared_ptr<Epoch>>(m, "Epoch").def(py::init<>()).def("advance", [](Epoch& epoch) {
+    ++epoch.now;
+  });
   py::class_<Held, std::shared_ptr<Held>>(m, "Held")
-      .def(py::init([](bool value) { return std::make_shared<Held>(Held{value}); }), py::arg("value") = false)
-      .def_readwrite("value", &Held::value);
+      .def(py::init<std::shared_ptr<Epoch>>(), py::arg("epoch"))
+      .def_property("value", &Held::value, &Held::set);
 
   py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
       .def(py::init<>())

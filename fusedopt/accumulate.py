@@ -3,66 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import numbers
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed
 
-from . import _C, passes
-from .checks import check_dense, check_grad, check_param
+from . import _C
+from .checks import check_grad, check_params
+from .compiling import keep_out_of_graphs
+from .main_grads import AccumulatePlan, MainGrad, check_grads, make_main_grads
 from .optim.base import FusedOptimizer
-from .plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, like_parameter
 
 __all__ = ["GradAccumulator"]
-
-_ALIGNMENT = 256
-"""Bytes at whose multiples main gradients begin."""
-
-
-@dataclass
-class _Main:
-    """One parameter's main gradient."""
-
-    buffer: torch.Tensor
-    tensor: torch.Tensor
-    """A part of ``buffer``, in the parameter's shape and, if that is dense, layout."""
-    held: _C.Held
-    """Whether it holds anything; shared with the optimizer's plan."""
-    grad_dtype: torch.dtype | None = None
-    """Of the gradients seen last; None before the first."""
-
-    def fits(self, param: torch.Tensor) -> bool:
-        return self.tensor.shape == param.shape and self.tensor.device == param.device
-
-
-@dataclass
-class _Plan:
-    """Of the accumulate pass. Valid until ``refresh`` says otherwise."""
-
-    tables: list[DeviceTables]
-    watch: _C.Watch
-    groups: list[dict]
-    """What the watch compares the parameters with."""
-    rows: list[tuple[torch.Tensor, _Main, Bucket | None, int]]
-    """Parameter, main gradient, and where its gradient's address goes."""
-
-    def refresh(self, params: list[torch.Tensor], staged: list[torch.Tensor]) -> bool:
-        """Finds the gradients; ``staged`` receives those that had to be laid out as their parameter."""
-        relayout: list[int] = []
-        self.groups[0]["params"] = params
-        if not self.watch.refresh(self.groups, _NO_STATE, relayout):
-            return False
-        for i in relayout:
-            param, main, bucket, slot = self.rows[i]
-            staged.append(like_parameter(param.grad, main.tensor))
-            bucket.table.set_grad(slot, staged[-1].data_ptr() or 2)
-        return True
-
-
-_NO_STATE: dict = {}
 
 
 class GradAccumulator:
@@ -71,8 +26,8 @@ class GradAccumulator:
     After each micro-batch but the last, :meth:`accumulate` folds every ``.grad`` into its main gradient, in one launch
     for all, and frees it; the first one writes, so nothing is ever zeroed. The last micro-batch is not folded:
     ``optimizer.step()`` reads main gradient and ``.grad`` together. With g\ :sub:`k` the gradient of micro-batch k and
-    w\ :sub:`k` its weight, the step sees Σ w\ :sub:`k` g\ :sub:`k` / Σ w\ :sub:`k` ("mean") or Σ w\ :sub:`k` g\ :sub:`k`
-    ("sum")::
+    w\ :sub:`k` its weight, the step sees Σ w\ :sub:`k` g\ :sub:`k` / Σ w\ :sub:`k` ("mean") or
+    Σ w\ :sub:`k` g\ :sub:`k` ("sum")::
 
         accumulator = fusedopt.GradAccumulator(optimizer)
         for i, micro_batch in enumerate(micro_batches):
@@ -89,21 +44,16 @@ class GradAccumulator:
 
     Args:
         target: an optimizer of this library; or any other ``torch.optim.Optimizer`` or iterable of parameters, for
-            which :meth:`grads` or :meth:`assign_grads` hand over the result.
+            which :meth:`grads` or :meth:`assign_grads` hand over the result and begin anew.
         dtype: of main gradients, torch.float32 or torch.bfloat16; float64 parameters always have float64 ones.
         reduction: "mean" (weighted, over the micro-batches) or "sum", for losses that are divided already.
-        hooks: fold each gradient in the backward pass as soon as it is complete, in a launch of its own, so that only
+        hooks: fold each gradient in the backward pass as soon as it is complete, in launches of its own, so that only
             one ``.grad`` exists at a time. The last micro-batch is then folded too; :meth:`accumulate` after all
             others says where one ends.
 
-    Attributes:
-        weight: of the micro-batch under way, 1.0 unless it was set: a number, or a one-element tensor, which is not
-            waited for. With ``hooks`` set it before the backward pass. :meth:`accumulate` and ``optimizer.step()`` put
-            it back to 1.0.
-
     Raises:
         TypeError: other dtypes; parameters that are not dense floating-point tensors.
-        ValueError: an unknown reduction; an optimizer that has an accumulator already.
+        ValueError: no parameters; one of them twice; an unknown reduction; an optimizer that has an accumulator.
     """
 
     def __init__(
@@ -120,23 +70,26 @@ class GradAccumulator:
             )
         if reduction not in ("mean", "sum"):
             raise ValueError(f"GradAccumulator: got reduction={reduction!r}, expected 'mean' or 'sum'; choose one")
+        if isinstance(target, torch.Tensor):
+            raise TypeError("GradAccumulator: got a Tensor, expected an optimizer or parameters; pass [param]")
         self.optimizer = target if isinstance(target, torch.optim.Optimizer) else None
         self._listed = [] if self.optimizer else list(target)
         self.dtype, self.reduction = dtype, reduction
-        self._mains: dict[torch.Tensor, _Main] = {}
-        self._plan: _Plan | None = None
-        self._staged: list[torch.Tensor] = []
+        check_params("GradAccumulator: params", self.params)
+        if not self.params:
+            raise ValueError("GradAccumulator: got no parameters, expected at least one; pass model.parameters()")
+        self._mains: dict[torch.Tensor, MainGrad] = {}
+        self._plan: AccumulatePlan | None = None
         self._hooks: list[Any] = []
-        for i, param in enumerate(self.params):
-            check_param(f"GradAccumulator: params[{i}]", param)
+        self._detached = False
+        self._epoch = _C.Epoch()
+        keep_out_of_graphs(type(self), "accumulate", "grads", "all_reduce", "_fold")
+        self.reset()
+        trained = [param for param in self.params if param.requires_grad] if hooks else []
+        self._adopt(trained)
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer._attach_accumulator(self)
-        self.reset()
-        if hooks:
-            self._adopt(self.params)
-            self._hooks = [
-                param.register_post_accumulate_grad_hook(self._fold) for param in self.params if param.requires_grad
-            ]
+        self._hooks = [param.register_post_accumulate_grad_hook(self._fold) for param in trained]
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -155,6 +108,23 @@ class GradAccumulator:
         """How many have been folded completely since the last step."""
         return self._count
 
+    @property
+    def weight(self) -> float | torch.Tensor:
+        """Of the micro-batch under way: 1.0, unless set; :meth:`accumulate`, the step and :meth:`reset` set it back.
+
+        A finite number >= 0, or a one-element tensor of such a value. Tensors are read on the device and not waited
+        for, hence not checked; a sum of weights that is 0 then gives NaN. With ``hooks`` set it before the backward
+        pass, where it multiplies the gradients.
+
+        Raises:
+            RuntimeError: hooks have folded a part of the micro-batch with the weight that there was.
+        """
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float | torch.Tensor) -> None:
+        self._weight = self._checked_weight(value)
+
     # ---- folding ------------------------------------------------------------------------------------------
 
     def accumulate(self, weight: float | torch.Tensor | None = None) -> None:
@@ -164,65 +134,83 @@ class GradAccumulator:
             weight: of this micro-batch, for instance its number of tokens; by default ``self.weight``.
 
         Raises:
-            RuntimeError: no parameter has a gradient; sparse gradients; the first call inside a CUDA graph capture.
-            ValueError, TypeError: a gradient, or a parameter, whose shape, device or dtype does not fit; a weight that is
-                not a finite number >= 0. Nothing has been folded then.
+            RuntimeError: no parameter has a gradient; sparse gradients; the first call inside a CUDA graph capture;
+                after :meth:`detach`.
+            ValueError, TypeError: a gradient, or a parameter, whose shape, device or dtype does not fit; a weight that
+                is not a finite number >= 0. Nothing has been folded then.
         """
-        self._set_weight(self.weight if weight is None else weight)
+        if self._detached:
+            raise RuntimeError(
+                "GradAccumulator.accumulate: got a detached accumulator, expected one in use; make another"
+            )
+        weight = self._weight if weight is None else self._checked_weight(weight)
         plan = self._refreshed()
         if plan.watch.num_grads():
-            passes.begin(plan.tables, passes.StepScalars(grad_weight=self.weight), ("accumulate",))
-            passes.accumulate(plan.tables)
-            plan.watch.hold()
-            plan.watch.drop_grads()
-            self._staged.clear()
+            plan.run(weight)
         elif not self._open:
             raise RuntimeError(
-                "GradAccumulator.accumulate: got no gradients, expected those of a micro-batch; call it after backward()"
+                "GradAccumulator.accumulate: got no gradients, expected a micro-batch's; call it after backward()"
             )
-        self._close()
+        self._close(weight)
 
+    @torch.no_grad()
     def _fold(self, param: torch.Tensor) -> None:
-        """The same for one parameter, inside the backward pass."""
-        main, grad = self._mains[param], param.grad
-        check_grad("GradAccumulator: a gradient", grad, param)
-        if not main.fits(param):
-            raise ValueError(_MOVED.format(tuple(main.tensor.shape), main.tensor.device, tuple(param.shape), param.device))
-        with torch.no_grad():
-            if isinstance(self.weight, torch.Tensor) or self.weight != 1.0:
-                wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-                grad = grad.to(wide) * torch.as_tensor(self.weight, dtype=wide, device=grad.device)
-            main.tensor.add_(grad) if main.held.value else main.tensor.copy_(grad)
+        """The same for one parameter, inside the backward pass, with the same bits."""
+        where, grad = "GradAccumulator: a parameter's gradient in backward()", param.grad
+        if grad is None:  # released meanwhile
+            return
+        check_grad(where, grad, param)
+        main = self.main_grad(where, param)
+        if main is None:
+            self._adopt([param])
+            main = self._mains[param]
+        weight = self._weight
+        if isinstance(weight, torch.Tensor) or weight != 1.0:
+            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            if isinstance(weight, torch.Tensor):
+                weight = weight.to(device=grad.device, dtype=wide, non_blocking=True).reshape(())
+            grad = grad.to(wide) * weight
+        main.tensor.add_(grad) if main.held.value else main.tensor.copy_(grad)
         main.held.value, self._open = True, True
         param.grad = None
 
-    def _close(self) -> None:
+    def _close(self, weight: float | torch.Tensor) -> None:
         """The end of a micro-batch."""
-        self._weights.append(self.weight)
+        self._total = self._total + _wide(weight)
         self._count += 1
-        self._open, self.weight = False, 1.0
+        self._open, self._weight = False, 1.0
 
-    def _set_weight(self, weight: float | torch.Tensor) -> None:
+    def _checked_weight(self, weight: float | torch.Tensor) -> float | torch.Tensor:
         if isinstance(weight, torch.Tensor):
             if weight.numel() != 1:
                 raise ValueError(
                     f"GradAccumulator: got a weight of shape {tuple(weight.shape)}, expected one element; pass a scalar"
                 )
+        elif not isinstance(weight, numbers.Real):
+            raise TypeError(
+                f"GradAccumulator: got a weight of type {type(weight).__name__}, expected a number or tensor; pass one"
+            )
         elif not (math.isfinite(weight) and weight >= 0.0):
             raise ValueError(f"GradAccumulator: got weight={weight}, expected a finite number >= 0; pass one")
-        self.weight = weight
+        tensors = isinstance(weight, torch.Tensor) or isinstance(self._weight, torch.Tensor)
+        if self._open and weight is not self._weight and (tensors or weight != self._weight):
+            raise RuntimeError(
+                f"GradAccumulator: got a weight for a micro-batch that hooks have folded with weight={self._weight}, "
+                "expected none; set accumulator.weight before the backward pass"
+            )
+        return weight
 
     def reset(self) -> None:
         """Drops what was accumulated. The memory stays."""
-        for main in self._mains.values():
-            main.held.value = False
+        self._epoch.advance()
         self._count = 0
-        self._weights: list[float | torch.Tensor] = []
+        self._total: float | torch.Tensor = 0.0  # of the weights
         self._open = False  # whether hooks have folded a part of a micro-batch that has not ended
-        self.weight: float | torch.Tensor = 1.0
+        self._weight: float | torch.Tensor = 1.0
 
     # ---- the result ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def grads(self) -> list[torch.Tensor | None]:
         """Folds what is left in ``.grad``, divides, and hands over the main gradients, by parameter; then begins anew.
 
@@ -230,6 +218,7 @@ class GradAccumulator:
 
         Raises:
             RuntimeError: there is nothing to hand over. As :meth:`accumulate` else.
+            ValueError: the weights are all 0.
         """
         if self._open or any(param.grad is not None for param in self.params):
             self.accumulate()
@@ -237,8 +226,8 @@ class GradAccumulator:
             raise RuntimeError(
                 "GradAccumulator.grads: got no gradients, expected those of a micro-batch; call it after backward()"
             )
-        divisor = self._divisor([])
-        mains = [self._mains.get(param) for param in self.params]
+        divisor = self._divisor(None)
+        mains = [self.main_grad(f"GradAccumulator.grads: params[{i}]", param) for i, param in enumerate(self.params)]
         grads = [main.tensor if main and main.held.value else None for main in mains]
         if isinstance(divisor, torch.Tensor) or divisor != 1.0:
             for buffer in self.buffers:
@@ -247,24 +236,54 @@ class GradAccumulator:
         return grads
 
     def assign_grads(self) -> None:
-        """Puts the result of :meth:`grads` into ``.grad``, in each parameter's dtype, for anybody's optimizer."""
-        for param, grad in zip(self.params, self.grads()):
-            param.grad = None if grad is None else grad.to(param.dtype)
+        """Puts the result of :meth:`grads` into ``.grad``, for anybody's optimizer.
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Averages the main gradients over the processes of a group, in the dtype in which they are kept.
-
-        For micro-batches in ``DistributedDataParallel.no_sync()``: then call it once before the step; a last micro-batch
-        outside of ``no_sync`` is averaged by DDP itself. All processes must have accumulated as many micro-batches;
-        parameters without a gradient in one process count as 0 there.
+        In each parameter's dtype, or ``grad_dtype`` if it has one. Where that is the main gradient's dtype they share
+        memory until the next fold.
         """
-        for main in self._mains.values():
-            if not main.held.value:
+        for param, grad in zip(self.params, self.grads()):
+            dtype = getattr(param, "grad_dtype", None) or param.dtype
+            param.grad = None if grad is None else grad.to(dtype)
+
+    @torch.no_grad()
+    def all_reduce(self, group: Any = None, *, find_unused_parameters: bool = False) -> None:
+        """Averages main gradients, in the dtype in which they are kept, and weights over the processes of a group.
+
+        For micro-batches in ``DistributedDataParallel.no_sync()``: call it once, after the last :meth:`accumulate`. A
+        last micro-batch outside of ``no_sync`` is averaged by DDP itself, and needs the same weight in every process;
+        other weights, and numbers of micro-batches, may differ between processes.
+
+        Args:
+            group: a process group, by default all processes.
+            find_unused_parameters: leave parameters that no process has a gradient for without one, for which the
+                processes must tell each other; the host waits. By default a parameter that requires a gradient and has
+                none, here or anywhere, counts as 0.
+        """
+        if self._open:
+            self._close(self._weight)
+        self._adopt(self._trained())
+        mains = [self._mains[param] for param in self.params if param in self._mains]
+        if not mains:
+            return
+        used = [param.requires_grad for param in self.params if param in self._mains]
+        if find_unused_parameters:
+            flags = torch.tensor(
+                [main.held.value for main in mains], dtype=torch.float32, device=mains[0].tensor.device
+            )
+            torch.distributed.all_reduce(flags, group=group)
+            used = [flag > 0 for flag in flags.tolist()]
+        for main, use in zip(mains, used):
+            if use and not main.held.value:
                 main.tensor.zero_()
                 main.held.value = True
-        for buffer in self.buffers:
-            torch.distributed.all_reduce(buffer, group=group)
-            buffer.div_(torch.distributed.get_world_size(group))
+        self._count = max(self._count, 1)  # other processes may have had micro-batches where this one had none
+        averaged = self.buffers
+        if self.reduction == "mean":
+            self._total = torch.zeros((), dtype=torch.float64, device=averaged[0].device) + self._total
+            averaged = [*averaged, self._total]
+        for tensor in averaged:
+            torch.distributed.all_reduce(tensor, group=group)
+            tensor.div_(torch.distributed.get_world_size(group))
 
     # ---- what the optimizer asks for ----------------------------------------------------------------------
 
@@ -273,36 +292,33 @@ class GradAccumulator:
         """Whether any gradient has been folded since the last step."""
         return self._count > 0 or self._open
 
-    def main_grad(self, where: str, param: torch.Tensor) -> _Main | None:
-        """Of a parameter; ValueError where the parameter has been moved or resized meanwhile."""
+    def main_grad(self, where: str, param: torch.Tensor) -> MainGrad | None:
+        """Of a parameter; ValueError where the parameter has changed while it holds something."""
         main = self._mains.get(param)
-        if main is None or main.fits(param):
-            return main
-        if main.held.value:
-            raise ValueError(
-                f"{where}: " + _MOVED.format(tuple(main.tensor.shape), main.tensor.device, tuple(param.shape), param.device)
-            )
-        return None
+        if main is None:
+            return None
+        main.check(where, param)
+        return main if main.fits(param) else None
 
     def step_scalars(self, own: bool) -> dict[str, float | torch.Tensor]:
         """Weight and divisor of the step. own: whether any parameter has a ``.grad``, which belongs to the last
         micro-batch, as what hooks have folded since the last call of :meth:`accumulate` does."""
-        self._set_weight(self.weight)
-        return {"grad_weight": self.weight, "grad_divisor": self._divisor([self.weight] if own or self._open else [])}
+        last = self._weight if own or self._open else None
+        return {"grad_weight": self._weight, "grad_divisor": self._divisor(last)}
 
     def release(self, param: torch.Tensor) -> None:
         """A parameter has been updated alone, inside a backward pass: its main gradient is used up."""
         if param in self._mains:
             self._mains[param].held.value = False
 
-    def _divisor(self, last: Sequence[float | torch.Tensor]) -> float | torch.Tensor:
-        weights = [*self._weights, *last]
-        if self.reduction == "sum" or not weights:
+    def _divisor(self, last: float | torch.Tensor | None) -> float | torch.Tensor:
+        """last: weight of a micro-batch that has not ended; None where there is none."""
+        if self.reduction == "sum" or (last is None and not self._count):
             return 1.0
-        total = sum(weights)
+        total = self._total if last is None else self._total + _wide(last)
         if not isinstance(total, torch.Tensor) and total == 0.0:
             raise ValueError(
-                f"GradAccumulator: got weights {weights}, expected one of them above 0; give an empty step no step()"
+                "GradAccumulator: got weights that are all 0, expected one above 0; call zero_grad() in place of step()"
             )
         return total
 
@@ -316,123 +332,113 @@ class GradAccumulator:
             hook.remove()
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer._attach_accumulator(None)
-        self._hooks, self._plan = [], None
+        self._hooks, self._plan, self._detached = [], None, True
         self._mains.clear()
         self.reset()
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been accumulated since the last step; tensors share memory with it. Call it between micro-batches."""
+        """What has been accumulated since the last step; tensors share memory with it.
+
+        Raises:
+            RuntimeError: hooks have folded a part of a micro-batch.
+        """
+        if self._open:
+            raise RuntimeError(
+                "GradAccumulator.state_dict: got a micro-batch that has not ended, expected to be called between them; "
+                "call accumulate() first"
+            )
         mains = {i: self._mains.get(param) for i, param in enumerate(self.params)}
         return {
             "main_grads": {i: main.tensor for i, main in mains.items() if main and main.held.value},
-            "weights": list(self._weights),
+            "weight": self._total,
+            "micro_batches": self._count,
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues a sum that :meth:`state_dict` has saved.
+        """Continues a sum that :meth:`state_dict` has saved, in another dtype of main gradients if need be.
 
         Raises:
             ValueError: missing keys, parameters that are not there, other shapes. Nothing has been changed then.
         """
-        where, params = "GradAccumulator.load_state_dict", self.params
-        if not {"main_grads", "weights"} <= state.keys():
-            raise ValueError(
-                f"{where}: got keys {sorted(map(str, state))}, expected 'main_grads' and 'weights'; pass state_dict()"
-            )
-        for i, grad in state["main_grads"].items():
-            if not 0 <= i < len(params) or not isinstance(grad, torch.Tensor) or grad.shape != params[i].shape:
-                expected = tuple(params[i].shape) if 0 <= i < len(params) else f"one of {len(params)} parameters"
-                raise ValueError(
-                    f"{where}: main_grads[{i}] has shape {tuple(getattr(grad, 'shape', ()))}, expected {expected}; load "
-                    "the state of the same model"
-                )
+        params, main_grads = self.params, _checked_state(state, self.params)
+        total = state["weight"]
         self.reset()
-        self._adopt(params)
-        for i, grad in state["main_grads"].items():
+        self._adopt(params[i] for i in main_grads)
+        for i, grad in main_grads.items():
             main = self._mains[params[i]]
             main.tensor.copy_(grad)
             main.held.value = True
-        self._weights, self._count = list(state["weights"]), len(state["weights"])
+        self._total = total.to(params[0].device) if isinstance(total, torch.Tensor) else float(total)
+        self._count = int(state["micro_batches"])
 
-    # ---- memory and plan ----------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "GradAccumulator: got an attempt to copy or to pickle it, expected state_dict(); make a new one for the "
+            "copied optimizer and call its load_state_dict()"
+        )
 
-    def _refreshed(self) -> _Plan:
-        self._staged.clear()
+    # ---- main gradients and plan --------------------------------------------------------------------------
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [param for param in self.params if param.requires_grad]
+
+    def _adopt(self, params: Iterable[torch.Tensor]) -> None:
+        """Gives main gradients to those that have none, or an empty one that no longer fits."""
+        new = []
+        for param in params:
+            main = self._mains.get(param)
+            if main is None or not (main.held.value or main.fits(param)):
+                new.append(param)
+        if new:
+            self._mains.update(make_main_grads(new, self.dtype, self._epoch))
+            if isinstance(self.optimizer, FusedOptimizer):
+                self.optimizer._forget_plan()
+
+    def _refreshed(self) -> AccumulatePlan:
         params = self.params
-        if self._plan is None or not self._plan.refresh(params, self._staged):
+        if self._plan is None or not self._plan.refresh(params):
             self._plan = None
             self._plan = self._make_plan(params)
-            if not self._plan.refresh(params, self._staged):
+            if not self._plan.refresh(params):
                 raise RuntimeError("GradAccumulator.accumulate: parameters or gradients changed while they were read")
         return self._plan
 
-    def _make_plan(self, params: list[torch.Tensor]) -> _Plan:
+    def _make_plan(self, params: list[torch.Tensor]) -> AccumulatePlan:
+        where = "GradAccumulator.accumulate"
+        check_grads(where, params)
         for i, param in enumerate(params):
-            where = f"GradAccumulator.accumulate: params[{i}]"
-            check_dense(where, param)
-            self.main_grad(where, param)
-            if param.grad is not None:
-                check_grad(f"{where}.grad", param.grad, param)
+            self.main_grad(f"{where}: params[{i}]", param)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "GradAccumulator.accumulate: got the first call, or the first one after parameters changed, inside a "
-                "CUDA graph capture, where tables cannot be copied; call it once before the capture"
+                f"{where}: got the first call, or the first one after parameters changed, inside a CUDA graph capture, "
+                "where tables cannot be copied; call it once before the capture"
             )
-        self._adopt(params)
-        mains = [self._mains[param] if param in self._mains else None for param in params]
-        active = []
-        for param, main in zip(params, mains):
-            if param.grad is not None:
-                main.grad_dtype = param.grad.dtype
-            if main and main.grad_dtype:
-                active.append((param, main))
-        rows = [
-            TensorRow(param.numel(), param.device, main.grad_dtype, main_grad=main.tensor) for param, main in active
-        ]
-        tables, places = build_tables(None, rows)
-        passes.prepare(tables)
-        found = {param: place for (param, _), place in zip(active, places)}
-        plan = _Plan(tables, _C.Watch(), [{"params": params}], [])
-        for param, main in zip(params, mains):
-            bucket, slot = found.get(param, (None, -1))
-            plan.watch.add(
-                param,
-                main.tensor if main else param,
-                0,
-                dtype_code(main.grad_dtype) if bucket else -1,
-                bucket.table if bucket else None,
-                slot,
-                False,
-                main.held if bucket else None,
+        self._adopt([*self._trained(), *(param for param in params if param.grad is not None)])
+        return AccumulatePlan.make(params, [self.main_grad(where, param) for param in params])
+
+
+def _wide(weight: float | torch.Tensor) -> float | torch.Tensor:
+    """To be added up: a copy, because tensors may be written to between micro-batches."""
+    if isinstance(weight, torch.Tensor):
+        return weight.detach().reshape(()).to(torch.float64, copy=True)
+    return float(weight)
+
+
+def _checked_state(state: dict[str, Any], params: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The main gradients of a checkpoint, by parameter. ValueError as ``load_state_dict``."""
+    where, wanted = "GradAccumulator.load_state_dict", {"main_grads", "weight", "micro_batches"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{where}: got {found}, expected the keys {sorted(wanted)}; pass state_dict()")
+    for i, grad in state["main_grads"].items():
+        known = i in range(len(params))
+        if not known or not isinstance(grad, torch.Tensor) or grad.shape != params[i].shape:
+            expected = f"shape {tuple(params[i].shape)}" if known else f"one of {len(params)} parameters"
+            raise ValueError(
+                f"{where}: got main_grads[{i}] of shape {tuple(getattr(grad, 'shape', ()))}, expected {expected}; load "
+                "the state of the same model"
             )
-            plan.rows.append((param, main, bucket, slot))
-        plan.watch.remember_state(_NO_STATE)
-        return plan
-
-    def _adopt(self, params: list[torch.Tensor]) -> None:
-        """Gives main gradients to all parameters that need one and have none."""
-        new: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for param in params:
-            main = self._mains.get(param)
-            if (param.requires_grad or param.grad is not None) and (main is None or not main.fits(param)):
-                dtype = torch.float64 if param.dtype == torch.float64 else self.dtype
-                new.setdefault((param.device, dtype), []).append(param)
-        for (device, dtype), own in new.items():
-            step = _ALIGNMENT // dtype.itemsize
-            starts = [0]
-            for param in own:
-                starts.append(starts[-1] + -(-param.numel() // step) * step)
-            buffer = torch.zeros(starts[-1], dtype=dtype, device=device)
-            for param, start in zip(own, starts):
-                strides = torch.empty_like(param, device="meta").stride()
-                self._mains[param] = _Main(buffer, buffer.as_strided(param.shape, strides, start), _C.Held())
-        if new and isinstance(self.optimizer, FusedOptimizer):
-            self.optimizer._forget_plan()
-
-
-_MOVED = (
-    "the main gradient has shape {} on {}, the parameter {} on {}, expected the same; call reset() before a parameter is "
-    "moved or resized"
-)
+    return state["main_grads"]

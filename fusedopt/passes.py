@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,21 +87,36 @@ def begin(
             clip_coef, norm_found_inf = device.control.clip_coef_address, device.control.norm_found_inf_address
         else:
             clip_coef, norm_found_inf = _address(scalars.clip_coef, device, torch.float64), 0
-        _C.set_scalars(
-            [bucket.args for bucket in device.buckets],
-            _address(scalars.grad_scale, device),
-            _address(scalars.found_inf, device),
-            clip_coef,
-            norm_found_inf,
-            _INFINITY if scalars.max_grad_value is None else scalars.max_grad_value,
-            _INFINITY if scalars.max_grad_norm is None else scalars.max_grad_norm,
-            NORM_TYPES[scalars.norm_type][1],
-            scalars.skip_nonfinite,
-            nonfinite_out,
-            *_number(scalars.grad_weight, device),
-            *_number(scalars.grad_divisor, device),
-        )
+        for args, weight, divisor in _accumulation(device, scalars):
+            _C.set_scalars(
+                args,
+                _address(scalars.grad_scale, device),
+                _address(scalars.found_inf, device),
+                clip_coef,
+                norm_found_inf,
+                _INFINITY if scalars.max_grad_value is None else scalars.max_grad_value,
+                _INFINITY if scalars.max_grad_norm is None else scalars.max_grad_norm,
+                NORM_TYPES[scalars.norm_type][1],
+                scalars.skip_nonfinite,
+                nonfinite_out,
+                *_number(weight, device),
+                *_number(divisor, device),
+            )
         device.backend.begin(device, passes)
+
+
+def _accumulation(device: DeviceTables, scalars: StepScalars) -> list[tuple[list, torch.Tensor | float, Any]]:
+    """Weight and divisor of every bucket. Kernels that know no main gradient know no weight: they divide by less."""
+    weight, divisor = scalars.grad_weight, scalars.grad_divisor
+    every = [bucket.args for bucket in device.buckets]
+    if not isinstance(weight, torch.Tensor) and weight == 1.0:
+        return [(every, 1.0, divisor)]
+    with_main = [bucket.args for bucket in device.buckets if bucket.main_dtype is not None]
+    if len(with_main) == len(every):
+        return [(every, weight, divisor)]
+    without = [bucket.args for bucket in device.buckets if bucket.main_dtype is None]
+    alone = divisor / weight if isinstance(weight, torch.Tensor) or weight else _INFINITY
+    return [(with_main, weight, divisor), (without, 1.0, alone)]
 
 
 def _already_told(device: DeviceTables, told: tuple[StepScalars, tuple[str, ...], int]) -> bool:

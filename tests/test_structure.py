@@ -45,6 +45,7 @@ RANKS = {
     "passes": 4,
     "functional": 5,
     "clip": 5,
+    "main_grads": 5,
     "optim": 6,
     "accumulate": 7,
     "scaler": 7,

@@ -79,7 +79,9 @@ struct Update {
               maximum(maximum(sizeof(typename G::Storage), sizeof(typename M::Storage)), sizeof(typename S::Storage)));
   static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
-  static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
+  // A main gradient takes the registers of a block, where there are more than two.
+  static constexpr int kBlocks = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
+  static constexpr int kBlocksPerMultiprocessor = GradStream<G, M, V>::kHasMain && kBlocks > 2 ? kBlocks - 1 : kBlocks;
   static constexpr int kRound = kThreads * kVectors * V;
   // Elements that are encoded together lie in one vector (random bits) or in one warp's vectors (blocks).
   static constexpr bool kRandom = P::kRandom || S::kRandom;

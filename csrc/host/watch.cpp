@@ -133,7 +133,7 @@ bool Watch::same_main_grads() const {
 
 bool Watch::read_grad(size_t index, const void* found) {
   const Row& row = rows_[index];
-  const bool holds = row.held && row.held->value;
+  const bool holds = row.held && row.held->value();
   if (holds && !row.table) return false;
   TensorInfo grad;
   switch (row.param.read_grad(found, grad)) {
@@ -203,7 +203,7 @@ size_t Watch::num_grads() const {
 
 void Watch::hold() {
   for (const Row& row : rows_)
-    if (row.table && row.held && row.table->has_own(row.slot)) row.held->value = true;
+    if (row.table && row.held && row.table->has_own(row.slot)) row.held->set(true);
 }
 
 void Watch::drop_grads() {

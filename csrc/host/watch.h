@@ -17,9 +17,21 @@
 
 namespace fusedopt {
 
+// Which step an accumulator is at: what its main gradients held before is dropped all at once when it goes on.
+struct Epoch {
+  int64 now = 0;
+};
+
 // Whether a main gradient holds anything: set by an accumulator, and read where its optimizer looks for gradients.
-struct Held {
-  bool value;
+class Held {
+ public:
+  explicit Held(std::shared_ptr<Epoch> epoch) : epoch_(std::move(epoch)) {}
+  bool value() const { return since_ == epoch_->now; }
+  void set(bool value) { since_ = value ? epoch_->now : -1; }
+
+ private:
+  std::shared_ptr<Epoch> epoch_;
+  int64 since_ = -1;
 };
 
 class Watch {

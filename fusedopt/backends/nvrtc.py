@@ -23,6 +23,8 @@ from ..specs import CUDA_CHUNK, CUDA_CHUNK_BLOCKED, DTYPES, NORM_TYPES, PARAM_FO
 __all__ = [
     "ARCHITECTURES",
     "KernelSpec",
+    "accumulated_gradient_kernels",
+    "accumulation_kernels",
     "all_kernels",
     "cache_dir",
     "common_kernels",
@@ -166,6 +168,37 @@ def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec
         *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
         *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
     ]
+
+
+MAIN_DTYPES = ("float32", "bfloat16")
+"""Of main gradients, except of float64 parameters."""
+
+
+def _mains(dtype: str) -> tuple[str, ...]:
+    return ("float64",) if dtype == "float64" else MAIN_DTYPES
+
+
+def accumulation_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
+    """The update passes of a rule where gradients are accumulated, for every dtype of main gradients."""
+    return [
+        update_kernel(rule, param, grad, state, table_bytes, latency_bound, main)
+        for param, grad, state in combinations()
+        for latency_bound in ((False, True) if param == "float32" else (False,))
+        for main in _mains(param)
+    ]
+
+
+def accumulated_gradient_kernels(table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
+    """The accumulate passes, and the norm passes over main gradients, for every dtype of both."""
+    pairs = [(grad, main) for grad in DTYPES for main in _mains(grad)]
+    norms = [
+        norm_kernel(grad, norm_type, table_bytes, latency_bound, chunk, main)
+        for grad, main in pairs
+        for norm_type in NORM_TYPES
+        for latency_bound in (False, True)
+        for chunk in (CUDA_CHUNK, CUDA_CHUNK_BLOCKED)
+    ]
+    return norms + [accumulate_kernel(grad, main, table_bytes) for grad, main in pairs]
 
 
 TABLE_SIZES = (SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE, 0)

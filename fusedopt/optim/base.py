@@ -198,7 +198,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         differently.
         """
         asked = self._takes_norm or self.max_grad_value is not None
-        return asked or any(group.get("fused") for group in self.param_groups)
+        # With main gradients it must not divide .grad alone: it is told to hand over, and then refused.
+        return asked or self._has_accumulated() or any(group.get("fused") for group in self.param_groups)
 
     # ---- param groups ---------------------------------------------------------------------------------
 
@@ -256,7 +257,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: sparse gradients; a first step while a CUDA graph is being captured.
+            RuntimeError: sparse gradients; a first step while a CUDA graph is being captured; torch's GradScaler beside
+                accumulated gradients.
             ValueError, TypeError: a gradient whose shape, device or dtype does not fit its parameter. Nothing has
             been changed then.
         """
@@ -275,6 +277,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_torch_scaler()
         plan = self._plan
         if plan is None or not plan.refresh(self):
             plan = self._replan()
@@ -398,6 +401,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _has_accumulated(self) -> bool:
         """Whether main gradients wait for a step."""
         return self._accumulator is not None and self._accumulator.holds
+
+    def _refuse_torch_scaler(self) -> None:
+        """RuntimeError where torch's GradScaler, which sees no main gradient, has looked for inf and NaN."""
+        given = self.__dict__
+        if given.get("found_inf") is None or "_nonfinite_found" in given or not self._has_accumulated():
+            return
+        given.pop("found_inf"), given.pop("grad_scale", None)  # the scaler would leave them behind
+        raise RuntimeError(
+            f"{type(self).__name__}.step: got found_inf, as torch.amp.GradScaler sets it after a look at .grad, beside "
+            "main gradients of a GradAccumulator, which it knows nothing of; expected fusedopt.GradScaler, without "
+            "unscale_(): use it in its place"
+        )
 
     def _accumulated_grad(self, where: str, param: torch.Tensor) -> Any:
         return None if self._accumulator is None else self._accumulator.main_grad(where, param)

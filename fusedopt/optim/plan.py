@@ -84,6 +84,11 @@ class _Tracked:
         """This step's gradient."""
         return self.param.grad if self.main_grad is None else self.main_grad
 
+    @property
+    def is_updated(self) -> bool:
+        """Whether this step has a gradient for it, or earlier micro-batches had one."""
+        return self.grad is not None or (self.accumulated is not None and self.accumulated.held.value)
+
 
 @dataclass
 class OptimizerPlan:
@@ -190,7 +195,7 @@ class OptimizerPlan:
     def bump_versions(self) -> None:
         """Tells autograd that the parameters with a gradient were written."""
         if not self.watch.bump_versions():
-            increment_version([each.param for each in self.tracked if each.grad is not None])
+            increment_version([each.param for each in self.tracked if each.is_updated])
 
     def gather_copies(self) -> None:
         for param, dense in self.copies:
@@ -248,7 +253,7 @@ def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec, only: torch.Tensor 
             if each.grad is not None:
                 check_grad(f"{where}.{'grad' if each.main_grad is None else 'main_grad'}", each.grad, param)
                 each.grad_dtype = each.grad.dtype
-            elif optimizer.state.get(param) or (each.accumulated and each.accumulated.held.value):
+            elif optimizer.state.get(param) or each.is_updated:
                 each.grad_dtype = param.dtype  # until a gradient of another dtype comes
             yield each
 

@@ -71,6 +71,7 @@ SPILLED_BYTES = {
     "norm": (0, 56),
     "norm, small models": (16, 16),
     "update, small models": (16, 24),
+    "accumulation of float64": (16, 16),
     "update, int8 states": (48, 48),
     "update, stochastic states": (0, 40),
 }
@@ -82,6 +83,8 @@ def spills_as(kernel: nvrtc.KernelSpec) -> str | None:
         if "Float64" in kernel.arguments:
             return "norm of float64"
         return "norm, small models" if "Tuning::kLatency" in kernel.arguments else "norm"
+    if kernel.template == "update_pass" and kernel.arguments[1] == "PlainFloat64" and "NoMain" not in kernel.arguments:
+        return "accumulation of float64"
     if "Int8State" in kernel.arguments:
         return "update, int8 states"
     if "StochasticState" in kernel.arguments:
@@ -135,6 +138,33 @@ def test_what_is_measured_may_not_spill(rule):
     ):
         kernel = nvrtc.update_kernel(rule, param, PARAM_FORMATS[param].dtype, state)
         assert kernel in nvrtc.all_kernels() and allowed_frame_bytes(kernel, ARCH) == 0
+
+
+def test_every_kernel_of_accumulation_compiles():
+    """Accumulate and norm passes for every dtype of gradients and main gradients; the updates of one rule."""
+    kernels = [*nvrtc.accumulated_gradient_kernels(), *nvrtc.accumulation_kernels("adamw")]
+    assert len(set(kernels)) == len(kernels)
+    assert {kernel.template for kernel in kernels} == {"accumulate_pass", "norm_pass", "update_pass"}
+    compile_all(kernels, ARCH)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_float32_main_gradients_may_not_spill(rule):
+    """Nor those of small models, where masters, splits and plain parameters have no 8-bit states."""
+    kernels = [
+        nvrtc.update_kernel(rule, param, PARAM_FORMATS[param].dtype, state, latency_bound=low, main="float32")
+        for param, state, low in (
+            ("float32", "float32", False),
+            ("bfloat16", "bfloat16", False),
+            ("bfloat16+master", "float32", False),
+            ("float16+master", "float32", False),
+            ("split16", "float32", False),
+            ("split16", "bfloat16", False),
+            ("split8", "float32", False),
+        )
+    ]
+    assert set(kernels) <= set(nvrtc.accumulation_kernels(rule))
+    assert all(allowed_frame_bytes(kernel, ARCH) == 0 for kernel in kernels)
 
 
 def test_combinations_are_those_that_options_give():

@@ -74,6 +74,34 @@ def gradient_results(sizes, values=normal) -> dict[str, str]:
     return results
 
 
+def accumulate_results(sizes, values=normal) -> dict[str, str]:
+    """A digest of main gradients, and of parameters and states after the step that reads them, by dtypes."""
+    results = {}
+    for dtype in DTYPES:
+        for main in (torch.float32, torch.bfloat16):
+            params = parameters(sizes, dtype, values=values)
+            opt = fusedopt.AdamW(params, lr=0.01, max_grad_norm=1.0, nonfinite="skip")
+            accumulator = fusedopt.GradAccumulator(opt, main)
+            sums = []
+            for k, weight in enumerate((1.0, 0.3, 2.5)):
+                set_gradients(params, seed=k, values=values)
+                if k < 2:
+                    accumulator.accumulate(weight)
+                    sums += [buffer.clone() for buffer in accumulator.buffers]
+            accumulator.weight = weight
+            opt.step()
+            results[f"accumulate {dtype} {main}"] = digest([*sums, *memory(opt), opt.grad_norm])
+    return results
+
+
+def all_results(cases, sizes, values=normal) -> dict[str, str]:
+    return {
+        **update_results(cases, sizes, values),
+        **gradient_results(sizes, values),
+        **accumulate_results(sizes, values),
+    }
+
+
 def python(script: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs a script that may import this file and others of the tests."""
     path = os.pathsep.join(filter(None, [str(TESTS), str(TESTS / "cpu"), os.environ.get("PYTHONPATH")]))
@@ -92,9 +120,8 @@ DIGESTS = """
 import json
 from cases import CASES, SIZES, hard_values
 from fusedopt import _C
-from test_engine import gradient_results, update_results
-results = {**update_results(CASES, SIZES), **gradient_results(SIZES)}
-hard = {**update_results(CASES, SIZES, hard_values), **gradient_results(SIZES, hard_values)}
+from test_engine import all_results
+results, hard = all_results(CASES, SIZES), all_results(CASES, SIZES, hard_values)
 print(json.dumps({"isa": _C.cpu_isa(), "normal": results, "hard": hard}))
 """
 
@@ -102,10 +129,7 @@ print(json.dumps({"isa": _C.cpu_isa(), "normal": results, "hard": hard}))
 @pytest.fixture(scope="module")
 def default_digests():
     """Of the instruction set that this processor gets without being asked."""
-    return {
-        "normal": {**update_results(CASES, SIZES), **gradient_results(SIZES)},
-        "hard": {**update_results(CASES, SIZES, hard_values), **gradient_results(SIZES, hard_values)},
-    }
+    return {"normal": all_results(CASES, SIZES), "hard": all_results(CASES, SIZES, hard_values)}
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -137,13 +161,10 @@ def test_empty_instruction_set_is_none():
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_thread_counts_give_the_same_bits(threads, count):
-    def results():
-        return {**update_results(ONE_EACH, MANY_CHUNKS), **gradient_results(MANY_CHUNKS)}
-
     threads(1)
-    expected = results()
+    expected = all_results(ONE_EACH, MANY_CHUNKS)
     threads(count)
-    assert results() == expected
+    assert all_results(ONE_EACH, MANY_CHUNKS) == expected
 
 
 def test_python_threads_may_step_at_once(threads):
@@ -228,14 +249,22 @@ def longest_pause(work) -> float:
     return max(b - a for a, b in pairwise(times)) / (end - start)
 
 
-@pytest.mark.parametrize("work", ["update", "norm", "scale"])
+@pytest.mark.parametrize("work", ["update", "norm", "accumulate", "scale"])
 def test_other_python_threads_run_meanwhile(threads, work):
     threads(1)
     params = [torch.nn.Parameter(torch.ones(ELEMENTS))]
     params[0].grad = torch.ones(ELEMENTS)
     opt = fusedopt.AdamW(params)
+    accumulator = fusedopt.GradAccumulator(params)
+
+    def accumulate():
+        params[0].grad = grad
+        accumulator.accumulate()
+
+    grad = params[0].grad
     functions = {
         "update": opt.step,
+        "accumulate": accumulate,
         "norm": lambda: fusedopt.get_total_norm(grads(params)),
         "scale": lambda: fusedopt.unscale_grads_(params, 2.0),
     }

@@ -1,0 +1,156 @@
+"""Main gradients, the sums that a :class:`fusedopt.GradAccumulator` keeps, and the plan of the pass that adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _C, passes
+from .checks import check_dense, check_grad
+from .plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, like_parameter
+
+__all__ = ["AccumulatePlan", "MainGrad", "check_grads", "make_main_grads"]
+
+_ALIGNMENT = 256
+"""Bytes at whose multiples main gradients begin."""
+
+
+@dataclass
+class MainGrad:
+    """Of one parameter."""
+
+    buffer: torch.Tensor
+    tensor: torch.Tensor
+    """A part of ``buffer``, in the parameter's shape and, if that is dense, layout."""
+    strides: tuple[int, ...]
+    """Of the parameter."""
+    held: _C.Held
+    """Whether it holds anything; shared with the optimizer's plan."""
+    grad_dtype: torch.dtype | None = None
+    """Of the gradients seen last; None before the first."""
+
+    def fits(self, param: torch.Tensor) -> bool:
+        """Whether the parameter is as it was when this was made."""
+        alike = self.tensor.shape == param.shape and self.strides == param.stride()
+        wide = (self.tensor.dtype == torch.float64) == (param.dtype == torch.float64)
+        return alike and wide and self.tensor.device == param.device
+
+    def check(self, where: str, param: torch.Tensor) -> None:
+        """ValueError where the parameter has changed while this holds something."""
+        if self.held.value and not self.fits(param):
+            was, now = (
+                f"shape {tuple(tensor.shape)}, strides {strides}, dtype {tensor.dtype}, on {tensor.device}"
+                for tensor, strides in ((self.tensor, self.strides), (param, param.stride()))
+            )
+            raise ValueError(
+                f"{where}: got a parameter of {now}, beside a main gradient for {was}, expected no change while "
+                "gradients are accumulated; call GradAccumulator.reset() before a parameter is moved or resized"
+            )
+
+
+def make_main_grads(
+    params: Iterable[torch.Tensor], dtype: torch.dtype, epoch: _C.Epoch
+) -> dict[torch.Tensor, MainGrad]:
+    """Zeros in one buffer for each device and dtype: float64 for float64 parameters, else ``dtype``.
+
+    epoch: of the accumulator; to advance it empties all of its main gradients.
+    """
+    by_buffer: dict[tuple[torch.device, torch.dtype], dict[torch.Tensor, None]] = {}
+    for param in params:
+        wide = torch.float64 if param.dtype == torch.float64 else dtype
+        by_buffer.setdefault((param.device, wide), {})[param] = None
+    made = {}
+    for (device, wide), own in by_buffer.items():
+        step = _ALIGNMENT // wide.itemsize
+        starts = [0]
+        for param in own:
+            starts.append(starts[-1] + -(-param.numel() // step) * step)
+        buffer = torch.zeros(starts[-1], dtype=wide, device=device)
+        for param, start in zip(own, starts):
+            strides = torch.empty_like(param, device="meta").stride()
+            made[param] = MainGrad(
+                buffer, buffer.as_strided(param.shape, strides, start), param.stride(), _C.Held(epoch)
+            )
+    return made
+
+
+_NO_STATE: dict = {}
+
+
+@dataclass
+class AccumulatePlan:
+    """Tables and watch of the accumulate pass. Valid until ``refresh`` says otherwise."""
+
+    tables: list[DeviceTables]
+    watch: _C.Watch
+    groups: list[dict]
+    """What the watch compares the parameters with."""
+    rows: list[tuple[torch.Tensor, MainGrad | None, Bucket | None, int]] = field(default_factory=list)
+    """Parameter, main gradient, and where its gradient's address goes."""
+    staged: list[torch.Tensor] = field(default_factory=list)
+    """Gradients of the micro-batch under way that had to be laid out as their parameter."""
+
+    @classmethod
+    def make(cls, params: Sequence[torch.Tensor], mains: Sequence[MainGrad | None]) -> AccumulatePlan:
+        """params: all that may get gradients; mains: their main gradients, None for those without a gradient so far."""
+        active = []
+        for param, main in zip(params, mains):
+            if param.grad is not None:
+                main.grad_dtype = param.grad.dtype
+            if main and main.grad_dtype:
+                active.append((param, main))
+        rows = [
+            TensorRow(param.numel(), param.device, main.grad_dtype, main_grad=main.tensor) for param, main in active
+        ]
+        tables, places = build_tables(None, rows)
+        passes.prepare(tables)
+        found = {param: place for (param, _), place in zip(active, places)}
+        plan = cls(tables, _C.Watch(), [{"params": params}])
+        for param, main in zip(params, mains):
+            plan._add(param, main, *found.get(param, (None, -1)))
+        plan.watch.remember_state(_NO_STATE)
+        return plan
+
+    def _add(self, param: torch.Tensor, main: MainGrad | None, bucket: Bucket | None, slot: int) -> None:
+        self.watch.add(
+            param,
+            main.tensor if main else param,
+            0,
+            dtype_code(main.grad_dtype) if bucket else -1,
+            bucket.table if bucket else None,
+            slot,
+            False,
+            main.held if bucket else None,
+        )
+        self.rows.append((param, main, bucket, slot))
+
+    def refresh(self, params: list[torch.Tensor]) -> bool:
+        """Finds the gradients. False if the plan is out of date."""
+        relayout: list[int] = []
+        self.staged.clear()
+        self.groups[0]["params"] = params
+        if not self.watch.refresh(self.groups, _NO_STATE, relayout):
+            return False
+        for i in relayout:
+            param, main, bucket, slot = self.rows[i]
+            self.staged.append(like_parameter(param.grad.detach(), main.tensor))
+            bucket.table.set_grad(slot, self.staged[-1].data_ptr() or 2)
+        return True
+
+    def run(self, weight: float | torch.Tensor) -> None:
+        """Adds up, and frees the gradients."""
+        passes.begin(self.tables, passes.StepScalars(grad_weight=weight), ("accumulate",))
+        passes.accumulate(self.tables)
+        self.watch.hold()
+        self.watch.drop_grads()
+        self.staged.clear()
+
+
+def check_grads(where: str, params: Sequence[torch.Tensor]) -> None:
+    """Parameters with memory of their own, gradients that fit. Raises as ``check_dense`` and ``check_grad``."""
+    for i, param in enumerate(params):
+        check_dense(f"{where}: params[{i}]", param)
+        if param.grad is not None:
+            check_grad(f"{where}: params[{i}].grad", param.grad, param)
