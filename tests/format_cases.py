@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 
 import torch
-from bounds import Bounded, assert_within, bounded_step
+from bounds import Bounded, assert_within, bounded_step, hyper_of
 from cases import assert_same_bits, bits, hard_values, normal, parameter, storage
 from torch import Tensor
 
@@ -170,7 +170,7 @@ def assert_stepped(opt, rule: str, records: list[Before], **transform) -> None:
     alike = {}
     for r in records:
         state = opt.state[r.tensor]
-        options = tuple((key, r.group.get(key)) for key in ("lr", "betas", "eps", "weight_decay", "maximize"))
+        options = (*hyper_of(r.group, rule).items(), r.group["maximize"])
         key = (r.tensor.dtype, r.step, options, tuple(sorted((k, v.dtype) for k, v in state.items())), random(r.group))
         alike.setdefault(repr(key), []).append(r)
     for group in alike.values():
@@ -185,7 +185,6 @@ def random(group: dict) -> bool:
 
 def _expected(rule: str, records: list[Before], transform: dict) -> dict[str, Bounded]:
     first = records[0]
-    keys = ("lr", "betas", "weight_decay") if rule == "lion" else ("lr", "betas", "eps", "weight_decay")
     states = {name: torch.cat([r.states[name] for r in records]) for name in first.states}
     return bounded_step(
         rule,
@@ -194,7 +193,7 @@ def _expected(rule: str, records: list[Before], transform: dict) -> dict[str, Bo
         states,
         step=first.step + 1,
         maximize=first.group["maximize"],
-        hyper={key: first.group[key] for key in keys},
+        hyper=hyper_of(first.group, rule),
         **transform,
     )
 
@@ -300,10 +299,10 @@ def code_step(y: Tensor, moment: str) -> Tensor:
 
 
 def unit_of(largest: Tensor) -> Tensor:
-    """The unit of blocks with these largest magnitudes."""
+    """The unit of blocks with these largest magnitudes; inf where nothing is known of them."""
     _, exponent = torch.frexp(largest)
     unit = torch.ldexp(torch.ones_like(largest), exponent - 1 - OCTAVES)
-    return torch.where(largest < UNIT_ZERO, 0.0, unit)
+    return torch.where(largest < UNIT_ZERO, 0.0, torch.where(largest.isinf(), largest, unit))
 
 
 def assert_codes(values: Tensor, scales: Tensor, exact: Bounded, moment: str, what: str, steps: float = 1.0) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bounds import assert_within, bounded_step
+from bounds import assert_within, bounded_step, hyper_of
 from cases import WITH_PEER, hard_values, normal, parameter, set_gradients
 
 from fusedopt import reference
@@ -71,11 +71,11 @@ def test_ulp_and_rounding():
 def test_equals_torch_in_float64(case):
     p = parameter(normal((1000,), torch.float64))
     opt = case.make_peer([p], foreach=False)
-    group = opt.param_groups[0]
-    expected, states = p.detach().clone(), dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(p.data))
+    start = torch.full_like(p.data, case.kwargs.get("initial_accumulator_value", 0.0))
+    expected, states = p.detach().clone(), dict.fromkeys(reference.STATES[case.rule], start)
     for step in range(1, 11):
         set_gradients([p], seed=step)
-        hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")}
+        hyper = hyper_of(opt.param_groups[0], case.rule) | {"maximize": opt.param_groups[0]["maximize"]}
         expected, states = reference.reference_step(case.rule, expected, p.grad, states, step=step, **hyper)
         opt.step()
     torch.testing.assert_close(p.data, expected, rtol=1e-13, atol=1e-14)

@@ -70,6 +70,7 @@ template <class Rule, class P, class G, class S, Tuning kTuning>
 struct Update {
   using T = typename P::Compute;
   static constexpr int kStates = Rule::kStates;
+  static constexpr int kSlots = fusedopt::kSlots<Rule>;
   static constexpr bool kHasExtra = !is_same<typename P::Extra, NoExtra>;
   // Bytes of the smallest element. Single bytes are accessed eight at a time.
   static constexpr int kSmallest =
@@ -96,14 +97,14 @@ struct Update {
     Vector<typename P::Main, V> param[kVectors];
     Vector<typename P::Extra, V> extra[kVectors];
     Vector<G, V> grad[kVectors];
-    Vector<S, V> state[kStates][kVectors];
+    Vector<S, V> state[kSlots][kVectors];
   };
 
   Stream<typename P::Main, V> param;
   Stream<typename P::Extra, V> extra;
   Stream<G, V> grad;
-  Stream<S, V> state[kStates];
-  float* units[kStates];  // of this chunk's blocks
+  Stream<S, V> state[kSlots];
+  float* units[kSlots];  // of this chunk's blocks
   int vectored;
 
   __device__ __forceinline__ Update(const TensorEntry& tensor, const void* grads, const Split& split)
@@ -256,9 +257,9 @@ struct Update {
 
   template <int N>
   static __device__ __forceinline__ void update(Vector<typename P::Main, N>& main, Vector<typename P::Extra, N>& extra,
-                                                const Vector<G, N>& grad, Vector<S, N>* const (&state)[kStates],
-                                                float (&unit)[kStates], const Noise& noise, const Plan& plan) {
-    T p[N], g[N], s[kStates][N];
+                                                const Vector<G, N>& grad, Vector<S, N>* const (&state)[kSlots],
+                                                float (&unit)[kSlots], const Noise& noise, const Plan& plan) {
+    T p[N], g[N], s[kSlots][N];
 #pragma unroll
     for (int e = 0; e < N; ++e) p[e] = P::decode(main.get(e), extra.get(e));
     decode(grad, g);
@@ -269,7 +270,7 @@ struct Update {
     for (int e = 0; e < N; ++e) g[e] = clamps ? plan.transform(g[e]) : plan.transform.without_clamp(g[e]);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      T own[kStates];
+      T own[kSlots];
 #pragma unroll
       for (int k = 0; k < kStates; ++k) own[k] = s[k][e];
       Rule::template update<T>(p[e], g[e], own, plan.coefficients);
@@ -284,7 +285,7 @@ struct Update {
   // The units of a warp's blocks in all whole rounds of a chunk: lane r holds those of round r, so that they are loaded
   // and stored once, side by side.
   struct Units {
-    float held[S::kBlocked ? kStates : 1];
+    float held[S::kBlocked ? kSlots : 1];
   };
   static_assert(!S::kBlocked || (kVectors == 1 && kChunk / kRound <= 32), "a lane holds one unit for each state");
 
@@ -316,8 +317,8 @@ struct Update {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int i = offset(round, j);
-      Vector<S, V>* s[kStates];
-      float unit[kStates] = {};
+      Vector<S, V>* s[kSlots];
+      float unit[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         s[k] = &r.state[k][j];
@@ -340,8 +341,8 @@ struct Update {
       const int i = offset(round, j);
       const int n = count(i);
       if (n <= 0 && !S::kBlocked) continue;  // a warp whose block has a part of its elements stays together
-      Vector<S, V>* s[kStates];
-      float unit[kStates] = {};
+      Vector<S, V>* s[kSlots];
+      float unit[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         s[k] = &r.state[k][j];
@@ -367,9 +368,9 @@ struct Update {
       if constexpr (kHasExtra) x.set(0, extra.base[i]);
       Vector<G, 1> g;
       g.set(0, grad.base[i]);
-      Vector<S, 1> own[kStates];
-      Vector<S, 1>* s[kStates];
-      float unit[kStates] = {};
+      Vector<S, 1> own[kSlots];
+      Vector<S, 1>* s[kSlots];
+      float unit[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         own[k].set(0, state[k].base[i]);

@@ -43,8 +43,8 @@ def update(tables: DeviceTables) -> None:
         bucket.args.lead = int(i == 0)
         _C.cpu_update(
             bucket.table,
-            tables.hypers,
-            tables.rule.index,
+            bucket.hypers,
+            bucket.rule.index,
             bucket.param_format.code,
             dtype_code(bucket.grad_dtype),
             bucket.state_format.code,

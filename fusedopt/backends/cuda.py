@@ -85,7 +85,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
         if key != bucket.launches_key:
             _choose_kernels(tables, bucket, passes)
             bucket.launches_key = key
-        bucket.table.pack(tables.hypers, bucket.capacity)
+        bucket.table.pack(bucket.hypers, bucket.capacity)
     for bucket in tables.buckets:
         if not bucket.capacity:
             _upload_step_table(bucket, tables)
@@ -119,7 +119,7 @@ def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec
         return nvrtc.scale_kernel(grad, bucket.capacity)
     param, state = bucket.param_format.name, bucket.state_format.name
     low = param == "float32" and _latency_bound(bucket)
-    return nvrtc.update_kernel(tables.rule.name, param, grad, state, bucket.capacity, low)
+    return nvrtc.update_kernel(bucket.rule.name, param, grad, state, bucket.capacity, low)
 
 
 def _latency_bound(bucket: Bucket) -> bool:

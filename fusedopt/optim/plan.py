@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
+from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
@@ -13,18 +14,19 @@ from .. import _C, passes
 from ..checks import check_grad, check_param
 from ..control import Control
 from ..formats import (
+    adopt_entry,
     check_entry,
     check_format_options,
     convert_master,
     convert_states,
     decode_states,
+    new_states,
     param_format,
     scale_key,
-    scale_shape,
     wanted_state_format,
 )
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
-from ..specs import ParamFormatSpec, RuleSpec, StateFormatSpec
+from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
 __all__ = ["OptimizerPlan"]
 
@@ -41,6 +43,7 @@ class _Tracked:
     group: int
     id: int
     """Position among all parameters of the optimizer."""
+    rule: RuleSpec
     param_format: ParamFormatSpec
     main_grad: torch.Tensor | None
     """Its ``main_grad`` attribute, or None where it has no such attribute."""
@@ -48,14 +51,22 @@ class _Tracked:
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
     place: tuple[Bucket, int] | None = None
+    scratch: dict[str, Any] = field(default_factory=dict)
+    """Holds the step counter of a parameter that keeps no state: nobody asks for it, but kernels count."""
 
-    def row(self, states: dict, rule: RuleSpec) -> TensorRow:
-        state = states[self.param]
+    @property
+    def keeps_state(self) -> bool:
+        """Whether its rule or its format have anything to remember; random bits depend on the step."""
+        return bool(self.rule.states or self.param_format.extra or self.param_format.random)
+
+    def row(self, states: dict) -> TensorRow:
+        state, rule = states.get(self.param) or self.scratch, self.rule
         blocked = self.state_format.blocked
         return TensorRow(
             numel=self.param.numel(),
             device=self.param.device,
             grad_dtype=self.grad_dtype,
+            rule=rule,
             param_format=self.param_format,
             state_format=self.state_format,
             param=self.dense,
@@ -77,6 +88,8 @@ class _Tracked:
 class OptimizerPlan:
     """Valid until ``refresh`` says otherwise."""
 
+    rules: list[str]
+    """Names, by param group."""
     tracked: list[_Tracked]
     tables: list[DeviceTables]
     watch: _C.Watch
@@ -87,9 +100,11 @@ class OptimizerPlan:
 
     @classmethod
     def make(
-        cls, optimizer: torch.optim.Optimizer, rule: RuleSpec, controls: dict[torch.device, Control]
+        cls, optimizer: torch.optim.Optimizer, rules: list[str], controls: dict[torch.device, Control]
     ) -> OptimizerPlan:
         """Checks everything, then creates what state is missing and builds the tables.
+
+        rules: name of each param group's rule.
 
         Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
@@ -99,23 +114,23 @@ class OptimizerPlan:
                 "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while "
                 "a CUDA graph is being captured; call step() once before the capture"
             )
-        tracked = list(_track(optimizer, rule))
+        tracked = list(_track(optimizer, rules))
         for each in tracked:
             if each.grad_dtype is not None:
-                _check_state(optimizer.state.get(each.param, {}), rule, each.param)
+                _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, rule, controls, tracked)
+            return cls._build(optimizer, rules, controls, tracked)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, rule, controls, tracked) -> OptimizerPlan:
+    def _build(cls, optimizer, rules, controls, tracked) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
-        _complete_state(optimizer.state, optimizer.param_groups, rule, active)
-        tables, places = build_tables(rule, [each.row(optimizer.state, rule) for each in active], controls)
+        _complete_state(optimizer, active)
+        tables, places = build_tables([each.row(optimizer.state) for each in active], controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -123,7 +138,7 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch())
+        plan = cls(rules, tracked, tables, _C.Watch())
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
@@ -162,16 +177,18 @@ class OptimizerPlan:
             param.detach().copy_(dense)
 
 
-def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec) -> Iterator[_Tracked]:
+def _track(optimizer: torch.optim.Optimizer, rules: list[str]) -> Iterator[_Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
+        rule = RULES[rules[g]]
         check_format_options(f"{type(optimizer).__name__}.step: param_groups[{g}]", group, rule)
         for i, param in enumerate(group["params"]):
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param)
             dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False)
             main_grad = _main_grad(where, param)
-            each = _Tracked(param, dense, where, g, next(position), param_format(where, group, param.dtype), main_grad)
+            form = param_format(where, group, param.dtype)
+            each = _Tracked(param, dense, where, g, next(position), rule, form, main_grad)
             if each.grad is not None:
                 check_grad(f"{where}.{'grad' if main_grad is None else 'main_grad'}", each.grad, param)
                 each.grad_dtype = each.grad.dtype
@@ -205,24 +222,27 @@ def _check_state(state: dict, rule: RuleSpec, param: torch.Tensor) -> None:
             )
 
 
-def _complete_state(states: dict, groups: list[dict], rule: RuleSpec, active: list[_Tracked]) -> None:
+def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) -> None:
     """Creates missing state, and puts step counters, layouts and formats right.
 
     New counters are views of one tensor.
     """
+    states, groups = optimizer.state, optimizer.param_groups
     counters: dict[torch.device, list[tuple[dict, float]]] = {}
     for each in active:
-        state = states[each.param]
+        state = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
+        rule, dense = each.rule, each.dense
+        adopt_entry(state, rule)
         each.state_format = wanted_state_format(each.where, groups[each.group], each.param, state, rule)
         if state:
-            _bring_into_layout(state, rule, each.dense)
+            _bring_into_layout(state, rule, dense)
             convert_states(state, rule, each.state_format)
-        else:
+        if not state or not all(key in state for key in rule.states):
             state["step"] = 0.0
-            state.update(_zeros(rule, each))
-        if each.dense is not each.param:
-            each.dense.copy_(each.param.detach())
-        convert_master(state, each.dense.detach(), each.param_format)
+            state.update(new_states(rule, each.state_format, dense, optimizer._initial_state))
+        if dense is not each.param:
+            dense.copy_(each.param.detach())
+        convert_master(state, dense.detach(), each.param_format)
         step = state["step"]
         if not _is_counter(step, each.param.device):
             counters.setdefault(each.param.device, []).append((state, float(step)))
@@ -232,21 +252,12 @@ def _complete_state(states: dict, groups: list[dict], rule: RuleSpec, active: li
             state["step"] = counter
 
 
-def _zeros(rule: RuleSpec, each: _Tracked) -> dict[str, torch.Tensor]:
-    entry = {}
-    for key, moment in zip(rule.states, rule.moments):
-        dtype = getattr(torch, each.state_format.dtype(moment))
-        entry[key] = torch.zeros_like(each.dense, dtype=dtype, requires_grad=False)
-        if each.state_format.blocked:
-            entry[scale_key(key)] = torch.zeros(scale_shape(each.param.numel()), device=each.param.device)
-    return entry
-
-
 def _bring_into_layout(state: dict, rule: RuleSpec, dense: torch.Tensor) -> None:
     """Elements in the order of the parameter's in memory. Blocks are runs of memory, so they are taken apart first."""
-    if not all(same_layout(state[key], dense) for key in rule.states):
+    present = [key for key in rule.states if key in state]
+    if not all(same_layout(state[key], dense) for key in present):
         state.update(decode_states(state, rule))
-        for key in rule.states:
+        for key in present:
             state.pop(scale_key(key), None)
             state[key] = like_parameter(state[key].detach(), dense)
     for key in ("master_param", "param_remainder"):
