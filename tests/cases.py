@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt import specs
+from fusedopt import reference, specs
 from fusedopt.optim.base import Options
 
 
@@ -110,6 +110,33 @@ ONE_EACH = [
 STATELESS = [BY_NAME["sgd-l2"], BY_NAME["sgdw-decay"]]
 WITH_PEER = [case for case in CASES if case.has_peer]
 ONE_EACH_WITH_PEER = [case for case in ONE_EACH if case.has_peer]
+
+# Arguments of the functions, by rule.
+VALUES = {
+    "lr": 0.02,
+    "betas": (0.8, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "momentum": 0.7,
+    "dampening": 0.2,
+    "nesterov": False,
+    "alpha": 0.8,
+    "lr_decay": 0.3,
+    "decoupled_weight_decay": True,
+}
+FUNCTION_HYPER = {name: {key: VALUES[key] for _, key, _ in spec.hyper} for name, spec in specs.RULES.items()}
+for plain in ("rmsprop", "rmsprop_centered"):
+    FUNCTION_HYPER[plain]["momentum"] = 0.0
+
+
+def call_function(rule, params, grads, states, steps, **kwargs):
+    """The rule's function on lists of its states."""
+    function = getattr(fusedopt.functional, f"{specs.RULES[rule].family}_")
+    named = {f"{name}s": group for name, group in zip(reference.STATES[rule], states, strict=True)}
+    if not named:
+        named = {"momentum_buffers": None}
+    function(params, grads, steps=steps, **named, **kwargs)
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

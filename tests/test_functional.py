@@ -3,26 +3,23 @@
 import pytest
 import torch
 from bounds import assert_within, bounded_step
-from cases import BY_NAME, DTYPES, ONE_EACH, STATELESS, assert_same_bits, hard_values, normal, parameters, set_gradients
+from cases import (
+    BY_NAME,
+    DTYPES,
+    FUNCTION_HYPER,
+    ONE_EACH,
+    STATELESS,
+    assert_same_bits,
+    call_function,
+    hard_values,
+    normal,
+    parameters,
+    set_gradients,
+)
 
 import fusedopt
 from fusedopt import reference, specs
 
-VALUES = {
-    "lr": 0.02,
-    "betas": (0.8, 0.95),
-    "eps": 1e-6,
-    "weight_decay": 0.1,
-    "momentum": 0.7,
-    "dampening": 0.2,
-    "nesterov": False,
-    "alpha": 0.8,
-    "lr_decay": 0.3,
-    "decoupled_weight_decay": True,
-}
-HYPER = {name: {key: VALUES[key] for _, key, _ in spec.hyper} for name, spec in specs.RULES.items()}
-for plain in ("rmsprop", "rmsprop_centered"):
-    HYPER[plain]["momentum"] = 0.0
 SIZES = [0, 1, 17, 4097, 16385]
 
 
@@ -43,15 +40,6 @@ def tensors(rule, dtype, device, values=normal):
     return params, grads, states, steps
 
 
-def call(rule, params, grads, states, steps, **kwargs):
-    """The rule's function on lists of its states."""
-    function = getattr(fusedopt.functional, f"{specs.RULES[rule].family}_")
-    named = {f"{name}s": group for name, group in zip(reference.STATES[rule], states, strict=True)}
-    if not named:
-        named = {"momentum_buffers": None}
-    function(params, grads, steps=steps, **named, **kwargs)
-
-
 def scalar(x, device):
     return None if x is None else torch.tensor(x, device=device)
 
@@ -67,17 +55,19 @@ def scalar(x, device):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", HYPER)
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_follows_the_reference(rule, dtype, maximize, transform, device):
     params, grads, states, steps = tensors(rule, dtype, device, values=hard_values)
     old_params, old_grads = [p.clone() for p in params], [g.clone() for g in grads]
     old_states = [[s.clone() for s in group] for group in states]
     given = {key: value if key == "max_grad_value" else scalar(value, device) for key, value in transform.items()}
-    call(rule, params, grads, states, steps, maximize=maximize, **given, **HYPER[rule])
+    call_function(rule, params, grads, states, steps, maximize=maximize, **given, **FUNCTION_HYPER[rule])
     held = {key: value if key == "max_grad_value" else given[key].item() for key, value in transform.items()}
     for i, (param, grad) in enumerate(zip(old_params, old_grads, strict=True)):
         before = {name: group[i] for name, group in zip(reference.STATES[rule], old_states, strict=True)}
-        expected = bounded_step(rule, param, grad, before, step=i + 1, maximize=maximize, hyper=HYPER[rule], **held)
+        expected = bounded_step(
+            rule, param, grad, before, step=i + 1, maximize=maximize, hyper=FUNCTION_HYPER[rule], **held
+        )
         assert_within(params[i], expected["param"], f"params[{i}]")
         for name, group in zip(reference.STATES[rule], states, strict=True):
             assert_within(group[i], expected[name], f"{name}s[{i}]")
@@ -97,22 +87,22 @@ def test_same_bits_as_the_optimizer(case, device):
     for seed in range(3):
         set_gradients(params, seed=seed)
         opt.step()
-        call(case.rule, plain, [p.grad for p in params], states, steps, **hyper)
+        call_function(case.rule, plain, [p.grad for p in params], states, steps, **hyper)
     assert_same_bits(plain, [p.detach() for p in params])
     for name, group in zip(reference.STATES[case.rule], states, strict=True):
         assert_same_bits(group, [opt.state[p][name] for p in params])
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-@pytest.mark.parametrize("rule", HYPER)
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_found_inf_is_the_identity(rule, found_inf, device):
     params, grads, states, steps = tensors(rule, torch.float32, device)
     everything = [*params, *(s for group in states for s in group), *steps]
     before = [t.clone() for t in everything]
     flag = scalar(found_inf, device)
-    call(rule, params, grads, states, steps, found_inf=flag, **HYPER[rule])
+    call_function(rule, params, grads, states, steps, found_inf=flag, **FUNCTION_HYPER[rule])
     assert_same_bits(everything, before)
-    call(rule, params, grads, states, steps, found_inf=flag.zero_(), **HYPER[rule])
+    call_function(rule, params, grads, states, steps, found_inf=flag.zero_(), **FUNCTION_HYPER[rule])
     assert [step.item() for step in steps] == [1, 2, 3, 4, 5]
     assert not torch.equal(params[-1], before[4])
 
@@ -137,13 +127,13 @@ def test_tensor_lr(device):
     results = []
     for lr in (0.25, torch.tensor(0.25), torch.tensor(0.25, device=device)):
         params, grads, states, steps = tensors("lion", torch.float32, device)
-        fusedopt.functional.lion_(params, grads, *states, steps, **HYPER["lion"] | {"lr": lr})
+        fusedopt.functional.lion_(params, grads, *states, steps, **FUNCTION_HYPER["lion"] | {"lr": lr})
         results.append(params)
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
 
 
-@pytest.mark.parametrize("rule", HYPER)
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_bad_lists(rule, device):
     """Lists of different lengths, other shapes, an integer parameter: refused before anything is written."""
 
@@ -172,7 +162,7 @@ def test_bad_lists(rule, device):
         everything = [*params, *(s for group in states for s in group), *steps]
         before = [t.clone() for t in everything]
         with pytest.raises(exception):
-            call(rule, params, grads, states, steps, **HYPER[rule])
+            call_function(rule, params, grads, states, steps, **FUNCTION_HYPER[rule])
         assert_same_bits(everything, before)
 
 
@@ -182,9 +172,9 @@ def test_momentum_needs_buffers(rule, device):
     params, grads, states, steps = tensors(rule, torch.float32, device)
     before = [p.clone() for p in params]
     with pytest.raises(ValueError, match=r"momentum_buffers is None.*torch\.zeros_like"):
-        call(rule, params, grads, [*states[:-1], None], steps, **HYPER[rule])
+        call_function(rule, params, grads, [*states[:-1], None], steps, **FUNCTION_HYPER[rule])
     assert_same_bits(params, before)
-    call(rule, params, grads, [*states[:-1], None], steps, **{**HYPER[rule], "momentum": 0.0})
+    call_function(rule, params, grads, [*states[:-1], None], steps, **{**FUNCTION_HYPER[rule], "momentum": 0.0})
     assert not torch.equal(params[-1], before[-1])
 
 

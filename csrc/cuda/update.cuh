@@ -80,7 +80,9 @@ struct Update {
               maximum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
   static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
-  static constexpr int kBlocksPerMultiprocessor = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
+  static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
+  // A third state takes registers that four blocks do not have.
+  static constexpr int kBlocksPerMultiprocessor = kStates > 2 && kFitting > 2 ? kFitting - 1 : kFitting;
   static constexpr int kRound = kThreads * kVectors * V;
   // Elements that are encoded together lie in one vector (random bits) or in one warp's vectors (blocks).
   static constexpr bool kRandom = P::kRandom || S::kRandom;

@@ -97,8 +97,11 @@ def update_kernel(
 ) -> KernelSpec:
     """The update pass of a rule.
 
-    param, state: names of formats; grad: name of a dtype. latency_bound: for models of a few million parameters.
+    param, state: names of formats; grad: name of a dtype. latency_bound: for models of a few million parameters. A rule
+    without states has one kernel for all formats of states.
     """
+    if not RULES[rule].states:
+        state = "float64" if param == "float64" else "float32"
     formats = (PARAM_FORMATS[param].cpp, DTYPES[grad].cpp, STATE_FORMATS[state].cpp)
     chunk = CUDA_CHUNK_BLOCKED if STATE_FORMATS[state].blocked else CUDA_CHUNK
     return KernelSpec("update_pass", (RULES[rule].cpp, *formats, _tuning(latency_bound)), table_bytes, chunk)
@@ -145,10 +148,11 @@ def combinations() -> list[tuple[str, str, str]]:
 def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
     """The update passes of a rule for every combination of formats."""
     latency_bound = [formats for formats in combinations() if formats[0] == "float32"]
-    return [
+    kernels = [
         *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
         *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
     ]
+    return list(dict.fromkeys(kernels))
 
 
 TABLE_SIZES = (SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE, 0)

