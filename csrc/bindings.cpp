@@ -222,6 +222,7 @@ PYBIND11_MODULE(_C, m) {
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
            py::arg("table"), py::arg("slot"), py::arg("has_main_grad"))
       .def("remember_state", &Watch::remember_state)
+      .def("remember_flags", &Watch::remember_flags)
       .def("refresh", &Watch::refresh)
       .def("bump_versions", &Watch::bump_versions)
       .def("__len__", &Watch::size);

@@ -27,6 +27,12 @@ bool same_strides(const TensorInfo& info, const int64* strides) {
   return true;
 }
 
+// Whether a param group has the key, with a value that counts as true.
+bool is_set(PyObject* group, const py::object& key) {
+  PyObject* value = PyDict_GetItem(group, key.ptr());
+  return value && PyObject_IsTrue(value) == 1;
+}
+
 constexpr size_t kAhead = 8;  // tensors whose memory is fetched before it is looked at
 
 }  // namespace
@@ -66,6 +72,25 @@ void Watch::remember_state(py::dict state) {
     }
   }
   state_.remember(state);
+}
+
+void Watch::remember_flags(const std::vector<std::string>& keys, py::list param_groups) {
+  flag_keys_.clear();
+  flags_.clear();
+  for (const std::string& key : keys)
+    flag_keys_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str())));
+  for (const py::handle group : param_groups)
+    for (const py::object& key : flag_keys_) flags_.push_back(is_set(group.ptr(), key));
+}
+
+bool Watch::same_flags(PyObject* param_groups) const {
+  if (flag_keys_.empty()) return true;
+  if (size_t(PyList_GET_SIZE(param_groups)) * flag_keys_.size() != flags_.size()) return false;
+  size_t next = 0;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g)
+    for (const py::object& key : flag_keys_)
+      if (is_set(PyList_GET_ITEM(param_groups, g), key) != flags_[next++]) return false;
+  return true;
 }
 
 bool Watch::same_parameters(PyObject* param_groups) const {
@@ -133,7 +158,9 @@ bool Watch::read_grad(const Row& row, const void* found, Py_ssize_t index, py::l
 }
 
 bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout) {
-  if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr()) || !same_addresses()) return false;
+  PyObject* const groups = param_groups.ptr();
+  if (!state_.unchanged(state.ptr()) || !same_parameters(groups) || !same_flags(groups) || !same_addresses())
+    return false;
   for (size_t i = 0; i < rows_.size(); ++i) {
     if (i + kAhead < rows_.size()) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
     if (!read_grad(rows_[i], grads_[i], Py_ssize_t(i), relayout)) return false;

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "state_guard.h"
@@ -26,6 +27,9 @@ class Watch {
 
   // Remembers the optimizer's state as it is now.
   void remember_state(pybind11::dict state);
+
+  // Remembers whether group[key] is true, for each group and key: what decides on the groups' rules.
+  void remember_flags(const std::vector<std::string>& keys, pybind11::list param_groups);
 
   // Fills the tables' gradient pointers. False: the plan is stale, or a gradient is not as expected; nothing else
   // may be assumed then. `relayout` receives the rows whose gradient is laid out unlike the parameter.
@@ -59,6 +63,7 @@ class Watch {
   };
 
   bool same_parameters(PyObject* param_groups) const;
+  bool same_flags(PyObject* param_groups) const;
   bool same_addresses();
   bool same_main_grad(const Row& row) const;
   bool read_grad(const Row& row, const void* found, Py_ssize_t index, pybind11::list& relayout);
@@ -69,6 +74,8 @@ class Watch {
   std::vector<const void*> grads_;  // scratch, by row
   StateGuard state_;
   std::vector<StateTensor> state_tensors_;
+  std::vector<pybind11::object> flag_keys_;
+  std::vector<bool> flags_;  // by group, then key
 };
 
 }  // namespace fusedopt

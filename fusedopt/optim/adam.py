@@ -57,6 +57,7 @@ class Adam(FusedOptimizer):
     """
 
     rule = "adam"
+    rule_keys = ("amsgrad", "decoupled_weight_decay")
     _decoupled_by_default = False
 
     def __init__(

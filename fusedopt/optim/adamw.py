@@ -49,6 +49,7 @@ class AdamW(FusedOptimizer):
     """
 
     rule = "adamw"
+    rule_keys = ("amsgrad",)
 
     def __init__(
         self,

@@ -83,6 +83,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     """Family of the rules in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
+    rule_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a param group that choose between the rules of the family; they may change between steps."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         where = type(self).__name__
@@ -211,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._norm_taken = False
 
     def _rule_name(self, group: dict[str, Any]) -> str:
-        """The rule of a param group."""
+        """The rule of a param group. Which one it is depends on the truth of ``rule_keys`` alone."""
         return self.rule
 
     def _rule_names(self) -> list[str]:
@@ -243,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._plan
-        if plan is None or plan.rules != self._rule_names() or not plan.refresh(self):
+        if plan is None or not plan.refresh(self):
             plan = self._replan()
         if plan.tables:
             self._run(plan)

@@ -88,8 +88,6 @@ class _Tracked:
 class OptimizerPlan:
     """Valid until ``refresh`` says otherwise."""
 
-    rules: list[str]
-    """Names, by param group."""
     tracked: list[_Tracked]
     tables: list[DeviceTables]
     watch: _C.Watch
@@ -120,14 +118,14 @@ class OptimizerPlan:
                 _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, rules, controls, tracked)
+            return cls._build(optimizer, controls, tracked)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, rules, controls, tracked) -> OptimizerPlan:
+    def _build(cls, optimizer, controls, tracked) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer, active)
         tables, places = build_tables([each.row(optimizer.state) for each in active], controls)
@@ -138,13 +136,14 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(rules, tracked, tables, _C.Watch())
+        plan = cls(tracked, tables, _C.Watch())
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
             table = bucket.table if bucket else None
             plan.watch.add(each.param, each.dense, each.group, code, table, slot, hasattr(each.param, "main_grad"))
         plan.watch.remember_state(optimizer.state)
+        plan.watch.remember_flags(optimizer.rule_keys, optimizer.param_groups)
         plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
         return plan
 

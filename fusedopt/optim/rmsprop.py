@@ -50,6 +50,7 @@ class RMSprop(FusedOptimizer):
     """
 
     rule = "rmsprop"
+    rule_keys = ("centered", "momentum")
 
     def __init__(
         self,

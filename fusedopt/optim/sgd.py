@@ -48,6 +48,7 @@ class SGD(FusedOptimizer):
     """
 
     rule = "sgd"
+    rule_keys = ("momentum",)
 
     def __init__(
         self,

@@ -105,9 +105,9 @@ def compile_all(kernels, arch) -> None:
 
 TABLES = {"small": nvrtc.SMALL_TABLE, "medium": nvrtc.MEDIUM_TABLE, "large": nvrtc.LARGE_TABLE, "device": 0}
 
-# Compiling all kernels for all architectures would take an hour: five times some 1,600, a third of a second each. What a
-# kernel is made of, formats, rules and tables, is written once, so it is enough that each part meets each architecture.
-# Every kernel is compiled for one, in turn; these for all of them:
+# All kernels for all architectures would take an hour: five times some 1,600, a third of a second each. A kernel is made
+# of formats, rules and tables, each written once, so it is enough that each of them meets each architecture. Every
+# kernel is compiled for one, in turn; these for all of them:
 EVERYWHERE = ("adamw", "lion")  # in all formats; other rules in plain ones
 MEASURED = (  # parameters and states whose figures the benchmarks show, for the architecture that they run on
     ("float32", "float32"),
