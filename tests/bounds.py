@@ -27,6 +27,10 @@ from fusedopt import reference, specs
 # Scalars such as 1 - beta**t are computed in double before they are rounded to the compute type. For beta <= 0.999
 # the subtraction amplifies the last-place error of pow by up to 1 / (1 - beta) = 1000.
 SCALAR_ERROR = 1000 * 2.0**-53
+# RAdam's rho_t is a difference of two numbers near 2 / (1 - beta2). A last place of beta2**t is amplified by
+# 1 / (t (1 - beta2)) in 1 - beta2**t and once more by 2 / (1 - beta2) in rho_t, of which rho_t - 4 > 1 is left and the
+# root of the product with (rho_t - 2) / rho_t taken: for t >= 6 at most 1 / (1 - beta2)^2 last places, beta2 <= 0.999.
+RADAM_ERROR = 1000**2 * 2.0**-53
 
 
 @dataclasses.dataclass
@@ -115,9 +119,11 @@ def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **tr
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     grad = reference.transform_gradient(Bounded.exact(grad, compute), **transform)
     states = {name: Bounded.exact(states[name], compute) for name in reference.STATES[rule]}
-    param, states = reference.RULES[rule](
-        Bounded.exact(param, compute), -grad if maximize else grad, **states, step=step, **hyper
-    )
+    before = Bounded.exact(param, compute)
+    param, states = reference.RULES[rule](before, -grad if maximize else grad, **states, step=step, **hyper)
+    if rule == "radam":
+        moved = (param.value - before.value).abs() + (hyper["lr"] * hyper["weight_decay"] * before.value).abs()
+        param.error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
     return {"param": param, **states}
 
 
