@@ -240,7 +240,40 @@ def lion_float32(p, g, m, *, step, lr, betas, weight_decay, **wrong):
     return p - lr * sign, {"exp_avg": new}
 
 
-IMPLEMENTATIONS = {"adamw": adamw_float32, "lion": lion_float32}
+def sgd_momentum_float32(p, g, b, *, step, lr, momentum, dampening, weight_decay, nesterov, **wrong):
+    if not wrong.get("decoupled"):
+        g = g + weight_decay * p
+    old = b
+    b = momentum * b + (1 if wrong.get("undampened") else 1 - dampening) * g
+    if wrong.get("lr_inside"):
+        b = momentum * old + lr * (1 - dampening) * g
+        return p - b, {"momentum_buffer": b}
+    return p - lr * (g + momentum * b if wrong.get("looks_ahead") else b), {"momentum_buffer": b}
+
+
+def rmsprop_centered_float32(p, g, v, m, *, step, lr, alpha, eps, weight_decay, momentum, **wrong):
+    g = g + weight_decay * p
+    old = m
+    v, m = alpha * v + (1 - alpha) * (g * g), m + (1 - alpha) * (g - m)
+    variance = (v - (old if wrong.get("old_mean") else 0 * old if wrong.get("uncentered") else m).square()).clamp(min=0)
+    root = (variance + eps).sqrt() if wrong.get("eps_inside_root") else variance.sqrt() + eps
+    return p - lr * g / root, {"square_avg": v, "grad_avg": m}
+
+
+def adagrad_float32(p, g, s, *, step, lr, lr_decay, weight_decay, eps, **wrong):
+    g = g + weight_decay * p
+    new = s + g * g
+    root = (s if wrong.get("old_sum") else new).sqrt() + eps
+    return p - lr / (1 + (step - (0 if wrong.get("late") else 1)) * lr_decay) * g / root, {"sum": new}
+
+
+IMPLEMENTATIONS = {
+    "adamw": adamw_float32,
+    "lion": lion_float32,
+    "sgd_momentum": sgd_momentum_float32,
+    "rmsprop_centered": rmsprop_centered_float32,
+    "adagrad": adagrad_float32,
+}
 MISTAKES = {
     "adamw": [
         "coupled",
@@ -254,14 +287,20 @@ MISTAKES = {
         "skips_last",
     ],
     "lion": ["betas_swapped", "moment_first", "zero_is_negative"],
+    "sgd_momentum": ["decoupled", "undampened", "lr_inside", "looks_ahead"],
+    "rmsprop_centered": ["old_mean", "uncentered", "eps_inside_root"],
+    "adagrad": ["old_sum", "late"],
 }
 
 
 def step_within_bounds(rule, dtype, **wrong):
     p, g, m = (hard_values((5000,), dtype, seed=seed) for seed in range(3))
-    states = {"exp_avg": m, "exp_avg_sq": m.float().square().to(dtype)}
-    states = {name: states[name] for name in reference.STATES[rule]}
-    hyper = HYPER if rule == "adamw" else LION_HYPER
+    second = m.float().square().to(dtype)
+    if rule == "rmsprop_centered":
+        m = m / 2  # less than the root of the second moment, as a mean is
+    names = zip(reference.STATES[rule], specs.RULES[rule].moments)
+    states = {name: second if moment == "second" else m for name, moment in names}
+    hyper = {"adamw": HYPER, "lion": LION_HYPER}.get(rule) or FUNCTION_HYPER[rule]
     expected = bounded_step(rule, p, g, states, step=3, hyper=hyper)
     floats = {name: t.float() for name, t in states.items()}
     new, new_states = IMPLEMENTATIONS[rule](p.float(), g.float(), *floats.values(), step=3, **hyper, **wrong)

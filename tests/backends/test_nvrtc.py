@@ -129,13 +129,19 @@ TABLES = {"small": nvrtc.SMALL_TABLE, "medium": nvrtc.MEDIUM_TABLE, "large": nvr
 # All kernels for all architectures would take an hour: five times some 1,600, a third of a second each. A kernel is
 # made of formats, rules and tables, each written once, so it is enough that each of them meets each architecture. Every
 # kernel is compiled for one, in turn; these for all of them:
-EVERYWHERE = ("adamw", "lion")  # in all formats; other rules in plain ones
+EVERYWHERE = ("adamw", "lion")  # in all formats of parameters and states; other rules in plain ones
 
 
 def plain_kernels(rule: str) -> list[nvrtc.KernelSpec]:
     """Parameters, gradients and states of one dtype, with the smallest table."""
     small_model = nvrtc.update_kernel(rule, "float32", "float32", "float32", latency_bound=True)
     return [*(nvrtc.update_kernel(rule, dtype, dtype, dtype) for dtype in DTYPES), small_model]
+
+
+def format_kernels(rule: str) -> list[nvrtc.KernelSpec]:
+    """All formats of parameters and states, with gradients of the parameter's dtype."""
+    chosen = [row for row in nvrtc.combinations() if row[1] == PARAM_FORMATS[row[0]].dtype]
+    return [nvrtc.update_kernel(rule, *row) for row in chosen]
 
 
 @cache
@@ -145,8 +151,8 @@ def kernels_for(arch: str) -> list[nvrtc.KernelSpec]:
     chosen = []
     for r, rule in enumerate(RULES):  # shifted, so that a format meets another architecture with each rule
         kernels = nvrtc.update_kernels(rule)
-        chosen += kernels if rule in EVERYWHERE else [k for i, k in enumerate(kernels) if (i + r) % turns == turn]
-        chosen += plain_kernels(rule)
+        chosen += [kernel for i, kernel in enumerate(kernels) if (i + r) % turns == turn]
+        chosen += plain_kernels(rule) + (format_kernels(rule) if rule in EVERYWHERE else [])
         chosen += measured_kernels(rule) if arch == ARCH and rule in MEASURED_RULES else []
     chosen += [kernel for i, kernel in enumerate(nvrtc.common_kernels()) if i % turns == turn]
     chosen += [kernel for kernel in nvrtc.common_kernels() if kernel.template in ("finalize_pass", "upload")]
