@@ -246,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
            py::arg("table"), py::arg("slot"), py::arg("has_main_grad"), py::arg("held") = nullptr)
       .def("remember_state", &Watch::remember_state)
+      .def("remember_flags", &Watch::remember_flags)
       .def("refresh", &Watch::refresh, py::arg("param_groups"), py::arg("state"), py::arg("relayout"),
            py::arg("bump") = false)
       .def("bump_versions", &Watch::bump_versions)
@@ -257,14 +258,14 @@ PYBIND11_MODULE(_C, m) {
   bind_pass_args(m);
   m.def("set_scalars", &set_scalars);
   py::class_<RepeatedStep>(m, "RepeatedStep")
-      .def(py::init<Watch&, Hypers&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def(py::init<Watch&>(), py::keep_alive<1, 2>())
       .def(
           "add",
-          [](RepeatedStep& step, Table& table, PassArgs& args, uint64 context, uint64 function, uint32 grid,
-             size_t capacity) {
-            step.add(table, &args, address<void>(context), address<void>(function), grid, capacity);
+          [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
+             uint32 grid, size_t capacity) {
+            step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
           },
-          py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+          py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
       .def("run", [](RepeatedStep& step, py::list param_groups, py::dict state, uint64 stream) {
         return step.run(std::move(param_groups), std::move(state), address<void>(stream));
       });

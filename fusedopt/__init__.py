@@ -7,18 +7,23 @@ kernel launches for any number of tensors, with no host synchronisation.
 from . import functional
 from .accumulate import GradAccumulator
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
-from .optim import Adam, AdamW, FusedOptimizer, Lion, StepMetrics
+from .optim import SGD, SGDW, Adagrad, Adam, AdamW, FusedOptimizer, Lion, RAdam, RMSprop, StepMetrics
 from .scaler import GradScaler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
+    "SGDW",
+    "Adagrad",
     "Adam",
     "AdamW",
     "FusedOptimizer",
     "GradAccumulator",
     "GradScaler",
     "Lion",
+    "RAdam",
+    "RMSprop",
     "StepMetrics",
     "__version__",
     "clip_grad_norm_",

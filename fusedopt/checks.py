@@ -32,13 +32,23 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
+_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value")
+
+
 def check_hyperparameters(where: str, values: dict[str, Any]) -> None:
-    """lr, eps, weight_decay must be >= 0, betas in [0, 1); none of them NaN. Keys that are absent are not checked."""
-    for name in ("lr", "eps", "weight_decay"):
+    """betas must be in [0, 1), dampening a number, what ``_NOT_NEGATIVE`` names >= 0. Absent keys are not checked."""
+    for name in _NOT_NEGATIVE:
         if name in values:
             number = _number(values[name])
             if number is not None and not number >= 0.0:
                 raise ValueError(f"{where}: got {name}={values[name]}, expected a number >= 0; pass a valid {name}")
+    if math.isnan(_number(values.get("dampening", 0.0)) or 0.0):
+        raise ValueError(f"{where}: got dampening={values['dampening']}, expected a number; pass a valid dampening")
+    if values.get("nesterov") and not (values.get("momentum", 0.0) > 0.0 and values.get("dampening", 0.0) == 0.0):
+        raise ValueError(
+            f"{where}: got nesterov=True with momentum={values.get('momentum', 0.0)} and "
+            f"dampening={values.get('dampening', 0.0)}, expected a momentum > 0 and no dampening; pass momentum=0.9"
+        )
     if "betas" in values:
         betas = values["betas"]
         if len(betas) != 2:
@@ -49,12 +59,11 @@ def check_hyperparameters(where: str, values: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{where}: got betas[{i}]={beta}, expected a number in [0, 1); pass a valid beta{i + 1}"
                 )
-    for name in ("amsgrad", "differentiable"):
-        if values.get(name):
-            raise ValueError(
-                f"{where}: got {name}=True, expected False: the fused kernels have no such mode; "
-                f"use torch.optim for {name}"
-            )
+    if values.get("differentiable"):
+        raise ValueError(
+            f"{where}: got differentiable=True, expected False: the fused kernels have no such mode; "
+            "use torch.optim for differentiable"
+        )
 
 
 def check_clipping(where: str, max_grad_norm: Any, norm_type: Any, max_grad_value: Any, nonfinite: Any) -> None:

@@ -156,7 +156,7 @@ def _begin(
     for device in {tensor.device for tensor in tensors}:
         for_device(device)
     dense = [t if is_dense(t) else torch.empty_like(t, requires_grad=False).copy_(t) for t in tensors]
-    tables, places = _tables.get(None, [TensorRow(t.numel(), t.device, t.dtype) for t in dense])
+    tables, places = _tables.get([TensorRow(t.numel(), t.device, t.dtype) for t in dense])
     for (bucket, slot), tensor in zip(places, dense):
         bucket.table.set_grad(slot, tensor.data_ptr() or 2)
     passes.begin(tables, scalars, which, nonfinite_out=out)

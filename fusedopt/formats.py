@@ -6,7 +6,7 @@ new state, checkpoints of another format, exports. Conversions round to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "MASTER_WEIGHTS",
     "OPTIONS",
     "STATE_DTYPES",
+    "adopt_entry",
     "check_entry",
     "check_format_options",
     "convert_master",
@@ -25,6 +26,7 @@ __all__ = [
     "decode_states",
     "in_memory_order",
     "needs_seed",
+    "new_states",
     "param_format",
     "scale_key",
     "scale_shape",
@@ -134,7 +136,7 @@ def wanted_state_format(
     float16 ones beside anything but plain float16 parameters do not.
     """
     wanted = state_format(where, group, param)
-    present = [entry[key].dtype for key in rule.states if key in entry]
+    present = [entry[key].dtype for key, _ in _present(entry, rule)]
     if _option(group, "state_dtype") is not None or not present or _name(present[0]) not in DTYPES:
         return wanted
     name = _name(present[0])
@@ -153,17 +155,22 @@ def scale_shape(numel: int) -> tuple[int]:
     return (-(-numel // STATE_BLOCK),)
 
 
+def _present(entry: Mapping[str, Any], rule: RuleSpec) -> Iterator[tuple[str, str]]:
+    """The states of the rule that are there, each with its moment."""
+    return ((key, moment) for key, moment in zip(rule.states, rule.moments) if entry.get(key) is not None)
+
+
 def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule: RuleSpec) -> None:
     """ValueError unless a parameter's state, empty or complete, has shapes and dtypes of some format."""
     if not entry:
         return
     missing = [key for key in ("step", *rule.states) if key not in entry]
-    if missing:
+    if missing and rule.torch_counts:
         raise ValueError(
             f"{where} has keys {sorted(map(str, entry))}, expected {missing} too; load a checkpoint of an optimizer "
             f"with the state of '{rule.name}'"
         )
-    for key, moment in zip(rule.states, rule.moments):
+    for key, moment in _present(entry, rule):
         _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (*DTYPES, *STATE_FORMATS["int8"].dtypes))
         if not entry[key].is_floating_point():
             _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (STATE_FORMATS["int8"].dtype(moment),))
@@ -177,14 +184,29 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
             f"{where} has 'param_remainder' beside a parameter of dtype {_name(param.dtype)}, expected bfloat16, whose "
             "lower bits it holds; load it into the model it was saved with"
         )
-    floating = {entry[key].dtype for key in rule.states if entry[key].is_floating_point()}
-    kinds = {entry[key].is_floating_point() for key in rule.states}
-    if len(floating) > 1 or len(kinds) > 1 or (torch.float64 in floating) != (param.dtype == torch.float64):
-        got = ", ".join(f"{key} in {_name(entry[key].dtype)}" for key in rule.states)
+    present = [key for key, _ in _present(entry, rule)]
+    floating = {entry[key].dtype for key in present if entry[key].is_floating_point()}
+    kinds = {entry[key].is_floating_point() for key in present}
+    wide = bool(present) and param.dtype == torch.float64
+    if len(floating) > 1 or len(kinds) > 1 or (torch.float64 in floating) != wide:
+        got = ", ".join(f"{key} in {_name(entry[key].dtype)}" for key in present)
         raise ValueError(
             f"{where} has {got} beside a parameter in {_name(param.dtype)}, expected one format for all, float64 only "
             "with float64; load a checkpoint of this model"
         )
+
+
+def adopt_entry(entry: dict[str, Any], rule: RuleSpec) -> None:
+    """Brings a state that torch may have made into our form: torch's SGD counts no steps, and a buffer may be None.
+
+    A buffer that is there has seen a step; the next one, then, is not the first.
+    """
+    if rule.torch_counts:
+        return
+    for key in [key for key, value in entry.items() if value is None]:
+        del entry[key]
+    if entry:
+        entry.setdefault("step", 1.0)
 
 
 def _check_tensor(where: str, tensor: Any, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -262,7 +284,7 @@ def _encode_int8(values: torch.Tensor, moment: str) -> tuple[torch.Tensor, torch
 def decode_states(entry: Mapping[str, Any], rule: RuleSpec) -> dict[str, torch.Tensor]:
     """The states of one parameter as plain floating-point tensors: float32 where they are in 8 bits."""
     decoded = {}
-    for key, moment in zip(rule.states, rule.moments):
+    for key, moment in _present(entry, rule):
         value = entry[key]
         decoded[key] = value if value.is_floating_point() else _decode_int8(value, entry[scale_key(key)], moment)
     return decoded
@@ -270,7 +292,7 @@ def decode_states(entry: Mapping[str, Any], rule: RuleSpec) -> dict[str, torch.T
 
 def convert_states(entry: dict[str, Any], rule: RuleSpec, wanted: StateFormatSpec) -> None:
     """Brings the states of one parameter, dense, into ``wanted``, rounding to nearest; nothing where they are in it."""
-    for key, moment in zip(rule.states, rule.moments):
+    for key, moment in list(_present(entry, rule)):
         dtype = getattr(torch, wanted.dtype(moment))
         value = entry[key]
         if value.dtype == dtype:
@@ -281,6 +303,19 @@ def convert_states(entry: dict[str, Any], rule: RuleSpec, wanted: StateFormatSpe
             entry[key], entry[scale_key(key)] = _encode_int8(value, moment)
         else:
             entry[key] = value.to(dtype)
+
+
+def new_states(rule: RuleSpec, wanted: StateFormatSpec, param: torch.Tensor, value: float = 0.0) -> dict[str, Any]:
+    """The states that a parameter begins with: ``value`` everywhere, in the layout of the (dense) parameter."""
+    plain = STATE_FORMATS["float32"] if wanted.blocked and value else wanted  # 0 is 0 in every format
+    entry = {}
+    for key, moment in zip(rule.states, rule.moments):
+        dtype = getattr(torch, plain.dtype(moment))
+        entry[key] = torch.full_like(param, value, dtype=dtype, requires_grad=False)
+        if plain.blocked:
+            entry[scale_key(key)] = torch.zeros(scale_shape(param.numel()), device=param.device)
+    convert_states(entry, rule, wanted)
+    return entry
 
 
 # ---- masters ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from .checks import check_clipping, check_dense, check_grad, check_hyperparamete
 from .plan import Bucket, TensorRow, is_dense, like_parameter, same_layout
 from .specs import PARAM_FORMATS, RULES, STATE_FORMATS, RuleSpec
 
-__all__ = ["adam_", "adamw_", "lion_"]
+__all__ = ["adagrad_", "adam_", "adamw_", "lion_", "radam_", "rmsprop_", "sgd_", "sgdw_"]
 
 Tensors = Sequence[torch.Tensor]
 Scalar = torch.Tensor | float
@@ -49,16 +49,21 @@ def adam_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    max_exp_avg_sqs: Tensors | None = None,
     maximize: bool = False,
     grad_scale: Scalar | None = None,
     found_inf: Scalar | None = None,
     clip_coef: Scalar | None = None,
     max_grad_value: float | None = None,
 ) -> None:
-    """One step of :class:`fusedopt.Adam` (Kingma & Ba, 2015). Arguments and errors: see the module."""
+    """One step of :class:`fusedopt.Adam` (Kingma & Ba, 2015). Arguments and errors: see the module.
+
+    max_exp_avg_sqs: the largest second moments so far; makes it AMSGrad.
+    """
     hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
     scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
-    _apply("adam", params, grads, (exp_avgs, exp_avg_sqs), steps, hyper, scalars)
+    states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
+    _apply("adam" if max_exp_avg_sqs is None else "adam_amsgrad", params, grads, states, steps, hyper, scalars)
 
 
 def adamw_(
@@ -72,16 +77,21 @@ def adamw_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    max_exp_avg_sqs: Tensors | None = None,
     maximize: bool = False,
     grad_scale: Scalar | None = None,
     found_inf: Scalar | None = None,
     clip_coef: Scalar | None = None,
     max_grad_value: float | None = None,
 ) -> None:
-    """One step of :class:`fusedopt.AdamW` (Loshchilov & Hutter, 2019). Arguments and errors: see the module."""
+    """One step of :class:`fusedopt.AdamW` (Loshchilov & Hutter, 2019). Arguments and errors: see the module.
+
+    max_exp_avg_sqs: the largest second moments so far; makes it AMSGrad.
+    """
     hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
     scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
-    _apply("adamw", params, grads, (exp_avgs, exp_avg_sqs), steps, hyper, scalars)
+    states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
+    _apply("adamw" if max_exp_avg_sqs is None else "adamw_amsgrad", params, grads, states, steps, hyper, scalars)
 
 
 def lion_(
@@ -102,7 +112,144 @@ def lion_(
     """One step of :class:`fusedopt.Lion` (Chen et al., 2023). Arguments and errors: see the module."""
     hyper = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
     scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
-    _apply("lion", params, grads, (exp_avgs,), steps, hyper, scalars)
+    _apply("lion", params, grads, {"exp_avg": exp_avgs}, steps, hyper, scalars)
+
+
+def sgd_(
+    params: Tensors,
+    grads: Tensors,
+    momentum_buffers: Tensors | None,
+    steps: Tensors,
+    *,
+    lr: Scalar,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    max_grad_value: float | None = None,
+) -> None:
+    """One step of :class:`fusedopt.SGD` (Sutskever et al., 2013). Arguments and errors: see the module.
+
+    momentum_buffers: None where momentum is 0. Zeros beside a step of 0: then the buffer becomes the gradient.
+    """
+    hyper = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+    scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
+    rule = "sgd_momentum" if momentum else "sgd"
+    states = {"momentum_buffer": momentum_buffers}
+    _apply(rule, params, grads, states, steps, {**hyper, "maximize": maximize}, scalars)
+
+
+def sgdw_(
+    params: Tensors,
+    grads: Tensors,
+    momentum_buffers: Tensors | None,
+    steps: Tensors,
+    *,
+    lr: Scalar,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    max_grad_value: float | None = None,
+) -> None:
+    """One step of :class:`fusedopt.SGDW` (Loshchilov & Hutter, 2019). Arguments and errors: see the module.
+
+    momentum_buffers: None where momentum is 0. Zeros beside a step of 0: then the buffer becomes the gradient.
+    """
+    hyper = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+    scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
+    rule = "sgdw_momentum" if momentum else "sgdw"
+    states = {"momentum_buffer": momentum_buffers}
+    _apply(rule, params, grads, states, steps, {**hyper, "maximize": maximize}, scalars)
+
+
+def rmsprop_(
+    params: Tensors,
+    grads: Tensors,
+    square_avgs: Tensors,
+    steps: Tensors,
+    *,
+    lr: Scalar,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    momentum_buffers: Tensors | None = None,
+    grad_avgs: Tensors | None = None,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    max_grad_value: float | None = None,
+) -> None:
+    """One step of :class:`fusedopt.RMSprop` (Tieleman & Hinton, 2012). Arguments and errors: see the module.
+
+    momentum_buffers: None where momentum is 0. grad_avgs: the averages of gradients; makes it centered.
+    """
+    hyper = dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, maximize=maximize)
+    scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
+    rule = f"rmsprop{'' if grad_avgs is None else '_centered'}{'_momentum' if momentum else ''}"
+    states = {"square_avg": square_avgs, "momentum_buffer": momentum_buffers, "grad_avg": grad_avgs}
+    _apply(rule, params, grads, states, steps, hyper, scalars)
+
+
+def adagrad_(
+    params: Tensors,
+    grads: Tensors,
+    sums: Tensors,
+    steps: Tensors,
+    *,
+    lr: Scalar,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    eps: float = 1e-10,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    max_grad_value: float | None = None,
+) -> None:
+    """One step of :class:`fusedopt.Adagrad` (Duchi et al., 2011). Arguments and errors: see the module.
+
+    sums: of squared gradients.
+    """
+    hyper = dict(lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, maximize=maximize)
+    scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
+    _apply("adagrad", params, grads, {"sum": sums}, steps, hyper, scalars)
+
+
+def radam_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    *,
+    lr: Scalar,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    max_grad_value: float | None = None,
+) -> None:
+    """One step of :class:`fusedopt.RAdam` (Liu et al., 2020). Arguments and errors: see the module."""
+    hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+    scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
+    states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
+    hyper["decoupled_weight_decay"] = decoupled_weight_decay
+    _apply("radam", params, grads, states, steps, hyper, scalars)
 
 
 # ---- one step -----------------------------------------------------------------------------------------------
@@ -113,32 +260,47 @@ def _apply(
     name: str,
     params: Tensors,
     grads: Tensors,
-    states: tuple[Tensors, ...],
+    named_states: dict[str, Tensors | None],
     steps: Tensors,
     hyper: dict,
     scalars: passes.StepScalars,
 ) -> None:
-    where, rule = f"{name}_", RULES[name]
+    """named_states: those of all variants; the rule ``name`` takes its own."""
+    rule = RULES[name]
+    where, states = f"{rule.family}_", [_given(name, key, named_states[key]) for key in rule.states]
     _check_lists(where, rule, params, grads, states, steps)
     check_hyperparameters(where, hyper)
     check_clipping(where, None, 2.0, scalars.max_grad_value, "propagate")
     if not params:
         return
 
-    staged = [_stage(*tensors) for tensors in zip(params, grads, zip(*states), steps)]
-    tables, places = _tables.get(rule, [row for row, _ in staged])
+    staged = [
+        _stage(rule, param, grad, [tensors[i] for tensors in states], step)
+        for i, (param, grad, step) in enumerate(zip(params, grads, steps))
+    ]
+    tables, places = _tables.get([row for row, _ in staged])
     _set_grads(places, [grad for _, grad in staged])
     passes.begin(tables, scalars, ("update",), [hyper])
     passes.run_update(tables)
-    for (row, _), param, *own_states in zip(staged, params, *states):
-        for kept, used in zip((param, *own_states), (row.param, *row.states)):
+    for i, (row, _) in enumerate(staged):
+        for kept, used in zip((params[i], *(tensors[i] for tensors in states)), (row.param, *row.states)):
             if used is not kept:
                 kept.copy_(used)
     increment_version([*params, *(tensor for tensors in states for tensor in tensors)])
 
 
+def _given(rule: str, key: str, tensors: Tensors | None) -> Tensors:
+    if tensors is None:
+        family = RULES[rule].family
+        raise ValueError(
+            f"{family}_: {key}s is None, expected one tensor for each parameter, as the hyper-parameters ask for; make "
+            "them with torch.zeros_like(param)"
+        )
+    return tensors
+
+
 def _stage(
-    param: torch.Tensor, grad: torch.Tensor, states: tuple[torch.Tensor, ...], step: torch.Tensor
+    rule: RuleSpec, param: torch.Tensor, grad: torch.Tensor, states: Tensors, step: torch.Tensor
 ) -> tuple[TensorRow, torch.Tensor]:
     """The row of one parameter and its gradient, all in the layout of the (dense) parameter; copies where needed."""
     dense = param.detach() if is_dense(param) else torch.empty_like(param, requires_grad=False).copy_(param)
@@ -146,8 +308,9 @@ def _stage(
         numel=param.numel(),
         device=param.device,
         grad_dtype=grad.dtype,
+        rule=rule,
         param_format=PARAM_FORMATS[_name(param.dtype)],
-        state_format=STATE_FORMATS[_name(states[0].dtype)],
+        state_format=STATE_FORMATS[_name(states[0].dtype if states else param.dtype)],
         param=dense if dense.data_ptr() != param.data_ptr() else param,
         states=[state if same_layout(state, dense) else like_parameter(state, dense) for state in states],
         step=step,
@@ -171,7 +334,7 @@ _tables = passes.TablesCache()
 
 
 def _check_lists(
-    where: str, rule: RuleSpec, params: Tensors, grads: Tensors, states: tuple[Tensors, ...], steps: Tensors
+    where: str, rule: RuleSpec, params: Tensors, grads: Tensors, states: Sequence[Tensors], steps: Tensors
 ) -> None:
     names = ("grads", *(f"{key}s" for key in rule.states), "steps")
     for name, tensors in zip(names, (grads, *states, steps)):

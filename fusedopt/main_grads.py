@@ -104,7 +104,7 @@ class AccumulatePlan:
         rows = [
             TensorRow(param.numel(), param.device, main.grad_dtype, main_grad=main.tensor) for param, main in active
         ]
-        tables, places = build_tables(None, rows)
+        tables, places = build_tables(rows)
         passes.prepare(tables)
         found = {param: place for (param, _), place in zip(active, places)}
         plan = cls(tables, _C.Watch(), [{"params": params}])

@@ -12,7 +12,7 @@ import torch
 from . import _C
 from .backends import for_device
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
-from .specs import NORM_TYPES, RuleSpec
+from .specs import NORM_TYPES
 
 __all__ = ["StepScalars", "TablesCache", "accumulate", "begin", "norm", "prepare", "run_update", "scale"]
 
@@ -174,15 +174,13 @@ class TablesCache:
         self.capacity = capacity
         self.local = threading.local()
 
-    def get(
-        self, rule: RuleSpec | None, rows: Sequence[TensorRow]
-    ) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
+    def get(self, rows: Sequence[TensorRow]) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
         """As ``build_tables``, with the backends' ``prepare`` done."""
         entries: OrderedDict = self.local.__dict__.setdefault("entries", OrderedDict())
-        key = (rule and rule.name, tuple(self._key(row) for row in rows))
+        key = tuple(self._key(row) for row in rows)
         found = entries.pop(key, None)
         if found is None:
-            found = build_tables(rule, rows)
+            found = build_tables(rows)
             prepare(found[0])
             if len(entries) >= self.capacity:
                 entries.popitem(last=False)

@@ -1,8 +1,8 @@
 """The tables that a pass walks: which tensors, on which device, in which combination of dtypes.
 
-A ``DeviceTables`` holds everything of one device; each of its ``Bucket`` s is one combination of formats, hence one
-kernel launch per pass. What they are made from are addresses, so they are valid as long as the addresses are: the
-optimizer checks that each step (``_C.Watch``), the functions look them up by the addresses themselves.
+A ``DeviceTables`` holds everything of one device; each of its ``Bucket`` s is one rule and one combination of formats,
+hence one kernel launch per pass. What they are made from are addresses, so they are valid as long as the addresses are:
+the optimizer checks that each step (``_C.Watch``), the functions look them up by the addresses themselves.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class TensorRow:
     numel: int
     device: torch.device
     grad_dtype: torch.dtype
+    rule: RuleSpec | None = None
+    """None where a pass only reads gradients."""
     param_format: ParamFormatSpec | None = None
     state_format: StateFormatSpec | None = None
     param: torch.Tensor | None = None
@@ -86,7 +88,7 @@ class TensorRow:
     def key(self) -> tuple:
         """What must be equal for two tensors to share a launch."""
         main_dtype = None if self.main_grad is None else self.main_grad.dtype
-        return (self.grad_dtype, self.param_format, self.state_format, main_dtype)
+        return (self.rule, self.grad_dtype, self.param_format, self.state_format, main_dtype)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -97,8 +99,9 @@ class TensorRow:
 
 @dataclass
 class Bucket:
-    """The tensors of one device and one combination of formats."""
+    """The tensors of one device, one rule and one combination of formats."""
 
+    rule: RuleSpec | None
     grad_dtype: torch.dtype
     param_format: ParamFormatSpec | None
     state_format: StateFormatSpec | None
@@ -108,6 +111,8 @@ class Bucket:
     args: _C.PassArgs
     chunk: int
     """Elements of a chunk."""
+    hypers: _C.Hypers
+    """Of all param groups, in the order of the rule's."""
     device_memory: list[torch.Tensor] = field(default_factory=list)
     """Keeps alive what ``args`` points to."""
     step_table: torch.Tensor | None = None
@@ -131,11 +136,11 @@ def _chunk(device: torch.device, state_format: StateFormatSpec | None) -> int:
 class DeviceTables:
     """All buckets of one device, with the hyper-parameters and the results of its passes."""
 
-    def __init__(self, device: torch.device, rule: RuleSpec | None, control: Control | None = None) -> None:
+    def __init__(self, device: torch.device, control: Control | None = None) -> None:
         self.device = device
-        self.rule = rule
         self.buckets: list[Bucket] = []
-        self.hypers = _C.Hypers([(key, index) for _, key, index in rule.hyper] if rule else [])
+        self.hypers: dict[RuleSpec | None, _C.Hypers] = {}
+        """By rule: what its buckets share."""
         self.num_groups = 0
         self.backend: ModuleType | None = None
         """Set with the tables' preparation, as is what else it needs to know."""
@@ -155,7 +160,8 @@ class DeviceTables:
             bucket = buckets.get(row.key)
             if bucket is None:
                 chunk = _chunk(self.device, row.state_format)
-                bucket = buckets[row.key] = Bucket(*row.key, _C.Table(chunk), _C.PassArgs(), chunk)
+                hypers = self._hypers_of(row.rule)
+                bucket = buckets[row.key] = Bucket(*row.key, _C.Table(chunk), _C.PassArgs(), chunk, hypers)
             slot = bucket.table.add(
                 param=_address(row.param),
                 extra=_address(row.extra),
@@ -174,6 +180,16 @@ class DeviceTables:
             bucket.num_chunks = bucket.table.num_chunks
         return places
 
+    def _hypers_of(self, rule: RuleSpec | None) -> _C.Hypers:
+        if rule not in self.hypers:
+            self.hypers[rule] = _C.Hypers([(key, index) for _, key, index in rule.hyper] if rule else [])
+        return self.hypers[rule]
+
+    def learning_rates(self) -> list[float]:
+        """Of all param groups, as last packed; every rule's hyper-parameters begin with it."""
+        hypers = next(iter(self.hypers.values()), None)
+        return [] if hypers is None else hypers.learning_rates()
+
     def device_memory(self) -> list[torch.Tensor]:
         """All tensors that the passes need besides the model's and the state's, each once."""
         owned = [tensor for bucket in self.buckets for tensor in (*bucket.device_memory, bucket.step_table)]
@@ -183,15 +199,20 @@ class DeviceTables:
     def pack_hypers(self, groups: Sequence[dict]) -> None:
         """Reads the hyper-parameters of all groups. A device lr stays on the device; other tensors are read here."""
         self.num_groups = len(groups)
-        for group, position in self.hypers.pack(list(groups)):
-            _, key, index = self.rule.hyper[position]
-            value = groups[group][key] if index < 0 else groups[group][key][index]
-            if position == 0 and isinstance(value, torch.Tensor) and value.device.type == "cuda" == self.device.type:
-                is_double = value.dtype == torch.float64
-                address = self.scalar(value, torch.float64 if is_double else torch.float32)
-                self.hypers.set_lr_address(group, address.data_ptr(), is_double)
-            else:
-                self.hypers.set_value(group, position, float(value))
+        for rule, hypers in self.hypers.items():
+            for group, position in hypers.pack(groups if isinstance(groups, list) else list(groups)):
+                _, key, index = rule.hyper[position]
+                value = groups[group][key] if index < 0 else groups[group][key][index]
+                if (
+                    position == 0
+                    and isinstance(value, torch.Tensor)
+                    and value.device.type == "cuda" == self.device.type
+                ):
+                    is_double = value.dtype == torch.float64
+                    address = self.scalar(value, torch.float64 if is_double else torch.float32)
+                    hypers.set_lr_address(group, address.data_ptr(), is_double)
+                else:
+                    hypers.set_value(group, position, float(value))
 
     def scalar(self, value: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A one-element tensor on this device, kept alive until the next step. A copy only where needed."""
@@ -201,9 +222,9 @@ class DeviceTables:
 
 
 def build_tables(
-    rule: RuleSpec | None, rows: Sequence[TensorRow], controls: dict[torch.device, Control] | None = None
+    rows: Sequence[TensorRow], controls: dict[torch.device, Control] | None = None
 ) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
-    """Sorts rows by device and dtypes. Returns the tables, and each row's bucket and slot.
+    """Sorts rows by device, rule and formats. Returns the tables, and each row's bucket and slot.
 
     controls: where each device's results go; devices that it lacks are added. By default new ones.
     """
@@ -215,7 +236,7 @@ def build_tables(
     for device, indices in by_device.items():
         if device not in controls:
             controls[device] = Control(device)
-        table = DeviceTables(device, rule, controls[device])
+        table = DeviceTables(device, controls[device])
         for i, place in zip(indices, table.add(rows[i] for i in indices)):
             places[i] = place
         tables.append(table)

@@ -26,11 +26,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: rules are keys of every step's tables
 class RuleSpec:
     """An update rule: the names that its C++ header, its state dict and its param groups share."""
 
     name: str
+    family: str
+    """What the optimizer's class and the function are called. Its rules differ in their states or where decay goes."""
     cpp: str
     """The struct in ``csrc/rules/``."""
     states: tuple[str, ...]
@@ -41,21 +43,69 @@ class RuleSpec:
     """(hyper-parameter, param group key, index into the key's tuple or -1), in the order of ``kHyperNames``."""
     index: int
     """Position in ``csrc/rules/all.h``."""
+    torch_counts: bool = True
+    """Whether torch's state has ``step``, and all states from the first step on. SGD has neither: a buffer appears when
+    momentum does. Such states may lack both here; ``step`` then counts from the buffer on."""
 
 
 _LR = ("lr", "lr", -1)
 _BETAS = (("beta1", "betas", 0), ("beta2", "betas", 1))
 _EPS = ("eps", "eps", -1)
 _WEIGHT_DECAY = ("weight_decay", "weight_decay", -1)
-_ADAM = ("first", "second")
+_MOMENTUM = ("momentum", "momentum", -1)
+
+_ADAM_HYPER = (_LR, *_BETAS, _EPS, _WEIGHT_DECAY)
+_ADAM = {"exp_avg": "first", "exp_avg_sq": "second"}
+_AMSGRAD = {**_ADAM, "max_exp_avg_sq": "second"}
+
+_SGD_HYPER = (_LR, _WEIGHT_DECAY)
+_SGD_MOMENTUM_HYPER = (_LR, _MOMENTUM, ("dampening", "dampening", -1), _WEIGHT_DECAY, ("nesterov", "nesterov", -1))
+_BUFFER = {"momentum_buffer": "first"}
+
+_RMSPROP_HYPER = (_LR, ("alpha", "alpha", -1), _EPS, _WEIGHT_DECAY, _MOMENTUM)
+_SQUARE = {"square_avg": "second"}
+_MEAN = {"grad_avg": "first"}
+
+_ADAGRAD_HYPER = (_LR, ("lr_decay", "lr_decay", -1), _WEIGHT_DECAY, _EPS)
+_RADAM_HYPER = (*_ADAM_HYPER, ("decoupled_weight_decay", "decoupled_weight_decay", -1))
+
+# name, family, C++ struct, states with their moments, hyper-parameters; in the order of csrc/rules/all.h
+_ROWS = (
+    ("adam", "adam", "Adam", _ADAM, _ADAM_HYPER),
+    ("adamw", "adamw", "AdamW", _ADAM, _ADAM_HYPER),
+    ("lion", "lion", "Lion", {"exp_avg": "first"}, (_LR, *_BETAS, _WEIGHT_DECAY)),
+    ("adam_amsgrad", "adam", "AdamAmsgrad", _AMSGRAD, _ADAM_HYPER),
+    ("adamw_amsgrad", "adamw", "AdamWAmsgrad", _AMSGRAD, _ADAM_HYPER),
+    ("sgd", "sgd", "Sgd", {}, _SGD_HYPER),
+    ("sgd_momentum", "sgd", "SgdMomentum", _BUFFER, _SGD_MOMENTUM_HYPER),
+    ("sgdw", "sgdw", "Sgdw", {}, _SGD_HYPER),
+    ("sgdw_momentum", "sgdw", "SgdwMomentum", _BUFFER, _SGD_MOMENTUM_HYPER),
+    ("rmsprop", "rmsprop", "Rmsprop", _SQUARE, _RMSPROP_HYPER),
+    ("rmsprop_momentum", "rmsprop", "RmspropMomentum", {**_SQUARE, **_BUFFER}, _RMSPROP_HYPER),
+    ("rmsprop_centered", "rmsprop", "RmspropCentered", {**_SQUARE, **_MEAN}, _RMSPROP_HYPER),
+    (
+        "rmsprop_centered_momentum",
+        "rmsprop",
+        "RmspropCenteredMomentum",
+        {**_SQUARE, **_BUFFER, **_MEAN},
+        _RMSPROP_HYPER,
+    ),
+    ("adagrad", "adagrad", "Adagrad", {"sum": "second"}, _ADAGRAD_HYPER),
+    ("radam", "radam", "RAdam", _ADAM, _RADAM_HYPER),
+)
 
 RULES: dict[str, RuleSpec] = {
-    spec.name: spec
-    for spec in (
-        RuleSpec("adam", "Adam", ("exp_avg", "exp_avg_sq"), _ADAM, (_LR, *_BETAS, _EPS, _WEIGHT_DECAY), 0),
-        RuleSpec("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), _ADAM, (_LR, *_BETAS, _EPS, _WEIGHT_DECAY), 1),
-        RuleSpec("lion", "Lion", ("exp_avg",), ("first",), (_LR, *_BETAS, _WEIGHT_DECAY), 2),
+    name: RuleSpec(
+        name,
+        family,
+        cpp,
+        tuple(states),
+        tuple(states.values()),
+        hyper,
+        index,
+        torch_counts=not family.startswith("sgd"),
     )
+    for index, (name, family, cpp, states, hyper) in enumerate(_ROWS)
 }
 
 

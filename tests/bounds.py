@@ -22,11 +22,15 @@ import torch
 from cases import assert_same_bits, bits, storage
 from torch import Tensor
 
-from fusedopt import reference
+from fusedopt import reference, specs
 
 # Scalars such as 1 - beta**t are computed in double before they are rounded to the compute type. For beta <= 0.999
 # the subtraction amplifies the last-place error of pow by up to 1 / (1 - beta) = 1000.
 SCALAR_ERROR = 1000 * 2.0**-53
+# RAdam's rho_t is a difference of two numbers near 2 / (1 - beta2). A last place of beta2**t is amplified by
+# 1 / (t (1 - beta2)) in 1 - beta2**t and once more by 2 / (1 - beta2) in rho_t, of which rho_t - 4 > 1 is left and the
+# root of the product with (rho_t - 2) / rho_t taken: for t >= 6 at most 1 / (1 - beta2)^2 last places, beta2 <= 0.999.
+RADAM_ERROR = 1000**2 * 2.0**-53
 
 
 @dataclasses.dataclass
@@ -96,11 +100,18 @@ class Bounded:
         known = (self.value.abs() > self.error) | (self.error == 0)
         return Bounded(self.value.sign(), torch.where(known, 0.0, 2.0).double(), self.compute)
 
-    def clamp(self, low: float, high: float):
+    def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None):
+        if min is not None:
+            return Bounded(self.value.clamp(min=min), self.error, self.compute)
         limits = self._operand(max(abs(low), abs(high)))
         beyond = self.value.abs() - self.error > limits.value
         error = torch.where(beyond, limits.error, self.error + limits.error)
         return Bounded(self.value.clamp(low, high), error, self.compute)
+
+    def maximum(self, other):
+        """A maximum moves by no more than either of its arguments."""
+        error = torch.maximum(self.error, other.error)
+        return Bounded(torch.maximum(self.value, other.value), error, self.compute)
 
 
 def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **transform) -> dict[str, Bounded]:
@@ -109,9 +120,11 @@ def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **tr
     grad = grad if isinstance(grad, Bounded) else Bounded.exact(grad, compute)
     grad = reference.transform_gradient(grad, **transform)
     states = {name: Bounded.exact(states[name], compute) for name in reference.STATES[rule]}
-    param, states = reference.RULES[rule](
-        Bounded.exact(param, compute), -grad if maximize else grad, **states, step=step, **hyper
-    )
+    before = Bounded.exact(param, compute)
+    param, states = reference.RULES[rule](before, -grad if maximize else grad, **states, step=step, **hyper)
+    if rule == "radam":
+        moved = (param.value - before.value).abs() + (hyper["lr"] * hyper["weight_decay"] * before.value).abs()
+        param.error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
     return {"param": param, **states}
 
 
@@ -152,12 +165,16 @@ class Before:
     hyper: dict
 
 
+def hyper_of(group: dict, rule: str) -> dict:
+    """The arguments of the reference rule."""
+    return {key: group[key] for _, key, _ in specs.RULES[rule].hyper} | {"lr": float(group["lr"])}
+
+
 def before_step(opt, rule: str) -> list[Before]:
     """A record of every parameter that has a gradient. States that do not exist yet are zero."""
-    keys = ("lr", "betas", "weight_decay") if rule == "lion" else ("lr", "betas", "eps", "weight_decay")
     records = []
     for group in opt.param_groups:
-        hyper = {key: group[key] for key in keys} | {"lr": float(group["lr"])}
+        hyper = hyper_of(group, rule)
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -169,6 +186,11 @@ def before_step(opt, rule: str) -> list[Before]:
             param, grad, memory = p.detach().clone(), p.grad.clone(), storage(p).clone()
             records.append(Before(p, param, memory, grad, states, step, group["maximize"], hyper))
     return records
+
+
+def state_keys(rule: str) -> set[str]:
+    """What a parameter keeps without formats: nothing where the rule has no states."""
+    return {"step", *reference.STATES[rule]} if reference.STATES[rule] else set()
 
 
 def assert_stepped(opt, rule: str, records: list[Before], **transform) -> None:
@@ -183,11 +205,12 @@ def assert_stepped(opt, rule: str, records: list[Before], **transform) -> None:
     for group in alike.values():
         _assert_values(opt, rule, group, transform)
     for r in records:
-        state = opt.state[r.tensor]
-        assert state.keys() == {"step", *reference.STATES[rule]}
+        state = opt.state.get(r.tensor, {})
+        assert state.keys() == state_keys(rule)
         for name in reference.STATES[rule]:
             assert (state[name].dtype, state[name].stride()) == (r.param.dtype, r.states[name].stride())
-        assert (float(state["step"]), state["step"].shape, state["step"].dtype) == (r.step + 1, (), torch.float32)
+        if state:
+            assert (float(state["step"]), state["step"].shape, state["step"].dtype) == (r.step + 1, (), torch.float32)
         if isinstance(r.grad, Tensor):
             assert_same_bits(r.tensor.grad, r.grad)
         _assert_gaps_untouched(r)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import fusedopt
+from fusedopt import reference, specs
+from fusedopt.optim.base import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,15 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def rule_spec(self) -> specs.RuleSpec:
+        return specs.RULES[self.rule]
+
+    def takes(self, **kwargs) -> bool:
+        """Whether the optimizer has these arguments: as in torch, not all have `fused`."""
+        named = inspect.signature(getattr(fusedopt, self.optimizer)).parameters.keys() | Options.__annotations__.keys()
+        return kwargs.keys() <= named
+
     def make(self, params, **extra) -> torch.optim.Optimizer:
         return getattr(fusedopt, self.optimizer)(params, **{**self.kwargs, **extra})
 
@@ -34,7 +45,15 @@ class Case:
         return self.peer is not None and self.kwargs.keys() <= inspect.signature(self.peer).parameters.keys()
 
 
-ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
+ADAM, ADAMW, RADAM = torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam
+SGD, RMSPROP, ADAGRAD = torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad
+
+DECAY = {"lr": 1e-2, "weight_decay": 0.1}
+UPHILL = {**DECAY, "maximize": True}
+MOMENTUM = {"lr": 3e-2, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+NESTEROV = {"lr": 1e-2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.3}
+MEMORY = {"momentum": 0.8, "alpha": 0.9}
+SUMS = {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.3, "eps": 1e-6, "weight_decay": 0.1}
 
 CASES = [
     Case("adam", "Adam", "adam", {}, ADAM),
@@ -42,18 +61,82 @@ CASES = [
     Case("adam-maximize", "Adam", "adam", {"lr": 1e-2, "weight_decay": 0.1, "maximize": True}, ADAM),
     Case("adam-eps", "Adam", "adam", {"lr": 0.1, "betas": (0.6, 0.8), "eps": 1e-2, "weight_decay": 0.01}, ADAM),
     Case("adam-decoupled", "Adam", "adamw", {"weight_decay": 0.1, "decoupled_weight_decay": True}, ADAM),
+    Case("adam-amsgrad", "Adam", "adam_amsgrad", {"amsgrad": True, **UPHILL}, ADAM),
     Case("adamw", "AdamW", "adamw", {}, ADAMW),
     Case("adamw-decay", "AdamW", "adamw", {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}, ADAMW),
     Case("adamw-maximize", "AdamW", "adamw", {"lr": 1e-2, "eps": 1e-5, "maximize": True}, ADAMW),
+    Case("adamw-amsgrad", "AdamW", "adamw_amsgrad", {"amsgrad": True, "betas": (0.7, 0.8), **DECAY}, ADAMW),
     Case("lion", "Lion", "lion", {}, None),
     Case("lion-decay", "Lion", "lion", {"lr": 3e-3, "betas": (0.95, 0.98), "weight_decay": 0.5}, None),
     Case("lion-maximize", "Lion", "lion", {"lr": 1e-2, "weight_decay": 0.1, "maximize": True}, None),
+    Case("sgd", "SGD", "sgd", {}, SGD),
+    Case("sgd-l2", "SGD", "sgd", {"lr": 0.1, "weight_decay": 0.1}, SGD),
+    Case("sgd-maximize", "SGD", "sgd", UPHILL, SGD),
+    Case("sgd-momentum", "SGD", "sgd_momentum", MOMENTUM, SGD),
+    Case("sgd-nesterov", "SGD", "sgd_momentum", {**NESTEROV, "maximize": True}, SGD),
+    Case("sgdw", "SGDW", "sgdw", {}, None),
+    Case("sgdw-decay", "SGDW", "sgdw", UPHILL, None),
+    Case("sgdw-momentum", "SGDW", "sgdw_momentum", {**MOMENTUM, "maximize": True}, None),
+    Case("sgdw-nesterov", "SGDW", "sgdw_momentum", NESTEROV, None),
+    Case("rmsprop", "RMSprop", "rmsprop", {}, RMSPROP),
+    Case("rmsprop-l2", "RMSprop", "rmsprop", {"alpha": 0.7, "eps": 1e-5, **UPHILL}, RMSPROP),
+    Case("rmsprop-momentum", "RMSprop", "rmsprop_momentum", {**MEMORY, **DECAY}, RMSPROP),
+    Case("rmsprop-centered", "RMSprop", "rmsprop_centered", {"centered": True, **DECAY}, RMSPROP),
+    Case("rmsprop-both", "RMSprop", "rmsprop_centered_momentum", {"centered": True, **MEMORY, **UPHILL}, RMSPROP),
+    Case("adagrad", "Adagrad", "adagrad", {}, ADAGRAD),
+    Case("adagrad-l2", "Adagrad", "adagrad", SUMS, ADAGRAD),
+    Case("adagrad-maximize", "Adagrad", "adagrad", UPHILL, ADAGRAD),
+    Case("radam", "RAdam", "radam", {}, RADAM),
+    Case("radam-l2", "RAdam", "radam", {"betas": (0.8, 0.95), "eps": 1e-5, **DECAY}, RADAM),
+    Case("radam-decoupled", "RAdam", "radam", {"decoupled_weight_decay": True, **UPHILL}, RADAM),
 ]
 BY_NAME = {case.name: case for case in CASES}
-# One row per optimizer, with weight decay, for what does not depend on the variant.
-ONE_EACH = [BY_NAME["adam-l2"], BY_NAME["adamw-decay"], BY_NAME["lion-decay"]]
+# One row per optimizer and set of states, with weight decay, for what does not depend on the variant.
+ONE_EACH = [
+    BY_NAME[name]
+    for name in (
+        "adam-l2",
+        "adamw-decay",
+        "lion-decay",
+        "adamw-amsgrad",
+        "sgd-momentum",
+        "sgdw-nesterov",
+        "rmsprop-momentum",
+        "rmsprop-centered",
+        "adagrad-l2",
+        "radam-l2",
+    )
+]
+STATELESS = [BY_NAME["sgd-l2"], BY_NAME["sgdw-decay"]]
 WITH_PEER = [case for case in CASES if case.has_peer]
 ONE_EACH_WITH_PEER = [case for case in ONE_EACH if case.has_peer]
+
+# Arguments of the functions, by rule.
+VALUES = {
+    "lr": 0.02,
+    "betas": (0.8, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "momentum": 0.7,
+    "dampening": 0.2,
+    "nesterov": False,
+    "alpha": 0.8,
+    "lr_decay": 0.3,
+    "decoupled_weight_decay": True,
+}
+FUNCTION_HYPER = {name: {key: VALUES[key] for _, key, _ in spec.hyper} for name, spec in specs.RULES.items()}
+for plain in ("rmsprop", "rmsprop_centered"):
+    FUNCTION_HYPER[plain]["momentum"] = 0.0
+
+
+def call_function(rule, params, grads, states, steps, **kwargs):
+    """The rule's function on lists of its states."""
+    function = getattr(fusedopt.functional, f"{specs.RULES[rule].family}_")
+    named = {f"{name}s": group for name, group in zip(reference.STATES[rule], states, strict=True)}
+    if not named:
+        named = {"momentum_buffers": None}
+    function(params, grads, steps=steps, **named, **kwargs)
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 
 import torch
-from bounds import Bounded, assert_within, bounded_step, concatenated
+from bounds import Bounded, assert_within, bounded_step, concatenated, hyper_of
 from cases import assert_same_bits, bits, hard_values, normal, parameter, storage
 from torch import Tensor
 
@@ -51,6 +51,11 @@ class Combination:
         """Of a first moment that is not too small for it."""
         default = FLOAT32 if self.master_weights else self.dtype
         return {None: default, "fp32": FLOAT32, "bf16": BFLOAT16, "int8": torch.int8}[self.state_dtype]
+
+    @property
+    def keeps_more(self) -> bool:
+        """Whether there is something to remember besides the states of the rule."""
+        return bool(self.master_weights or self.stochastic_rounding)
 
     @property
     def is_random(self) -> bool:
@@ -155,7 +160,7 @@ def before_step(opt, rule: str) -> list[Before]:
                     states=flat,
                     storage=storage(p).clone(),
                     grad_bits=gradient(p).clone(),
-                    step=int(state["step"]) if state else 0,
+                    step=int(state.get("step", 0)),
                     group=dict(group),
                 )
             )
@@ -170,8 +175,8 @@ def assert_stepped(opt, rule: str, records: list[Before], **transform) -> None:
     assert records, "no parameter has a gradient: nothing was tested"
     alike = {}
     for r in records:
-        state = opt.state[r.tensor]
-        options = tuple((key, r.group.get(key)) for key in ("lr", "betas", "eps", "weight_decay", "maximize"))
+        state = opt.state.get(r.tensor, {})
+        options = (*hyper_of(r.group, rule).items(), r.group["maximize"])
         key = (r.tensor.dtype, r.step, options, tuple(sorted((k, v.dtype) for k, v in state.items())), random(r.group))
         alike.setdefault(repr(key), []).append(r)
     for group in alike.values():
@@ -186,7 +191,6 @@ def random(group: dict) -> bool:
 
 def _expected(rule: str, records: list[Before], transform: dict) -> dict[str, Bounded]:
     first = records[0]
-    keys = ("lr", "betas", "weight_decay") if rule == "lion" else ("lr", "betas", "eps", "weight_decay")
     states = {name: torch.cat([r.states[name] for r in records]) for name in first.states}
     return bounded_step(
         rule,
@@ -195,14 +199,14 @@ def _expected(rule: str, records: list[Before], transform: dict) -> dict[str, Bo
         states,
         step=first.step + 1,
         maximize=first.group["maximize"],
-        hyper={key: first.group[key] for key in keys},
+        hyper=hyper_of(first.group, rule),
         **transform,
     )
 
 
 def _assert_values(opt, rule: str, records: list[Before], transform: dict) -> None:
     expected = _expected(rule, records, transform)
-    state, group = opt.state[records[0].tensor], records[0].group
+    state, group = opt.state.get(records[0].tensor, {}), records[0].group
 
     def end_to_end(get) -> Tensor:
         return torch.cat([in_order(get(r.tensor), r.tensor) for r in records])
@@ -210,7 +214,7 @@ def _assert_values(opt, rule: str, records: list[Before], transform: dict) -> No
     where = f"{rule}, {records[0].tensor.dtype} with {list(state)}, {[r.tensor.numel() for r in records]} end to end"
     assert_param(
         end_to_end(lambda p: p),
-        end_to_end(lambda p: formats.decode_master(opt.state[p], p)),
+        end_to_end(lambda p: formats.decode_master(opt.state.get(p, {}), p)),
         expected["param"],
         extra=next((state[key].dtype for key in ("master_param", "param_remainder") if key in state), None),
         stochastic=random(group),
@@ -301,10 +305,10 @@ def code_step(y: Tensor, moment: str) -> Tensor:
 
 
 def unit_of(largest: Tensor) -> Tensor:
-    """The unit of blocks with these largest magnitudes."""
+    """The unit of blocks with these largest magnitudes; inf where nothing is known of them."""
     _, exponent = torch.frexp(largest)
     unit = torch.ldexp(torch.ones_like(largest), exponent - 1 - OCTAVES)
-    return torch.where(largest < UNIT_ZERO, 0.0, unit)
+    return torch.where(largest < UNIT_ZERO, 0.0, torch.where(largest.isinf(), largest, unit))
 
 
 def assert_codes(values: Tensor, scales: Tensor, exact: Bounded, moment: str, what: str, steps: float = 1.0) -> None:
@@ -340,7 +344,7 @@ def assert_codes(values: Tensor, scales: Tensor, exact: Bounded, moment: str, wh
 
 def _assert_kept(opt, rule: str, r: Before) -> None:
     """Keys, dtypes and layouts of the state; the gradient and the gaps of the parameter are as they were."""
-    p, state = r.tensor, opt.state[r.tensor]
+    p, state = r.tensor, opt.state.get(r.tensor, {})
     dense = torch.empty_like(p.detach())
     for key, value in state.items():
         if key == "step":
@@ -363,7 +367,7 @@ def assert_state_formats(opt, combination: Combination, rule: str, min_8bit_size
         blocked = first == torch.int8 and p.numel() >= min_8bit_size
         if first == torch.int8 and not blocked:
             first = FLOAT32
-        wanted = {"step": FLOAT32}
+        wanted = {"step": FLOAT32} if specs.RULES[rule].states or combination.keeps_more else {}
         for name, moment in zip(specs.RULES[rule].states, specs.RULES[rule].moments):
             wanted[name] = torch.uint8 if blocked and moment == "second" else first
             if blocked:

@@ -323,7 +323,7 @@ def test_messages_list_the_choices():
 
 
 def test_int8_for_a_rule_without_moments():
-    rule = specs.RuleSpec("sgd", "Sgd", (), (), (), 9)
+    rule = specs.RULES["sgd"]
     with pytest.raises(ValueError, match=r"int8.*sgd"):
         formats.check_format_options("here", {"state_dtype": "int8"}, rule)
 

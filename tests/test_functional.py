@@ -3,32 +3,39 @@
 import pytest
 import torch
 from bounds import assert_within, bounded_step
-from cases import BY_NAME, DTYPES, assert_same_bits, hard_values, normal, parameters, set_gradients
+from cases import (
+    BY_NAME,
+    DTYPES,
+    FUNCTION_HYPER,
+    ONE_EACH,
+    STATELESS,
+    assert_same_bits,
+    call_function,
+    hard_values,
+    normal,
+    parameters,
+    set_gradients,
+)
 
 import fusedopt
-from fusedopt import reference
+from fusedopt import reference, specs
 
-FUNCTIONS = {
-    "adam": fusedopt.functional.adam_,
-    "adamw": fusedopt.functional.adamw_,
-    "lion": fusedopt.functional.lion_,
-}
-HYPER = {
-    "adam": {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
-    "adamw": {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
-    "lion": {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1},
-}
 SIZES = [0, 1, 17, 4097, 16385]
 
 
 def tensors(rule, dtype, device, values=normal):
-    """Lists of params, grads and every state (the second moment positive), and steps that differ."""
+    """Lists of params, grads and every state (second moments positive), and steps that differ.
+
+    Nothing is known of a momentum buffer before its first step, so it is zero.
+    """
     params, grads, *states = (
         [values((n,), dtype, device, seed=10 * role + i) for i, n in enumerate(SIZES)]
         for role in range(2 + len(reference.STATES[rule]))
     )
-    if "exp_avg_sq" in reference.STATES[rule]:
-        states[1] = [v.abs() for v in states[1]]
+    for k, moment in enumerate(specs.RULES[rule].moments):
+        states[k] = [v.abs() for v in states[k]] if moment == "second" else states[k]
+    if "momentum_buffer" in reference.STATES[rule]:
+        states[reference.STATES[rule].index("momentum_buffer")][0].zero_()
     steps = [torch.tensor(float(i), device=device) for i in range(len(SIZES))]
     return params, grads, states, steps
 
@@ -48,17 +55,19 @@ def scalar(x, device):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", FUNCTIONS)
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_follows_the_reference(rule, dtype, maximize, transform, device):
     params, grads, states, steps = tensors(rule, dtype, device, values=hard_values)
     old_params, old_grads = [p.clone() for p in params], [g.clone() for g in grads]
     old_states = [[s.clone() for s in group] for group in states]
     given = {key: value if key == "max_grad_value" else scalar(value, device) for key, value in transform.items()}
-    FUNCTIONS[rule](params, grads, *states, steps, maximize=maximize, **given, **HYPER[rule])
+    call_function(rule, params, grads, states, steps, maximize=maximize, **given, **FUNCTION_HYPER[rule])
     held = {key: value if key == "max_grad_value" else given[key].item() for key, value in transform.items()}
     for i, (param, grad) in enumerate(zip(old_params, old_grads, strict=True)):
         before = {name: group[i] for name, group in zip(reference.STATES[rule], old_states, strict=True)}
-        expected = bounded_step(rule, param, grad, before, step=i + 1, maximize=maximize, hyper=HYPER[rule], **held)
+        expected = bounded_step(
+            rule, param, grad, before, step=i + 1, maximize=maximize, hyper=FUNCTION_HYPER[rule], **held
+        )
         assert_within(params[i], expected["param"], f"params[{i}]")
         for name, group in zip(reference.STATES[rule], states, strict=True):
             assert_within(group[i], expected[name], f"{name}s[{i}]")
@@ -66,32 +75,34 @@ def test_follows_the_reference(rule, dtype, maximize, transform, device):
     assert_same_bits(grads, old_grads)
 
 
-@pytest.mark.parametrize("case", [BY_NAME[name] for name in ("adam-l2", "adamw-decay", "lion-decay")], ids=str)
+@pytest.mark.parametrize("case", [*ONE_EACH, *STATELESS], ids=str)
 def test_same_bits_as_the_optimizer(case, device):
     params = parameters(SIZES, device=device)
     plain = [p.detach().clone() for p in params]
-    states = [[torch.zeros_like(p) for p in plain] for _ in reference.STATES[case.rule]]
+    start = case.kwargs.get("initial_accumulator_value", 0.0)
+    states = [[torch.full_like(p, start) for p in plain] for _ in reference.STATES[case.rule]]
     steps = [torch.zeros((), device=device) for _ in plain]
     opt = case.make(params)
+    hyper = {k: v for k, v in case.kwargs.items() if k not in ("amsgrad", "centered", "initial_accumulator_value")}
     for seed in range(3):
         set_gradients(params, seed=seed)
         opt.step()
-        FUNCTIONS[case.rule](plain, [p.grad for p in params], *states, steps, **case.kwargs)
+        call_function(case.rule, plain, [p.grad for p in params], states, steps, **hyper)
     assert_same_bits(plain, [p.detach() for p in params])
     for name, group in zip(reference.STATES[case.rule], states, strict=True):
         assert_same_bits(group, [opt.state[p][name] for p in params])
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-@pytest.mark.parametrize("rule", FUNCTIONS)
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_found_inf_is_the_identity(rule, found_inf, device):
     params, grads, states, steps = tensors(rule, torch.float32, device)
     everything = [*params, *(s for group in states for s in group), *steps]
     before = [t.clone() for t in everything]
     flag = scalar(found_inf, device)
-    FUNCTIONS[rule](params, grads, *states, steps, found_inf=flag, **HYPER[rule])
+    call_function(rule, params, grads, states, steps, found_inf=flag, **FUNCTION_HYPER[rule])
     assert_same_bits(everything, before)
-    FUNCTIONS[rule](params, grads, *states, steps, found_inf=flag.zero_(), **HYPER[rule])
+    call_function(rule, params, grads, states, steps, found_inf=flag.zero_(), **FUNCTION_HYPER[rule])
     assert [step.item() for step in steps] == [1, 2, 3, 4, 5]
     assert not torch.equal(params[-1], before[4])
 
@@ -116,13 +127,13 @@ def test_tensor_lr(device):
     results = []
     for lr in (0.25, torch.tensor(0.25), torch.tensor(0.25, device=device)):
         params, grads, states, steps = tensors("lion", torch.float32, device)
-        fusedopt.functional.lion_(params, grads, *states, steps, **HYPER["lion"] | {"lr": lr})
+        fusedopt.functional.lion_(params, grads, *states, steps, **FUNCTION_HYPER["lion"] | {"lr": lr})
         results.append(params)
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
 
 
-@pytest.mark.parametrize("rule", FUNCTIONS)
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_bad_lists(rule, device):
     """Lists of different lengths, other shapes, an integer parameter: refused before anything is written."""
 
@@ -145,12 +156,26 @@ def test_bad_lists(rule, device):
         (integer, TypeError),
     ):
         params, grads, states, steps = tensors(rule, torch.float32, device)
+        if spoil is state_of_other_shape and not states:
+            continue
         spoil(params, grads, states, steps)
         everything = [*params, *(s for group in states for s in group), *steps]
         before = [t.clone() for t in everything]
         with pytest.raises(exception):
-            FUNCTIONS[rule](params, grads, *states, steps, **HYPER[rule])
+            call_function(rule, params, grads, states, steps, **FUNCTION_HYPER[rule])
         assert_same_bits(everything, before)
+
+
+@pytest.mark.parametrize("rule", ["sgd_momentum", "sgdw_momentum", "rmsprop_momentum"])
+def test_momentum_needs_buffers(rule, device):
+    """A list that is missing is named; without momentum it is not looked at."""
+    params, grads, states, steps = tensors(rule, torch.float32, device)
+    before = [p.clone() for p in params]
+    with pytest.raises(ValueError, match=r"momentum_buffers is None.*torch\.zeros_like"):
+        call_function(rule, params, grads, [*states[:-1], None], steps, **FUNCTION_HYPER[rule])
+    assert_same_bits(params, before)
+    call_function(rule, params, grads, [*states[:-1], None], steps, **{**FUNCTION_HYPER[rule], "momentum": 0.0})
+    assert not torch.equal(params[-1], before[-1])
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

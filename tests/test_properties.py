@@ -12,6 +12,7 @@ from cases import (
     GRAD_LAYOUTS,
     ONE_EACH,
     PARAM_LAYOUTS,
+    STATELESS,
     assert_same_bits,
     hard_values,
     memory,
@@ -37,12 +38,13 @@ PROPERTY = settings(
 
 sizes = st.lists(st.sampled_from([0, 1, 2, 7, 16, 31, 255, 4097, 8200]) | st.integers(0, 300), min_size=1, max_size=8)
 # `max_examples` is per test and not per row, so rows are drawn as well.
-one_each = st.sampled_from(ONE_EACH)
+one_each = st.sampled_from([*ONE_EACH, *STATELESS])
 
 
 def finals(params, opt):
-    """Parameters and first moments, in the order of `params`."""
-    return [p.detach() for p in params] + [opt.state[p]["exp_avg"] for p in params]
+    """Parameters and states, in the order of `params`."""
+    states = [value for p in params for key, value in opt.state.get(p, {}).items() if key != "step"]
+    return [p.detach() for p in params] + states
 
 
 @PROPERTY
@@ -83,14 +85,15 @@ def test_a_tensor_and_its_parts_are_updated_alike(case, size, data, device):
         opt.step()
         other.step()
     assert_same_bits(buffer, whole.detach())
-    assert_same_bits(torch.cat([other.state[p]["exp_avg"] for p in parts]), opt.state[whole]["exp_avg"])
+    for key in case.rule_spec.states:
+        assert_same_bits(torch.cat([other.state[p][key] for p in parts]), opt.state[whole][key])
 
 
 @PROPERTY
 @given(case=one_each, sizes=sizes, exponent=st.integers(-20, 20), clip=st.booleans())
 def test_power_of_two_scaling_is_exact(case, sizes, exponent, clip, device):
     """Gradients times 2^k with grad_scale 2^k are the gradients, so the step has the same bits, the norm included."""
-    extra = {"max_grad_norm": 0.5} if clip else {"fused": True}
+    extra = {"max_grad_norm": 0.5} if clip else {}
     params, scaled = (parameters(sizes, device=device) for _ in range(2))
     opt, other = case.make(params, **extra), case.make(scaled, **extra)
     other.grad_scale = torch.tensor(2.0**exponent, device=device)

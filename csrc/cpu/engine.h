@@ -299,11 +299,11 @@ void apply_rule(T* __restrict param, const T* __restrict grad, T* const* states,
   const GradientTransform<T> transform = given;
   typename Rule::template Coefficients<T> coefficients;
   __builtin_memcpy(&coefficients, stored.bytes, sizeof(coefficients));
-  T* state[Rule::kStates];
+  T* state[kSlots<Rule>];
   for (int k = 0; k < Rule::kStates; ++k) state[k] = states[k];
 #pragma GCC ivdep
   for (int64 i = 0; i < n; ++i) {
-    T s[Rule::kStates];
+    T s[kSlots<Rule>];
     for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];
     T p = param[i];
     Rule::template update<T>(p, transform(grad[i]), s, coefficients);

@@ -70,6 +70,7 @@ template <class Rule, class P, class G, class S, class M, Tuning kTuning>
 struct Update {
   using T = typename P::Compute;
   static constexpr int kStates = Rule::kStates;
+  static constexpr int kSlots = fusedopt::kSlots<Rule>;
   static constexpr bool kHasExtra = !is_same<typename P::Extra, NoExtra>;
   // Bytes of the smallest element. Single bytes are accessed eight at a time.
   static constexpr int kSmallest =
@@ -79,9 +80,10 @@ struct Update {
               maximum(maximum(sizeof(typename G::Storage), sizeof(typename M::Storage)), sizeof(typename S::Storage)));
   static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
-  // A main gradient takes the registers of a block, where there are more than two.
-  static constexpr int kBlocks = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
-  static constexpr int kBlocksPerMultiprocessor = GradStream<G, M, V>::kHasMain && kBlocks > 2 ? kBlocks - 1 : kBlocks;
+  static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
+  // A main gradient, as a third state, takes the registers of a block, where there are more than two.
+  static constexpr int kMore = int(GradStream<G, M, V>::kHasMain) + int(kStates > 2);
+  static constexpr int kBlocksPerMultiprocessor = kFitting > 2 ? maximum(2, kFitting - kMore) : kFitting;
   static constexpr int kRound = kThreads * kVectors * V;
   // Elements that are encoded together lie in one vector (random bits) or in one warp's vectors (blocks).
   static constexpr bool kRandom = P::kRandom || S::kRandom;
@@ -98,14 +100,14 @@ struct Update {
     Vector<typename P::Main, V> param[kVectors];
     Vector<typename P::Extra, V> extra[kVectors];
     GradVector<G, M, V> grad[kVectors];
-    Vector<S, V> state[kStates][kVectors];
+    Vector<S, V> state[kSlots][kVectors];
   };
 
   Stream<typename P::Main, V> param;
   Stream<typename P::Extra, V> extra;
   GradStream<G, M, V> grad;
-  Stream<S, V> state[kStates];
-  float* units[kStates];  // of this chunk's blocks
+  Stream<S, V> state[kSlots];
+  float* units[kSlots];  // of this chunk's blocks
   int vectored;
 
   __device__ __forceinline__ Update(const TensorEntry& tensor, const GradSource& source, const Split& split)
@@ -259,9 +261,9 @@ struct Update {
   template <int N>
   static __device__ __forceinline__ void update(Vector<typename P::Main, N>& main, Vector<typename P::Extra, N>& extra,
                                                 const GradVector<G, M, N>& grad, const GradSource& source,
-                                                Vector<S, N>* const (&state)[kStates], float (&unit)[kStates],
+                                                Vector<S, N>* const (&state)[kSlots], float (&unit)[kSlots],
                                                 const Noise& noise, const Plan& plan) {
-    T p[N], g[N], s[kStates][N];
+    T p[N], g[N], s[kSlots][N];
 #pragma unroll
     for (int e = 0; e < N; ++e) p[e] = P::decode(main.get(e), extra.get(e));
     decode(grad, source, plan.transform.weight, g);
@@ -272,7 +274,7 @@ struct Update {
     for (int e = 0; e < N; ++e) g[e] = clamps ? plan.transform(g[e]) : plan.transform.without_clamp(g[e]);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      T own[kStates];
+      T own[kSlots];
 #pragma unroll
       for (int k = 0; k < kStates; ++k) own[k] = s[k][e];
       Rule::template update<T>(p[e], g[e], own, plan.coefficients);
@@ -287,7 +289,7 @@ struct Update {
   // The units of a warp's blocks in all whole rounds of a chunk: lane r holds those of round r, so that they are loaded
   // and stored once, side by side.
   struct Units {
-    float held[S::kBlocked ? kStates : 1];
+    float held[S::kBlocked ? kSlots : 1];
   };
   static_assert(!S::kBlocked || (kVectors == 1 && kChunk / kRound <= 32), "a lane holds one unit for each state");
 
@@ -319,8 +321,8 @@ struct Update {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int i = offset(round, j);
-      Vector<S, V>* s[kStates];
-      float unit[kStates] = {};
+      Vector<S, V>* s[kSlots];
+      float unit[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         s[k] = &r.state[k][j];
@@ -343,8 +345,8 @@ struct Update {
       const int i = offset(round, j);
       const int n = count(i);
       if (n <= 0 && !S::kBlocked) continue;  // a warp whose block has a part of its elements stays together
-      Vector<S, V>* s[kStates];
-      float unit[kStates] = {};
+      Vector<S, V>* s[kSlots];
+      float unit[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         s[k] = &r.state[k][j];
@@ -368,9 +370,9 @@ struct Update {
       p.set(0, param.base[i]);
       Vector<typename P::Extra, 1> x = {};
       if constexpr (kHasExtra) x.set(0, extra.base[i]);
-      Vector<S, 1> own[kStates];
-      Vector<S, 1>* s[kStates];
-      float unit[kStates] = {};
+      Vector<S, 1> own[kSlots];
+      Vector<S, 1>* s[kSlots];
+      float unit[kSlots] = {};
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
         own[k].set(0, state[k].base[i]);

@@ -32,6 +32,12 @@ bool same_strides(const TensorInfo& info, const int64* strides) {
   return true;
 }
 
+// Whether a param group has the key, with a value that counts as true.
+bool is_set(PyObject* group, const py::object& key) {
+  PyObject* value = PyDict_GetItem(group, key.ptr());
+  return value && PyObject_IsTrue(value) == 1;
+}
+
 constexpr size_t kAhead = 8;           // tensors whose memory is fetched before it is looked at
 constexpr size_t kPart = 128;          // tensors that a thread looks at in one go
 constexpr size_t kPartsPerThread = 4;  // to wake a thread takes as long as to look at some hundred tensors
@@ -87,6 +93,25 @@ void Watch::remember_state(py::dict state) {
     }
   }
   state_.remember(state);
+}
+
+void Watch::remember_flags(const std::vector<std::string>& keys, py::list param_groups) {
+  flag_keys_.clear();
+  flags_.clear();
+  for (const std::string& key : keys)
+    flag_keys_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str())));
+  for (const py::handle group : param_groups)
+    for (const py::object& key : flag_keys_) flags_.push_back(is_set(group.ptr(), key));
+}
+
+bool Watch::same_flags(PyObject* param_groups) const {
+  if (flag_keys_.empty()) return true;
+  if (size_t(PyList_GET_SIZE(param_groups)) * flag_keys_.size() != flags_.size()) return false;
+  size_t next = 0;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g)
+    for (const py::object& key : flag_keys_)
+      if (is_set(PyList_GET_ITEM(param_groups, g), key) != flags_[next++]) return false;
+  return true;
 }
 
 bool Watch::same_parameters(PyObject* param_groups) const {
@@ -173,7 +198,8 @@ bool Watch::read_part(size_t part, size_t parts, bool bump) {
 }
 
 bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout, bool bump) {
-  if (!state_.unchanged(state.ptr()) || !same_parameters(param_groups.ptr())) return false;
+  PyObject* const groups = param_groups.ptr();
+  if (!state_.unchanged(state.ptr()) || !same_parameters(groups) || !same_flags(groups)) return false;
   if (has_main_grads_ && !same_main_grads()) return false;
   // Waiting for memory is most of the work, and several threads wait at the same time. They touch no Python object.
   const size_t parts = has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1;

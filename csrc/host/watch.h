@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "state_guard.h"
@@ -45,6 +46,9 @@ class Watch {
 
   // Remembers the optimizer's state as it is now.
   void remember_state(pybind11::dict state);
+
+  // Remembers whether group[key] is true, for each group and key: what decides on the groups' rules.
+  void remember_flags(const std::vector<std::string>& keys, pybind11::list param_groups);
 
   // Fills the tables' gradient pointers. False: the plan is stale, or a gradient is not as expected; nothing else
   // may be assumed then. `relayout` receives the rows whose gradient is laid out unlike the parameter. bump: tell
@@ -88,6 +92,7 @@ class Watch {
   };
 
   bool same_parameters(PyObject* param_groups) const;
+  bool same_flags(PyObject* param_groups) const;
   bool same_main_grads() const;
   bool same_addresses(size_t part, size_t parts);
   bool read_grad(size_t index, const void* found);
@@ -101,6 +106,8 @@ class Watch {
   bool has_main_grads_ = false;
   StateGuard state_;
   std::vector<StateTensor> state_tensors_;
+  std::vector<pybind11::object> flag_keys_;
+  std::vector<bool> flags_;  // by group, then key
 };
 
 }  // namespace fusedopt

@@ -4,6 +4,7 @@
 
 #include "../core/moment.h"
 #include "../core/platform.h"
+#include "decay.h"
 
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
@@ -47,20 +48,27 @@ struct Adam {
   }
 
   template <class T>
-  static FUSEDOPT_HD void descend(T& param, T grad, T (&state)[kStates], const Coefficients<T>& c) {
-    T& exp_avg = state[0];                                                                       // m
-    T& exp_avg_sq = state[1];                                                                    // v
-    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;                                      // m_t
-    exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;                         // v_t
+  static FUSEDOPT_HD void average(T& exp_avg, T& exp_avg_sq, T grad, const Coefficients<T>& c) {
+    exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad;               // m_t
+    exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;  // v_t
+  }
+
+  template <class T>
+  static FUSEDOPT_HD void move(T& param, T exp_avg, T exp_avg_sq, const Coefficients<T>& c) {
     const T root = divide_root(square_root(exp_avg_sq), c.bias_correction2_sqrt, c.reciprocal);  // sqrt(v_hat)
     const T denom = root + c.eps;
     param = param - c.step_size * (exp_avg / denom);  // theta_t
   }
 
   template <class T>
+  static FUSEDOPT_HD void descend(T& param, T grad, T (&state)[2], const Coefficients<T>& c) {
+    average(state[0], state[1], grad, c);
+    move(param, state[0], state[1], c);
+  }
+
+  template <class T>
   static FUSEDOPT_HD void update(T& param, T grad, T (&state)[kStates], const Coefficients<T>& c) {
-    // The test keeps an infinite parameter from making NaN of 0 * inf, as torch.optim does.
-    descend(param, c.weight_decay != T(0) ? grad + c.weight_decay * param : grad, state, c);
+    descend(param, with_decay(grad, param, c.weight_decay), state, c);
   }
 };
 

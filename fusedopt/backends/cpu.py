@@ -48,8 +48,8 @@ def update(tables: DeviceTables) -> None:
         bucket.args.lead = int(i == 0)
         _C.cpu_update(
             bucket.table,
-            tables.hypers,
-            tables.rule.index,
+            bucket.hypers,
+            bucket.rule.index,
             bucket.param_format.code,
             *_dtypes(bucket),
             bucket.state_format.code,

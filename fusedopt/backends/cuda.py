@@ -95,7 +95,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
         if key != bucket.launches_key:
             _choose_kernels(tables, bucket, passes)
             bucket.launches_key = key
-        bucket.table.pack(tables.hypers, bucket.capacity)
+        bucket.table.pack(bucket.hypers, bucket.capacity)
     for bucket in tables.buckets:
         if not bucket.capacity:
             _upload_step_table(bucket, tables)
@@ -131,7 +131,7 @@ def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec
         return nvrtc.scale_kernel(grad, bucket.capacity)
     param, state = bucket.param_format.name, bucket.state_format.name
     low = param == "float32" and _latency_bound(bucket)
-    return nvrtc.update_kernel(tables.rule.name, param, grad, state, bucket.capacity, low, main)
+    return nvrtc.update_kernel(bucket.rule.name, param, grad, state, bucket.capacity, low, main)
 
 
 def _latency_bound(bucket: Bucket) -> bool:
@@ -162,10 +162,10 @@ def repeated_step(tables: DeviceTables, watch: _C.Watch, passes: tuple[str, ...]
     """The step that has just been made, to be made again with other gradients; None if it needs more than launches."""
     if not all(bucket.capacity for bucket in tables.buckets) or not _C.has_torch_functions():
         return None
-    step = _C.RepeatedStep(watch, tables.hypers)
+    step = _C.RepeatedStep(watch)
     for name in passes:
         for bucket in tables.buckets:
-            step.add(bucket.table, bucket.args, *bucket.launches[name], bucket.capacity)
+            step.add(bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
     return step
 
 

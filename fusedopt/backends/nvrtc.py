@@ -110,8 +110,11 @@ def update_kernel(
     """The update pass of a rule.
 
     param, state: names of formats; grad, main: names of the dtypes of gradients and main gradients, the latter None
-    where nobody accumulates. latency_bound: for models of a few million parameters.
+    where nobody accumulates. latency_bound: for models of a few million parameters. A rule without states has one
+    kernel for all formats of states.
     """
+    if not RULES[rule].states:
+        state = "float64" if param == "float64" else "float32"
     formats = (PARAM_FORMATS[param].cpp, DTYPES[grad].cpp, STATE_FORMATS[state].cpp, _main(main))
     chunk = CUDA_CHUNK_BLOCKED if STATE_FORMATS[state].blocked else CUDA_CHUNK
     return KernelSpec("update_pass", (RULES[rule].cpp, *formats, _tuning(latency_bound)), table_bytes, chunk)
@@ -164,10 +167,11 @@ def combinations() -> list[tuple[str, str, str]]:
 def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
     """The update passes of a rule for every combination of formats."""
     latency_bound = [formats for formats in combinations() if formats[0] == "float32"]
-    return [
+    kernels = [
         *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
         *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
     ]
+    return list(dict.fromkeys(kernels))
 
 
 MAIN_DTYPES = ("float32", "bfloat16")
@@ -180,12 +184,13 @@ def _mains(dtype: str) -> tuple[str, ...]:
 
 def accumulation_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
     """The update passes of a rule where gradients are accumulated, for every dtype of main gradients."""
-    return [
+    kernels = [
         update_kernel(rule, param, grad, state, table_bytes, latency_bound, main)
         for param, grad, state in combinations()
         for latency_bound in ((False, True) if param == "float32" else (False,))
         for main in _mains(param)
     ]
+    return list(dict.fromkeys(kernels))
 
 
 def accumulated_gradient_kernels(table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:

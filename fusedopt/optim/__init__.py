@@ -1,9 +1,14 @@
 """Drop-in ``torch.optim`` optimizers whose whole step runs in fused kernels."""
 
+from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
 from .base import FusedOptimizer
 from .lion import Lion
 from .metrics import StepMetrics
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .sgd import SGD
+from .sgdw import SGDW
 
-__all__ = ["Adam", "AdamW", "FusedOptimizer", "Lion", "StepMetrics"]
+__all__ = ["SGD", "SGDW", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "Lion", "RAdam", "RMSprop", "StepMetrics"]

@@ -32,8 +32,11 @@ class Adam(FusedOptimizer):
         \theta_t &= \theta_{t-1} - \frac{\alpha}{1 - \beta_1^t} \,
             \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t),
-    0-dim float32.
+    With ``amsgrad`` (`Reddi et al., 2018 <https://arxiv.org/abs/1904.09237>`_) the denominator has
+    :math:`\max(v_1, \dots, v_t)` in the place of :math:`v_t`.
+
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; with ``amsgrad``
+    ``max_exp_avg_sq`` too; ``step`` (t), 0-dim float32.
 
     Args:
         params: as :class:`FusedOptimizer`.
@@ -41,7 +44,8 @@ class Adam(FusedOptimizer):
         betas: decay rates (β₁, β₂) of the moments, each in [0, 1).
         eps: ε, added to the denominator; >= 0.
         weight_decay: λ, coupled: added to the gradient; decoupled if ``decoupled_weight_decay``.
-        amsgrad, differentiable: not supported; True raises ValueError.
+        amsgrad: divide by the largest second moment so far. May differ between param groups.
+        differentiable: not supported; True raises ValueError.
         maximize: ascend instead of descend.
         foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable;
             fused=True also asks GradScaler to leave unscaling to the step.
@@ -53,6 +57,8 @@ class Adam(FusedOptimizer):
     """
 
     rule = "adam"
+    rule_keys = ("amsgrad", "decoupled_weight_decay")
+    _decoupled_by_default = False
 
     def __init__(
         self,
@@ -90,15 +96,9 @@ class Adam(FusedOptimizer):
             **options,
         )
 
-    def _rule_name(self) -> str:
-        default = self.__dict__.get("_decoupled_by_default", False)
-        decoupled = {bool(group.get("decoupled_weight_decay", default)) for group in self.param_groups}
-        if len(decoupled) > 1:
-            raise ValueError(
-                f"{type(self).__name__}: got param groups with and without decoupled_weight_decay, expected the same "
-                "in all; use one optimizer for each"
-            )
-        return "adamw" if decoupled == {True} else self.rule
+    def _rule_name(self, group: dict[str, Any]) -> str:
+        name = "adamw" if group.get("decoupled_weight_decay", self._decoupled_by_default) else "adam"
+        return f"{name}_amsgrad" if group.get("amsgrad") else name
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_decoupled_by_default": self._decoupled_by_default}

@@ -25,8 +25,11 @@ class AdamW(FusedOptimizer):
         \theta_t &\leftarrow \theta_t - \frac{\alpha}{1 - \beta_1^t} \,
             \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; ``step`` (t),
-    0-dim float32.
+    With ``amsgrad`` (`Reddi et al., 2018 <https://arxiv.org/abs/1904.09237>`_) the denominator has
+    :math:`\max(v_1, \dots, v_t)` in the place of :math:`v_t`.
+
+    State: ``exp_avg`` (m) and ``exp_avg_sq`` (v) in the parameter's shape and, without formats, dtype; with ``amsgrad``
+    ``max_exp_avg_sq`` too; ``step`` (t), 0-dim float32.
 
     Args:
         params: as :class:`FusedOptimizer`.
@@ -34,7 +37,8 @@ class AdamW(FusedOptimizer):
         betas: decay rates (β₁, β₂) of the moments, each in [0, 1).
         eps: ε, added to the denominator; >= 0.
         weight_decay: λ, per unit of learning rate; >= 0.
-        amsgrad, differentiable: not supported; True raises ValueError.
+        amsgrad: divide by the largest second moment so far. May differ between param groups.
+        differentiable: not supported; True raises ValueError.
         maximize: ascend instead of descend.
         foreach, fused, capturable: accepted for torch's sake. The step is always fused and always capturable;
             fused=True also asks GradScaler to leave unscaling to the step.
@@ -45,6 +49,7 @@ class AdamW(FusedOptimizer):
     """
 
     rule = "adamw"
+    rule_keys = ("amsgrad",)
 
     def __init__(
         self,
@@ -79,6 +84,9 @@ class AdamW(FusedOptimizer):
             adam_defaults(values, decoupled_weight_decay=True),
             **options,
         )
+
+    def _rule_name(self, group: dict[str, Any]) -> str:
+        return "adamw_amsgrad" if group.get("amsgrad") else "adamw"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

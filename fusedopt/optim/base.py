@@ -98,7 +98,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
-    """Name of the rule in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
+    """Family of the rules in ``fusedopt.specs.RULES``. An optimizer with variants overrides ``_rule_name``."""
+    rule_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a param group that choose between the rules of the family; they may change between steps."""
 
     _steps = 0
     """Calls of ``step()``."""
@@ -222,7 +224,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_formats(self, group: dict[str, Any], params: Iterable[Any], given: dict[str, Any]) -> dict[str, Any]:
         """``given``, with a seed where ``group``, the same with the defaults, needs one."""
         where = type(self).__name__
-        check_format_options(where, group, RULES[self.rule])
+        check_format_options(where, group, RULES[self._rule_name(group)])
         for i, param in enumerate(p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params):
             param_format(f"{where}: params[{i}]", group, param.dtype)
             state_format(f"{where}: params[{i}]", group, param)
@@ -242,8 +244,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._releases():
             self._release.forget_plans()
 
-    def _rule_name(self) -> str:
+    def _rule_name(self, group: dict[str, Any]) -> str:
+        """The rule of a param group. Which one it is depends on the truth of ``rule_keys`` alone."""
         return self.rule
+
+    def _rule_names(self) -> list[str]:
+        return [self._rule_name(group) for group in self.param_groups]
+
+    @property
+    def _initial_state(self) -> float:
+        """What new states are filled with."""
+        return 0.0
 
     # ---- the step -------------------------------------------------------------------------------------
 
@@ -298,7 +309,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(self) -> OptimizerPlan:
         self._plan = None
         with torch.no_grad():
-            plan = OptimizerPlan.make(self, RULES[self._rule_name()], self._controls)
+            plan = OptimizerPlan.make(self, self._rule_names(), self._controls)
         if not plan.refresh(self):
             raise RuntimeError(
                 f"{type(self).__name__}.step: parameters or gradients changed while they were being read"
@@ -468,7 +479,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def memory_summary(self) -> MemorySummary:
         """How many bytes everything takes that belongs to the parameters of this optimizer, by role."""
         accumulated = 0 if self._accumulator is None else self._accumulator.bytes()
-        return memory.summarize(self, RULES[self._rule_name()], self._plan, accumulated)
+        return memory.summarize(self, [RULES[name] for name in self._rule_names()], self._plan, accumulated)
 
     @torch.no_grad()
     def master_params(self) -> list[torch.Tensor]:
@@ -482,14 +493,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def torch_state_dict(self) -> dict[str, Any]:
         """A state dict that the torch.optim class of the same name loads: states in float32, no masters, no formats."""
-        rule, exported = RULES[self._rule_name()], self.state_dict()
+        exported = self.state_dict()
         keys = {*formats.OPTIONS, "seed"}
         groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
+        indices = (dict.fromkeys(group["params"], RULES[self._rule_name(group)]) for group in exported["param_groups"])
+        rules = {index: rule for own in indices for index, rule in own.items()}
         state = {}
         for index, entry in exported["state"].items():
-            states = formats.decode_states(entry, rule) if entry else {}
+            states = formats.decode_states(entry, rules[index]) if entry else {}
             wide = {key: each if each.dtype == torch.float64 else each.float() for key, each in states.items()}
-            state[index] = {"step": entry["step"], **wide} if entry else {}
+            counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
+            state[index] = {**counted, **wide}
         return {**exported, "state": state, "param_groups": groups}
 
     # ---- checkpoints, copies ------------------------------------------------------------------------------
@@ -504,7 +518,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: other param groups, other shapes or dtypes, missing keys. Nothing has been changed then.
         """
-        checkpoint.load(self, state_dict, RULES[self._rule_name()])
+        checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from ..formats import OPTIONS, check_entry, convert_states, wanted_state_format
-from ..specs import RuleSpec
+from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
+from ..specs import RULES
 
 __all__ = ["load"]
 
 
-def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], rule: RuleSpec) -> None:
+def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
     state_dict = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -30,18 +30,19 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], rule: Rul
 
     where = f"{type(optimizer).__name__}.load_state_dict"
     params = _match(where, optimizer.param_groups, state_dict)
-    for index, param in params.items():
-        check_entry(f"{where}: state[{index}]", state_dict["state"].get(index, {}), param, rule)
     groups = [_merge(old, new) for old, new in zip(optimizer.param_groups, state_dict["param_groups"])]
-    for group in groups:
-        if group.get("amsgrad"):
-            raise ValueError(f"{where}: the checkpoint has amsgrad=True, expected False; continue it with torch.optim")
     group_of = {param: group for group in groups for param in group["params"]}
+    rules = [RULES[optimizer._rule_name({**optimizer.defaults, **group})] for group in groups]
+    rule_of = {param: rule for group, rule in zip(groups, rules) for param in group["params"]}
+    for index, param in params.items():
+        check_entry(f"{where}: state[{index}]", state_dict["state"].get(index, {}), param, rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         param = params.get(index)
         copied = state[index if param is None else param] = _copy(entry, param)
         if param is not None and copied:
+            rule = rule_of[param]
+            adopt_entry(copied, rule)
             wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, copied, rule)
             convert_states(copied, rule, wanted)
 

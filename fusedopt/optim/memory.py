@@ -52,22 +52,23 @@ class MemorySummary:
 
 
 def summarize(
-    optimizer: torch.optim.Optimizer, rule: RuleSpec, plan: OptimizerPlan | None, accumulated: int
+    optimizer: torch.optim.Optimizer, rules: Iterable[RuleSpec], plan: OptimizerPlan | None, accumulated: int
 ) -> MemorySummary:
     """As they are now: without state before the first step, without ``grad`` after ``zero_grad``.
 
-    accumulated: bytes of an accumulator's main gradients.
+    rules: those of the param groups. accumulated: bytes of an accumulator's main gradients.
     """
     params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     entries = [optimizer.state.get(param, {}) for param in params]
-    scales = {scale_key(key) for key in rule.states}
+    states = {key for rule in rules for key in rule.states}
+    scales = {scale_key(key) for key in states}
     tables = [] if plan is None else chain.from_iterable(device.device_memory() for device in plan.tables)
     return MemorySummary(
         sum(param.numel() for param in params),
         {
             "param": _bytes(params),
             "master": _bytes(entry.get(key) for entry in entries for key in _EXTRAS),
-            "states": _bytes(entry.get(key) for entry in entries for key in rule.states),
+            "states": _bytes(entry.get(key) for entry in entries for key in states),
             "scales": _bytes(entry.get(key) for entry in entries for key in scales),
             "steps": _bytes(entry.get("step") for entry in entries),
             "grad": _bytes(param.grad for param in params),

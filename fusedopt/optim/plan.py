@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import increment_version
@@ -14,18 +14,19 @@ from .. import _C, passes
 from ..checks import check_grad, check_param
 from ..control import Control
 from ..formats import (
+    adopt_entry,
     check_entry,
     check_format_options,
     convert_master,
     convert_states,
     decode_states,
+    new_states,
     param_format,
     scale_key,
-    scale_shape,
     wanted_state_format,
 )
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
-from ..specs import ParamFormatSpec, RuleSpec, StateFormatSpec
+from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
 from .repeat import Repetition
 
 __all__ = ["OptimizerPlan"]
@@ -50,6 +51,7 @@ class _Tracked:
     group: int
     id: int
     """Position among all parameters of the optimizer."""
+    rule: RuleSpec
     param_format: ParamFormatSpec
     main_grad: torch.Tensor | None
     """Its ``main_grad`` attribute, or None where it has no such attribute."""
@@ -59,14 +61,22 @@ class _Tracked:
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
     place: tuple[Bucket, int] | None = None
+    scratch: dict[str, Any] = field(default_factory=dict)
+    """Holds the step counter of a parameter that keeps no state: nobody asks for it, but kernels count."""
 
-    def row(self, states: dict, rule: RuleSpec) -> TensorRow:
-        state = states[self.param]
+    @property
+    def keeps_state(self) -> bool:
+        """Whether its rule or its format have anything to remember; random bits depend on the step."""
+        return bool(self.rule.states or self.param_format.extra or self.param_format.random)
+
+    def row(self, states: dict) -> TensorRow:
+        state, rule = states.get(self.param) or self.scratch, self.rule
         blocked = self.state_format.blocked
         return TensorRow(
             numel=self.param.numel(),
             device=self.param.device,
             grad_dtype=self.grad_dtype,
+            rule=rule,
             param_format=self.param_format,
             state_format=self.state_format,
             param=self.dense,
@@ -110,13 +120,14 @@ class OptimizerPlan:
     def make(
         cls,
         optimizer: torch.optim.Optimizer,
-        rule: RuleSpec,
+        rules: list[str],
         controls: dict[torch.device, Control],
         only: torch.Tensor | None = None,
     ) -> OptimizerPlan:
         """Checks everything, then creates what state is missing and builds the tables.
 
-        only: the one parameter of the optimizer that the plan is for; by default all.
+        rules: name of each param group's rule. only: the one parameter of the optimizer that the plan is for; by
+        default all.
 
         Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
@@ -126,7 +137,7 @@ class OptimizerPlan:
                 "fusedopt: the first step of an optimizer, or one after its parameters or state changed, was run while "
                 "a CUDA graph is being captured; call step() once before the capture"
             )
-        tracked = list(_track(optimizer, rule, only))
+        tracked = list(_track(optimizer, rules, only))
         if only is not None and not tracked:
             raise ValueError(
                 f"{type(optimizer).__name__}: got a parameter that is in no param group any more, expected one of this "
@@ -134,26 +145,26 @@ class OptimizerPlan:
             )
         for each in tracked:
             if each.grad_dtype is not None:
-                _check_state(optimizer.state.get(each.param, {}), rule, each.param)
+                _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, rule, controls, tracked, only)
+            return cls._build(optimizer, controls, tracked, only)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, rule, controls, tracked, only) -> OptimizerPlan:
+    def _build(cls, optimizer, controls, tracked, only) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
-        _complete_state(optimizer.state, optimizer.param_groups, rule, active)
-        rows = [each.row(optimizer.state, rule) for each in active]
+        _complete_state(optimizer, active)
+        rows = [each.row(optimizer.state) for each in active]
         alone = None
         if only is not None:
             alone = _Alone.of(optimizer, tracked[0])
             for numbered in (*tracked, *rows):
                 numbered.group = 0
-        tables, places = build_tables(rule, rows, controls)
+        tables, places = build_tables(rows, controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -170,7 +181,9 @@ class OptimizerPlan:
             plan.watch.add(
                 each.param, each.dense, each.group, code, table, slot, hasattr(each.param, "main_grad"), held
             )
-        plan.watch.remember_state(plan.alone.state if plan.alone else optimizer.state)
+        groups, state = alone.found_in(optimizer) if alone else (optimizer.param_groups, optimizer.state)
+        plan.watch.remember_state(state)
+        plan.watch.remember_flags(optimizer.rule_keys, groups)
         plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
         return plan
 
@@ -180,7 +193,7 @@ class OptimizerPlan:
         self.grads.clear()
         groups, state = optimizer.param_groups, optimizer.state
         if self.alone:
-            groups, state = self.alone.found_in(state)
+            groups, state = self.alone.found_in(optimizer)
         if not self.watch.refresh(groups, state, relayout):
             return False
         for i in relayout:
@@ -210,28 +223,32 @@ class OptimizerPlan:
 class _Alone:
     """One parameter as if it were all of an optimizer."""
 
-    groups: list[dict]
+    param: torch.Tensor
     state: dict
+    """By parameter, as an optimizer's; empty where the parameter has none."""
     group: int
     """Of the optimizer."""
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, each: _Tracked) -> _Alone:
-        return cls([{"params": [each.param]}], {each.param: optimizer.state.get(each.param)}, each.group)
+        entry = optimizer.state.get(each.param)
+        return cls(each.param, {} if entry is None else {each.param: entry}, each.group)
 
     def hyper(self, groups: list[dict]) -> list[dict]:
         """The param groups whose hyper-parameters the tables refer to."""
         return groups[self.group : self.group + 1]
 
-    def found_in(self, states: dict) -> tuple[list[dict], dict]:
-        """Its groups and its state; the latter another dict where the optimizer's has been replaced."""
-        ((param, entry),) = self.state.items()
-        return self.groups, self.state if states.get(param) is entry else {}
+    def found_in(self, optimizer: torch.optim.Optimizer) -> tuple[list[dict], dict]:
+        """Its group, without others' parameters, and its state; another dict where the optimizer's was replaced."""
+        groups = [{**group, "params": [self.param]} for group in self.hyper(optimizer.param_groups)]
+        same = optimizer.state.get(self.param) is self.state.get(self.param)
+        return groups, self.state if same else {}
 
 
-def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec, only: torch.Tensor | None) -> Iterator[_Tracked]:
+def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tensor | None) -> Iterator[_Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
+        rule = RULES[rules[g]]
         check_format_options(f"{type(optimizer).__name__}.step: param_groups[{g}]", group, rule)
         for i, param in enumerate(group["params"]):
             id = next(position)
@@ -246,6 +263,7 @@ def _track(optimizer: torch.optim.Optimizer, rule: RuleSpec, only: torch.Tensor 
                 where=where,
                 group=g,
                 id=id,
+                rule=rule,
                 param_format=param_format(where, group, param.dtype),
                 main_grad=_main_grad(where, param),
                 accumulated=optimizer._accumulated_grad(where, param),
@@ -283,24 +301,27 @@ def _check_state(state: dict, rule: RuleSpec, param: torch.Tensor) -> None:
             )
 
 
-def _complete_state(states: dict, groups: list[dict], rule: RuleSpec, active: list[_Tracked]) -> None:
+def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) -> None:
     """Creates missing state, and puts step counters, layouts and formats right.
 
     New counters are views of one tensor.
     """
+    states, groups = optimizer.state, optimizer.param_groups
     counters: dict[torch.device, list[tuple[dict, float]]] = {}
     for each in active:
-        state = states[each.param]
+        state = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
+        rule, dense = each.rule, each.dense
+        adopt_entry(state, rule)
         each.state_format = wanted_state_format(each.where, groups[each.group], each.param, state, rule)
         if state:
-            _bring_into_layout(state, rule, each.dense)
+            _bring_into_layout(state, rule, dense)
             convert_states(state, rule, each.state_format)
-        else:
+        if not state or not all(key in state for key in rule.states):
             state["step"] = 0.0
-            state.update(_zeros(rule, each))
-        if each.dense is not each.param:
-            each.dense.copy_(each.param.detach())
-        convert_master(state, each.dense.detach(), each.param_format)
+            state.update(new_states(rule, each.state_format, dense, optimizer._initial_state))
+        if dense is not each.param:
+            dense.copy_(each.param.detach())
+        convert_master(state, dense.detach(), each.param_format)
         step = state["step"]
         if not _is_counter(step, each.param.device):
             counters.setdefault(each.param.device, []).append((state, float(step)))
@@ -310,21 +331,12 @@ def _complete_state(states: dict, groups: list[dict], rule: RuleSpec, active: li
             state["step"] = counter
 
 
-def _zeros(rule: RuleSpec, each: _Tracked) -> dict[str, torch.Tensor]:
-    entry = {}
-    for key, moment in zip(rule.states, rule.moments):
-        dtype = getattr(torch, each.state_format.dtype(moment))
-        entry[key] = torch.zeros_like(each.dense, dtype=dtype, requires_grad=False)
-        if each.state_format.blocked:
-            entry[scale_key(key)] = torch.zeros(scale_shape(each.param.numel()), device=each.param.device)
-    return entry
-
-
 def _bring_into_layout(state: dict, rule: RuleSpec, dense: torch.Tensor) -> None:
     """Elements in the order of the parameter's in memory. Blocks are runs of memory, so they are taken apart first."""
-    if not all(same_layout(state[key], dense) for key in rule.states):
+    present = [key for key in rule.states if key in state]
+    if not all(same_layout(state[key], dense) for key in present):
         state.update(decode_states(state, rule))
-        for key in rule.states:
+        for key in present:
             state.pop(scale_key(key), None)
             state[key] = like_parameter(state[key].detach(), dense)
     for key in ("master_param", "param_remainder"):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..specs import RULES
 from .plan import OptimizerPlan
 
 if TYPE_CHECKING:
@@ -93,8 +92,9 @@ class GradientRelease:
             return
         plan = self._plans.get(param)
         if plan is None or not plan.refresh(optimizer):
-            rule = RULES[optimizer._rule_name()]
-            plan = self._plans[param] = OptimizerPlan.make(optimizer, rule, optimizer._controls, param)
+            plan = self._plans[param] = OptimizerPlan.make(
+                optimizer, optimizer._rule_names(), optimizer._controls, param
+            )
             plan.refresh(optimizer)
         optimizer._run_alone(plan, param)
         param.grad = None

@@ -113,7 +113,7 @@ def test_architecture_that_the_compiler_does_not_know(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--rule", "sgd"), "'sgd' is not one of 'adam', 'adamw', 'lion'"),
+        (("--rule", "lamb"), "'lamb' is not one of 'adagrad', 'adam', 'adam_amsgrad'"),
         (("--dtype", "int8"), "'int8' is not one of"),
         (("--jobs", "0"), "0 is not in the range x>=1"),
         (("sm_90",), "unexpected extra argument"),

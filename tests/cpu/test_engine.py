@@ -110,7 +110,7 @@ def python(script: str, **environment: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -287,7 +287,7 @@ def test_the_suite_passes_without_torchs_c_functions():
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -9,9 +9,11 @@ from bounds import assert_stepped, before_step
 from cases import (
     CASES,
     DTYPES,
+    FUNCTION_HYPER,
     ONE_EACH,
     SIZES,
     assert_same_bits,
+    call_function,
     hard_values,
     memory,
     normal,
@@ -22,15 +24,9 @@ from cases import (
 )
 
 import fusedopt
-from fusedopt import reference
+from fusedopt import reference, specs
 
 pytestmark = pytest.mark.gpu
-
-FUNCTIONS = {
-    "adam": fusedopt.functional.adam_,
-    "adamw": fusedopt.functional.adamw_,
-    "lion": fusedopt.functional.lion_,
-}
 
 
 def assert_same_numbers(cuda, cpu):
@@ -58,7 +54,7 @@ def test_optimizers(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", FUNCTIONS)
+@pytest.mark.parametrize("rule", specs.RULES)
 def test_functional_with_the_same_clip_coefficient(rule, dtype):
     """Unscale, value clip, norm clip and update, from random steps up to 100,000: pow must agree as well."""
     results = []
@@ -67,20 +63,19 @@ def test_functional_with_the_same_clip_coefficient(rule, dtype):
             [hard_values((n,), dtype, seed=20 * role + i).to(device) for i, n in enumerate(SIZES)]
             for role in range(2 + len(reference.STATES[rule]))
         )
-        if rule != "lion":
-            states[1] = [v.abs() for v in states[1]]
+        for k, moment in enumerate(specs.RULES[rule].moments):
+            states[k] = [v.abs() for v in states[k]] if moment == "second" else states[k]
         random = torch.Generator().manual_seed(0)
         steps = [step.float().to(device) for step in torch.randint(0, 100_000, (len(SIZES),), generator=random)]
         grad_scale, clip_coef = (torch.tensor(x, device=device) for x in (3.0, 0.37))
         for _ in range(3):
-            FUNCTIONS[rule](
+            call_function(
+                rule,
                 params,
                 grads,
-                *states,
+                states,
                 steps,
-                lr=0.013,
-                betas=(0.9, 0.999),
-                weight_decay=0.1,
+                **FUNCTION_HYPER[rule] | ({"betas": (0.9, 0.999)} if "betas" in FUNCTION_HYPER[rule] else {}),
                 grad_scale=grad_scale,
                 clip_coef=clip_coef,
                 max_grad_value=1e3,

@@ -1,6 +1,7 @@
 """Bad input: the type of the error, a message that says what was got and what to do, and nothing changed."""
 
 import copy
+import inspect
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from cases import ONE_EACH, assert_same_bits, memory, normal, parameter, paramet
 
 import fusedopt
 
-OPTIMIZERS = [fusedopt.Adam, fusedopt.AdamW, fusedopt.Lion]
+OPTIMIZERS = [getattr(fusedopt, name) for name in dict.fromkeys(case.optimizer for case in ONE_EACH)]
 
 
 def assert_message(error, *patterns):
@@ -108,6 +109,14 @@ BAD_VALUES = [
     ("weight_decay", math.nan),
     ("eps", -1e-8),
     ("eps", math.nan),
+    ("momentum", -0.1),
+    ("momentum", math.nan),
+    ("dampening", math.nan),
+    ("alpha", -0.1),
+    ("alpha", math.nan),
+    ("lr_decay", -0.1),
+    ("initial_accumulator_value", -1.0),
+    ("initial_accumulator_value", math.nan),
     ("max_grad_norm", 0.0),
     ("max_grad_norm", -1.0),
     ("max_grad_norm", math.nan),
@@ -133,8 +142,8 @@ def value_pattern(key, value):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("key, value", BAD_VALUES, ids=str)
 def test_bad_hyper_parameter(key, value, optimizer):
-    if key == "eps" and optimizer is fusedopt.Lion:
-        pytest.skip("Lion has no eps")
+    if key not in ADDITIONS and key not in inspect.signature(optimizer).parameters:
+        pytest.skip(f"{optimizer.__name__} has no {key}")
     with pytest.raises(ValueError) as error:
         optimizer(parameters([3]), **{key: value})
     assert_message(error, "beta" if key == "betas" else key, value_pattern(key, value))
@@ -159,13 +168,23 @@ def test_bad_assignment(key, value):
     assert {name: getattr(opt, name) for name in ADDITIONS} == ADDITIONS
 
 
-@pytest.mark.parametrize(
-    "name, key", [("Adam", "amsgrad"), ("AdamW", "amsgrad")] + [(cls.__name__, "differentiable") for cls in OPTIMIZERS]
-)
-def test_what_torch_does_and_we_do_not(name, key):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda cls: cls.__name__)
+def test_what_torch_does_and_we_do_not(optimizer):
     with pytest.raises(ValueError) as error:
-        getattr(fusedopt, name)(parameters([3]), **{key: True})
-    assert_message(error, key, r"torch\.optim")
+        optimizer(parameters([3]), differentiable=True)
+    assert_message(error, "differentiable", r"torch\.optim")
+
+
+@pytest.mark.parametrize("optimizer", [fusedopt.SGD, fusedopt.SGDW], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("values", [{}, {"momentum": 0.0}, {"momentum": 0.9, "dampening": 0.1}], ids=str)
+def test_nesterov_needs_momentum_and_no_dampening(optimizer, values):
+    with pytest.raises(ValueError) as error:
+        optimizer(parameters([3]), nesterov=True, **values)
+    assert_message(error, "nesterov", "momentum > 0", "no dampening")
+    opt = optimizer(parameters([3]), momentum=0.9)
+    with pytest.raises(ValueError, match="nesterov"):
+        opt.add_param_group({"params": parameters([3]), "nesterov": True, "momentum": 0.9, "dampening": 0.1})
+    assert len(opt.param_groups) == 1
 
 
 # ---- gradients ----------------------------------------------------------------------------------------------------
