@@ -4,7 +4,8 @@ Swap ``torch.optim.AdamW`` for ``fusedopt.AdamW``: unscale, inf/NaN check, globa
 kernel launches for any number of tensors, with no host synchronisation.
 """
 
-from . import functional
+from . import backends, functional
+from .backends import use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
 from .optim import Adam, AdamW, FusedOptimizer, Lion
 
@@ -16,9 +17,11 @@ __all__ = [
     "FusedOptimizer",
     "Lion",
     "__version__",
+    "backends",
     "clip_grad_norm_",
     "clip_grad_value_",
     "functional",
     "get_total_norm",
     "unscale_grads_",
+    "use_backend",
 ]

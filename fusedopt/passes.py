@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import _C
-from .backends import for_device
+from .backends import for_device, wanted
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
 from .specs import NORM_TYPES, RuleSpec
 
@@ -52,7 +52,6 @@ def _address(value: torch.Tensor | float | None, tables: DeviceTables, dtype: to
 def prepare(tables: Sequence[DeviceTables]) -> None:
     """Puts new tables where each device's passes read them."""
     for device in tables:
-        device.backend = for_device(device.device)
         device.backend.prepare(device)
 
 
@@ -132,7 +131,7 @@ def scale(tables: Sequence[DeviceTables]) -> None:
 class TablesCache:
     """The tables of the last calls, for functions, which have nowhere of their own to keep them.
 
-    The key is all that tables are made of (addresses, sizes, dtypes, devices), so what is found is right
+    The key is all that tables are made of (addresses, sizes, dtypes, devices, the backend), so what is found is right
     whoever owns the memory now. One cache serves one thread at a time, hence the thread-local storage.
     """
 
@@ -145,10 +144,10 @@ class TablesCache:
     ) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
         """As ``build_tables``, with the backends' ``prepare`` done."""
         entries: OrderedDict = self.local.__dict__.setdefault("entries", OrderedDict())
-        key = (rule and rule.name, tuple(self._key(row) for row in rows))
+        key = (rule and rule.name, wanted(), tuple(self._key(row) for row in rows))
         found = entries.pop(key, None)
         if found is None:
-            found = build_tables(rule, rows)
+            found = build_tables(rule, rows, for_device)
             prepare(found[0])
             if len(entries) >= self.capacity:
                 entries.popitem(last=False)

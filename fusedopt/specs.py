@@ -19,6 +19,7 @@ __all__ = [
     "RULES",
     "STATE_BLOCK",
     "STATE_FORMATS",
+    "TRITON_CHUNK",
     "DTypeSpec",
     "ParamFormatSpec",
     "RuleSpec",
@@ -165,3 +166,6 @@ CUDA_CHUNK = 1 << 13
 
 CUDA_CHUNK_BLOCKED = 1 << 15
 """The same where states are blocked: such kernels are pipelined and need time to get going."""
+
+TRITON_CHUNK = 1 << 12
+"""Elements per Triton program: 16 for each thread of 8 warps, all of them loaded before the first is used."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 import torch
 
 from .. import formats, passes
-from ..backends import for_device
+from ..backends import check_name, for_device, wanted
 from ..checks import check_clipping, check_hyperparameters, check_params
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     min_8bit_size: int
     seed: int | None
+    backend: str | None
 
 
 _STEP_OPTIONS: dict[str, Any] = {
@@ -73,12 +74,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             step, the tensor and the element alone. Drawn from torch's default generator if None; saved in
             checkpoints. Processes that hold the same parameters need the same one.
 
+    Where it runs:
+        backend: "cpu", "cuda", "triton" or "reference"; None takes what ``fusedopt.use_backend`` or FUSEDOPT_BACKEND
+            asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
+
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
     first step and not None. They may be of any of the dtypes, float64 only with float64.
 
     Raises:
         ValueError, TypeError: bad hyper-parameters, options or parameters.
-        RuntimeError: a CUDA parameter where kernels cannot be compiled; sparse gradients.
+        RuntimeError: a CUDA parameter where kernels cannot be compiled; a backend that is not available; sparse
+            gradients.
     """
 
     rule: ClassVar[str]
@@ -94,6 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         check_hyperparameters(where, defaults)
         self._forget_plan()
+        self._backend = check_name(f"{where}: backend", options.get("backend"))
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -158,6 +165,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._set_options(nonfinite=value)
 
     @property
+    def backend(self) -> str | None:
+        """The backend that this optimizer was told to run on, or None."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        self._backend = check_name(f"{type(self).__name__}: backend", value)
+
+    @property
     def _takes_norm(self) -> bool:
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
@@ -185,7 +201,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
-                for_device(device)
+                for_device(device, self._backend)
         super().add_param_group(param_group)
         self._forget_plan()
 
@@ -234,7 +250,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._plan
-        if plan is None or not plan.refresh(self):
+        if plan is None or plan.backend != wanted(self._backend) or not plan.refresh(self):
             plan = self._replan()
         if plan.tables:
             self._run(plan)
@@ -243,7 +259,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(self) -> OptimizerPlan:
         self._plan = None
         with torch.no_grad():
-            plan = OptimizerPlan.make(self, RULES[self._rule_name()], self._controls)
+            backend = wanted(self._backend)
+            plan = OptimizerPlan.make(self, RULES[self._rule_name()], self._controls, backend)
         if not plan.refresh(self):
             raise RuntimeError(
                 f"{type(self).__name__}.step: parameters or gradients changed while they were being read"
@@ -341,12 +358,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict, RULES[self._rule_name()])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}
+        return {**super().__getstate__(), "_options": self._options, "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
+        self.__dict__.setdefault("_backend", None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

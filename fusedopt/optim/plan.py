@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -10,6 +11,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from .. import _C, passes
+from ..backends import for_device
 from ..checks import check_grad, check_param
 from ..control import Control
 from ..formats import (
@@ -80,6 +82,8 @@ class OptimizerPlan:
     tracked: list[_Tracked]
     tables: list[DeviceTables]
     watch: _C.Watch
+    backend: str | None = None
+    """What was asked for when the tables were built; see ``backends.wanted``."""
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(parameter with gaps, its dense copy)."""
     grads: list[torch.Tensor] = field(default_factory=list)
@@ -87,9 +91,13 @@ class OptimizerPlan:
 
     @classmethod
     def make(
-        cls, optimizer: torch.optim.Optimizer, rule: RuleSpec, controls: dict[torch.device, Control]
+        cls,
+        optimizer: torch.optim.Optimizer,
+        rule: RuleSpec,
+        controls: dict[torch.device, Control],
+        backend: str | None = None,
     ) -> OptimizerPlan:
-        """Checks everything, then creates what state is missing and builds the tables.
+        """Checks everything, then creates what state is missing and builds the tables. backend: as ``for_device``.
 
         Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
@@ -105,17 +113,18 @@ class OptimizerPlan:
                 _check_state(optimizer.state.get(each.param, {}), rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, rule, controls, tracked)
+            return cls._build(optimizer, rule, controls, tracked, backend)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, rule, controls, tracked) -> OptimizerPlan:
+    def _build(cls, optimizer, rule, controls, tracked, backend) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer.state, optimizer.param_groups, rule, active)
-        tables, places = build_tables(rule, [each.row(optimizer.state, rule) for each in active], controls)
+        backend_of = functools.partial(for_device, backend=backend)
+        tables, places = build_tables(rule, [each.row(optimizer.state, rule) for each in active], backend_of, controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -123,7 +132,7 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch())
+        plan = cls(tracked, tables, _C.Watch(), backend)
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
