@@ -1,8 +1,8 @@
 """The reference backend: every pass in plain torch, one tensor after the other. Slow and plain, for debugging.
 
-When a result looks wrong, run it here: the same plan, formats and order of operations as the kernels, in code that can be
-stepped through. It reads results back to the host, so it cannot be captured in a graph. Bits are those of the C++ engines
-(NaN for NaN); the norm is added in another order.
+When a result looks wrong, run it here: the same plan, formats and order of operations as the kernels, in code that can
+be stepped through. It reads results back to the host, so it cannot be captured in a graph. Bits are those of the C++
+engines (NaN for NaN); the norm is added in another order.
 
 Not to be confused with ``fusedopt.reference``: the rules in float64 from the papers, which judge all backends.
 """
@@ -30,7 +30,7 @@ def require_available(device: torch.device) -> None:
     """RuntimeError where tensors cannot be made from addresses."""
     if device.type not in ("cpu", "cuda"):
         raise RuntimeError(
-            f"fusedopt: backend 'reference' was asked for on '{device}', expected 'cpu' or 'cuda'; choose another backend"
+            f"fusedopt: backend 'reference' was asked for on '{device}', expected 'cpu' or 'cuda'; choose another one"
         )
 
 
@@ -47,7 +47,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
     """RuntimeError under graph capture: nothing here can be replayed."""
     if tables.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "fusedopt: backend 'reference' reads results back to the host, which a CUDA graph cannot; choose another one"
+            "fusedopt: backend 'reference' reads results back to the host, which a CUDA graph cannot; choose another"
         )
 
 

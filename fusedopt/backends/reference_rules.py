@@ -17,7 +17,10 @@ Tensor = torch.Tensor
 
 
 def square_root(x: Tensor) -> Tensor:
-    """Correctly rounded: torch's may be off by a unit in the last place in float32, but not by way of float64."""
+    """Correctly rounded. torch's may be off by a unit in the last place, so float32 goes by way of float64."""
+    if x.dtype == torch.float64:
+        roots = [math.sqrt(value) if value >= 0.0 else math.nan for value in x.tolist()]
+        return torch.tensor(roots, dtype=torch.float64, device=x.device)
     return x.double().sqrt().to(x.dtype)
 
 
@@ -62,7 +65,8 @@ def lion(param: Tensor, grad: Tensor, exp_avg: Tensor, hyper: Sequence[float], s
     lr, beta1, beta2, weight_decay = hyper[:4]
     t = _rounder(param)
     interpolated = t(beta1) * exp_avg + t(1.0 - beta1) * grad
-    sign = torch.where(interpolated.isnan(), interpolated, interpolated.sign())  # torch's sign of NaN is 0
+    sign = torch.where(interpolated == 0.0, interpolated, interpolated.sign())  # keeps -0, which torch's does not
+    sign = torch.where(interpolated.isnan(), interpolated, sign)  # nor NaN
     param = param * t(1.0 - lr * weight_decay) - t(lr) * sign
     return param, t(beta2) * exp_avg + t(1.0 - beta2) * grad
 

@@ -1,9 +1,9 @@
 """How a step table gets from the host to the device: pinned buffers and asynchronous copies.
 
-In eager steps a ring of pinned buffers, each guarded by an event, feeds one table on the device; a table that did not
-change since the step before is not sent again. Under graph capture the copy becomes part of the graph and is repeated by
-each replay, from the buffer that the capture saw. So a capture gets a buffer and a table of its own, which nothing
-writes to afterwards: replays read what was captured, and eager steps in between do not disturb them, nor they those.
+In eager steps a ring of pinned buffers, each guarded by an event, feeds one table on the device; a table that is as it
+was the step before is not sent again. Under graph capture the copy becomes part of the graph and is repeated by each
+replay, from the buffer that the capture saw. So a capture gets a buffer and a table of its own, which nothing writes to
+afterwards: replays read what was captured, and eager steps in between do not disturb them, nor they those.
 """
 
 from __future__ import annotations

@@ -173,10 +173,10 @@ def decode_state(x, unit, FORMAT: tl.constexpr, SECOND: tl.constexpr):
         scale = per_element(unit)
         code = x.to(tl.uint32)
         if SECOND:
-            root = (TWO_BITS | (code << 19)).to(tl.float32, bitcast=True) * scale + -2.0 * scale
+            root = ((code << 19) | TWO_BITS).to(tl.float32, bitcast=True) * scale + -2.0 * scale
             return root * root
         else:
-            size = (TWO_BITS | ((code & 0x7F) << 20)).to(tl.float32, bitcast=True) * scale + -2.0 * scale
+            size = (((code & 0x7F) << 20) | TWO_BITS).to(tl.float32, bitcast=True) * scale + -2.0 * scale
             return (size.to(tl.uint32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
     elif FORMAT == "bfloat16+stochastic":
         return decode(x, "bfloat16")

@@ -461,7 +461,8 @@ def add_partials(partials, number, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum, or maximum, and non-finite findings of the parts that stand at ``partials``, in a fixed order."""
     sums = tl.zeros((BLOCK,), tl.float64)
     nonfinite = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, number, BLOCK):
+    first = number * 0
+    while first < number:
         index = first + tl.arange(0, BLOCK)
         rows = partials + index.to(tl.int64) * PARTIAL_SIZE
         there = index < number
@@ -470,6 +471,7 @@ def add_partials(partials, number, TYPE: tl.constexpr, BLOCK: tl.constexpr):
         found = (rows + PARTIAL_NONFINITE).to(tl.pointer_type(tl.float64))
         sums = combine(sums, more, TYPE)
         nonfinite += tl.load(found, mask=there, other=0.0, cache_modifier=".cg")
+        first += BLOCK
     return total(sums[:, None], TYPE), tl.sum(nonfinite, axis=0)
 
 
@@ -492,7 +494,8 @@ def norm_pass(
     program, programs = tl.program_id(0), tl.num_programs(0)
     sum = tl.full((), 0.0, tl.float64)
     nonfinite = 0
-    for c in range(program, field(args, ARGS_NUM_CHUNKS, tl.int32), programs):
+    c, num_chunks = program, field(args, ARGS_NUM_CHUNKS, tl.int32)
+    while c < num_chunks:  # not "for … in range": the interpreter, with numpy >= 2.4, cannot count to a loaded number
         tensor, number, numel = read_chunk(chunks, c)
         grad = field(grads + tensor * 8, 0, tl.int64)
         if grad != 0:
@@ -504,6 +507,7 @@ def norm_pass(
                 part, found = norm_tile(args, grad, start, length, G, TYPE, CHUNK, CLAMP, 1)
             sum = combine(sum, part, TYPE)
             nonfinite += found
+        c += programs
     partials = field(args, ARGS_PARTIALS, tl.int64)
     own = partials + (field(args, ARGS_FIRST_PARTIAL, tl.int32) + program).to(tl.int64) * PARTIAL_SIZE
     put(own, 0, sum, tl.float64)
