@@ -20,6 +20,7 @@ __all__ = [
     "STATE_BLOCK",
     "STATE_FORMATS",
     "TRITON_CHUNK",
+    "TRITON_CHUNK_BLOCKED",
     "DTypeSpec",
     "ParamFormatSpec",
     "RuleSpec",
@@ -169,3 +170,6 @@ CUDA_CHUNK_BLOCKED = 1 << 15
 
 TRITON_CHUNK = 1 << 12
 """Elements per Triton program: 16 for each thread of 8 warps, all of them loaded before the first is used."""
+
+TRITON_CHUNK_BLOCKED = 1 << 13
+"""The same where states are blocked: tile by tile, because what all elements share would take as long as they do."""

@@ -1,15 +1,20 @@
 """The rules as Triton functions: the update of one element, as in the paper and in ``csrc/rules/``, term by term.
 
-A rule is a function
+A rule is two functions. The first makes its coefficients, once for a program's elements:
 
-    rule(param, grad, <one argument for each state>, hyper, lr, step) -> param, <each state>
+    prepare(hyper, lr, step, TYPE) -> ten scalars
 
-Tiles are in the compute type, float32 or float64, which is ``param.dtype``. ``hyper`` points to the hyper-parameters
-of the tensor's group, doubles in the order of ``RuleSpec.hyper``; ``lr``, the first of them, may live elsewhere and
-comes as a double; ``step``, a double, counts from 1. Coefficients are computed in double and rounded once, by a
-function beside the rule. Nothing here knows of pointers to tensors, dtypes at rest, scales, clipping.
+``hyper`` points to the hyper-parameters of the tensor's group, doubles in the order of ``RuleSpec.hyper``; ``lr``, the
+first of them, may live elsewhere and comes as a double; ``step``, a double, counts from 1. Coefficients are computed in
+double and rounded once to TYPE, the compute type. Those that a rule does not need are 0: their number is fixed, because
+Triton 3.2 cannot hand on tuples. The second is the update:
 
-A new rule: a function here and its row in ``RULES``.
+    rule(param, grad, <one argument for each state>, <the ten coefficients>) -> param, <each state>
+
+Tiles are in the compute type, float32 or float64. Nothing here knows of pointers to tensors, dtypes at rest, scales,
+clipping.
+
+A new rule: its functions here and its row in ``RULES``.
 """
 
 from __future__ import annotations
@@ -43,28 +48,39 @@ def powers(a, b, n):
 
 
 @triton.jit
-def adam_coefficients(hyper, lr, step, TYPE: tl.constexpr):
-    """beta1, 1 - beta1, beta2, 1 - beta2, step size, sqrt(1 - beta2^t), eps."""
-    beta1, beta2, eps = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
+def prepare_adam(hyper, lr, step, TYPE: tl.constexpr):
+    beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
+    eps, weight_decay = tl.load(hyper + 3), tl.load(hyper + 4)
     beta1_t, beta2_t = powers(beta1, beta2, step.to(tl.int32))
-    step_size = lr / (1.0 - beta1_t)  # alpha / (1 - beta1^t)
-    root = tl.sqrt(1.0 - beta2_t)
+    zero = (lr * 0.0).to(TYPE)
     return (
         beta1.to(TYPE),
         (1.0 - beta1).to(TYPE),
         beta2.to(TYPE),
         (1.0 - beta2).to(TYPE),
-        step_size.to(TYPE),
-        root.to(TYPE),
+        (lr / (1.0 - beta1_t)).to(TYPE),  # alpha / (1 - beta1^t)
+        tl.sqrt(1.0 - beta2_t).to(TYPE),
         eps.to(TYPE),
+        weight_decay.to(TYPE),  # lambda (coupled)
+        (1.0 - lr * weight_decay).to(TYPE),  # 1 - alpha * lambda (decoupled)
+        zero,
     )
 
 
 @triton.jit
-def adam_descend(param, grad, exp_avg, exp_avg_sq, hyper, lr, step):
-    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps = adam_coefficients(
-        hyper, lr, step, param.dtype
-    )
+def descend(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    bias_correction2_sqrt,
+    eps,
+):
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad  # m_t
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad  # v_t
     denom = divide(square_root(exp_avg_sq), bias_correction2_sqrt) + eps  # sqrt(v_hat) + eps
@@ -72,22 +88,38 @@ def adam_descend(param, grad, exp_avg, exp_avg_sq, hyper, lr, step):
 
 
 @triton.jit
-def adam(param, grad, exp_avg, exp_avg_sq, hyper, lr, step):
+def adam(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, weight_decay, decay, unused):
     """Adam with coupled L2 regularisation (Kingma & Ba, ICLR 2015, https://arxiv.org/abs/1412.6980)."""
-    weight_decay = tl.load(hyper + 4).to(param.dtype)  # lambda
     # The test keeps an infinite parameter from making NaN of 0 * inf, as torch.optim does.
     grad = tl.where(weight_decay != 0.0, grad + weight_decay * param, grad)
-    return adam_descend(param, grad, exp_avg, exp_avg_sq, hyper, lr, step)
+    return descend(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6)
 
 
 @triton.jit
-def adamw(param, grad, exp_avg, exp_avg_sq, hyper, lr, step):
+def adamw(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, weight_decay, decay, unused):
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019, https://arxiv.org/abs/1711.05101)."""
-    param = param * (1.0 - lr * tl.load(hyper + 4)).to(param.dtype)  # theta - alpha * lambda * theta
-    return adam_descend(param, grad, exp_avg, exp_avg_sq, hyper, lr, step)
+    return descend(param * decay, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6)
 
 
 # ---- Lion -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_lion(hyper, lr, step, TYPE: tl.constexpr):
+    beta1, beta2, weight_decay = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
+    zero = (lr * 0.0).to(TYPE)
+    return (
+        lr.to(TYPE),  # eta
+        beta1.to(TYPE),
+        (1.0 - beta1).to(TYPE),
+        beta2.to(TYPE),
+        (1.0 - beta2).to(TYPE),
+        (1.0 - lr * weight_decay).to(TYPE),  # 1 - eta * lambda
+        zero,
+        zero,
+        zero,
+        zero,
+    )
 
 
 @triton.jit
@@ -97,15 +129,12 @@ def sign(x):
 
 
 @triton.jit
-def lion(param, grad, exp_avg, hyper, lr, step):
+def lion(param, grad, exp_avg, lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay, c6, c7, c8, c9):
     """Lion (Chen et al., NeurIPS 2023, https://arxiv.org/abs/2302.06675, algorithm 2)."""
-    beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
-    decay = (1.0 - lr * tl.load(hyper + 3)).to(param.dtype)  # 1 - eta * lambda
-    interpolated = beta1.to(param.dtype) * exp_avg + (1.0 - beta1).to(param.dtype) * grad  # c_t
-    param = param * decay - lr.to(param.dtype) * sign(interpolated)  # theta_t
-    exp_avg = beta2.to(param.dtype) * exp_avg + (1.0 - beta2).to(param.dtype) * grad  # m_t
-    return param, exp_avg
+    interpolated = beta1 * exp_avg + one_minus_beta1 * grad  # c_t
+    param = param * decay - lr * sign(interpolated)  # theta_t
+    return param, beta2 * exp_avg + one_minus_beta2 * grad  # m_t
 
 
-RULES = {"adam": adam, "adamw": adamw, "lion": lion}
-"""By name, as ``fusedopt.specs.RULES``."""
+RULES = {"adam": (prepare_adam, adam), "adamw": (prepare_adam, adamw), "lion": (prepare_lion, lion)}
+"""By name, as ``fusedopt.specs.RULES``: what makes the coefficients, and the update."""

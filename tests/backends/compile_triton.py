@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedopt.backends.triton import _OPTIONS, update_constants
+from fusedopt.backends.triton import _OPTIONS, _tile, update_constants
 from fusedopt.specs import DTYPES, PARAM_FORMATS, RULES, STATE_FORMATS, TRITON_CHUNK
 from fusedopt.triton import kernels
 
@@ -43,7 +43,7 @@ def every_combination():
                         yield rule, param, grad, state
 
 
-def compile_kernel(kernel, constants: dict) -> str:
+def compile_kernel(kernel, constants: dict, registers: int | None = None) -> str:
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: "i32" if name in ("finalize", "number") else "i64" for name in names}
     try:  # since Triton 3.3
@@ -52,7 +52,8 @@ def compile_kernel(kernel, constants: dict) -> str:
         source = ASTSource(kernel, signature={name: everything[name] for name in kernel.arg_names}, constexprs=by_place)
     except TypeError:
         source = ASTSource(kernel, signature=signature, constants=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=_OPTIONS).asm["ptx"]
+    options = {**_OPTIONS, "maxnreg": registers} if registers else _OPTIONS
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
 def summary(ptx: str) -> dict:
@@ -70,8 +71,8 @@ def main() -> None:
     for rule, param, grad, state in every_combination() if "all" in sys.argv else FEW:
         spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
         constants = update_constants(rule, len(RULES[rule].states), RULES[rule].moments, spec, form, grad)
-        constants |= {"CHUNK": TRITON_CHUNK, "CLAMP": False}
-        found["/".join((rule, param, grad, state))] = summary(compile_kernel(kernels.update_pass, constants))
+        ptx = compile_kernel(kernels.update_pass, {**constants, "CLAMP": False}, _tile(form)[1])
+        found["/".join((rule, param, grad, state))] = {"elements": _tile(form)[0] // 256, **summary(ptx)}
     for grad, vector in (("float32", 4), ("bfloat16", 8)):
         common = {"G": grad, "CHUNK": TRITON_CHUNK, "CLAMP": False, "V": vector}
         for norm_type in (0, 1, 2):

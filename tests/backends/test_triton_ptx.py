@@ -51,10 +51,11 @@ def check_update(name, kernel, rule, param, grad, state):
     read = [*(kept[1:] if param.endswith("+master") else kept), DTYPES[grad].size]
     vector = min(8, 16 // max(*read, *kept))
     by_vectors = [[size for size in sizes if size * vector > 4] for sizes in (read, kept)]
-    assert kernel["loaded"] == PER_THREAD * sum(by_vectors[0]), name
-    assert kernel["stored"] == PER_THREAD * sum(by_vectors[1]), name
+    elements = kernel["elements"]  # of a thread
+    assert kernel["loaded"] == elements * sum(by_vectors[0]), name
+    assert kernel["stored"] == elements * sum(by_vectors[1]), name
     wide = [size for size in [*read, *kept] if size * vector == 16]
-    assert wide and kernel["wide"] == PER_THREAD // vector * len(wide), name
+    assert wide and kernel["wide"] == elements // vector * len(wide), name
 
 
 def test_vector_accesses_and_no_contraction(tmp_path):
