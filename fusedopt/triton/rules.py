@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .target import divide, square_root
+from .target import divide, divide_root, square_root
 
 __all__ = ["RULES"]
 
@@ -52,18 +52,18 @@ def prepare_adam(hyper, lr, step, TYPE: tl.constexpr):
     beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
     eps, weight_decay = tl.load(hyper + 3), tl.load(hyper + 4)
     beta1_t, beta2_t = powers(beta1, beta2, step.to(tl.int32))
-    zero = (lr * 0.0).to(TYPE)
+    root = tl.sqrt(1.0 - beta2_t).to(TYPE)
     return (
         beta1.to(TYPE),
         (1.0 - beta1).to(TYPE),
         beta2.to(TYPE),
         (1.0 - beta2).to(TYPE),
         (lr / (1.0 - beta1_t)).to(TYPE),  # alpha / (1 - beta1^t)
-        tl.sqrt(1.0 - beta2_t).to(TYPE),
+        root,  # sqrt(1 - beta2^t)
+        (1.0 / root.to(tl.float64)).to(TYPE),
         eps.to(TYPE),
         weight_decay.to(TYPE),  # lambda (coupled)
         (1.0 - lr * weight_decay).to(TYPE),  # 1 - alpha * lambda (decoupled)
-        zero,
     )
 
 
@@ -79,26 +79,27 @@ def descend(
     one_minus_beta2,
     step_size,
     bias_correction2_sqrt,
+    reciprocal,
     eps,
 ):
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad  # m_t
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad  # v_t
-    denom = divide(square_root(exp_avg_sq), bias_correction2_sqrt) + eps  # sqrt(v_hat) + eps
+    denom = divide_root(square_root(exp_avg_sq), bias_correction2_sqrt, reciprocal) + eps  # sqrt(v_hat) + eps
     return param - step_size * divide(exp_avg, denom), exp_avg, exp_avg_sq  # theta_t
 
 
 @triton.jit
-def adam(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, weight_decay, decay, unused):
+def adam(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7, weight_decay, decay):
     """Adam with coupled L2 regularisation (Kingma & Ba, ICLR 2015, https://arxiv.org/abs/1412.6980)."""
     # The test keeps an infinite parameter from making NaN of 0 * inf, as torch.optim does.
     grad = tl.where(weight_decay != 0.0, grad + weight_decay * param, grad)
-    return descend(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6)
+    return descend(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7)
 
 
 @triton.jit
-def adamw(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, weight_decay, decay, unused):
+def adamw(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7, weight_decay, decay):
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019, https://arxiv.org/abs/1711.05101)."""
-    return descend(param * decay, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6)
+    return descend(param * decay, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7)
 
 
 # ---- Lion -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "NVIDIA", "divide", "square_root"]
+__all__ = ["INTERPRETED", "NVIDIA", "divide", "divide_root", "square_root"]
 
 
 @triton.jit
@@ -44,5 +44,29 @@ def divide(x, y):
         return tl.inline_asm_elementwise(
             "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def fused(x, y, z):
+    """x * y + z, rounded once. On NVIDIA GPUs only."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def divide_root(x, y, reciprocal):
+    """As ``divide``, for x a square root and y in [2^-24, 1]: ``divide_root`` of ``csrc/core/platform.h``.
+
+    reciprocal: 1 / y, rounded to nearest.
+    """
+    if x.dtype == tl.float64:
+        return x / y
+    elif NVIDIA:
+        quotient = x * reciprocal
+        corrected = fused(fused(-y, quotient, x), reciprocal, quotient)
+        return tl.where(x < float("inf"), corrected, quotient)
     else:
         return tl.div_rn(x, y)
