@@ -9,10 +9,10 @@ Contracts, all on gradients that the backward pass has just left in ``.grad``:
 ``torch_scaler_clip_step`` the same, driven by ``torch.amp.GradScaler``, which makes its own pass over the gradients
 =========================  =========================================================================
 
-Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``fusedopt-triton`` (its Triton backend, on GPUs that
-have both), ``torch-fused`` (``torch.nn.utils.clip_grad_norm_``
-and ``torch.optim.AdamW(fused=True)``, with ``GradScaler`` where the contract unscales; its ``update()`` is part of the
-tail) and ``torch-grad-scale`` (the same optimizer made to clip in its own kernel through ``grad_scale``, undocumented).
+Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``fusedopt-triton`` (its Triton backend, on GPUs),
+``torch-fused`` (``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW(fused=True)``, with ``GradScaler`` where the
+contract unscales; its ``update()`` is part of the tail) and ``torch-grad-scale`` (the same optimizer made to clip in
+its own kernel through ``grad_scale``, undocumented).
 Torch has neither Lion nor formats beyond the parameters' dtype; for those there are the libraries of
 ``benchmarks/peers.py``.
 """

@@ -57,7 +57,10 @@ def require_available(device: torch.device) -> None:
 
 @functools.cache
 def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("triton.language") is not None
+    try:  # a folder of that name beside the program would be found as "triton", hence the submodule
+        return importlib.util.find_spec("triton.language") is not None
+    except ImportError:
+        return False
 
 
 @functools.cache
