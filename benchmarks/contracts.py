@@ -10,9 +10,10 @@ Contracts, all on gradients that the backward pass has just left in ``.grad``:
 ``own_scaler_clip_step``   the same, driven by ``fusedopt.GradScaler``, its ``update()`` included
 =========================  =========================================================================
 
-Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``torch-fused`` (``torch.nn.utils.clip_grad_norm_``
-and ``torch.optim.AdamW(fused=True)``, with ``GradScaler`` where the contract unscales; its ``update()`` is part of the
-tail) and ``torch-grad-scale`` (the same optimizer made to clip in its own kernel through ``grad_scale``, undocumented).
+Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``fusedopt-triton`` (its Triton backend, on GPUs),
+``torch-fused`` (``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW(fused=True)``, with ``GradScaler`` where the
+contract unscales; its ``update()`` is part of the tail) and ``torch-grad-scale`` (the same optimizer made to clip in
+its own kernel through ``grad_scale``, undocumented).
 Torch has neither Lion nor formats beyond the parameters' dtype; for those there are the libraries of
 ``benchmarks/peers.py``.
 """
@@ -308,6 +309,27 @@ BUILDERS: dict[tuple[str, str], Builder] = {
 }
 
 
+def _on_triton(builder: Builder) -> Builder:
+    def build(case: Case, params: Params) -> Tail:
+        tail = builder(case, params)
+        tail.optimizer.backend = "triton"  # before the first step, which makes the tables
+        return tail
+
+    return build
+
+
+ON_TRITON = {
+    contract: _on_triton(builder) for (library, contract), builder in BUILDERS.items() if library == "fusedopt"
+}
+
+
+def other_backends(device: torch.device) -> list[str]:
+    """fusedopt on backends that are not the device's default."""
+    if device.type != "cuda" or not fusedopt.backends()["triton"].available:
+        return []
+    return ["fusedopt-triton"]
+
+
 def libraries(case: Case) -> list[str]:
     """Those of fusedopt and torch that offer the case. torch has no Lion, and no formats but the parameter's dtype."""
     names = [library for library, contract in BUILDERS if contract == case.contract]
@@ -316,7 +338,9 @@ def libraries(case: Case) -> list[str]:
 
 
 def build(library: str, case: Case, params: Params) -> Tail:
-    """The tail of one of ``libraries(case)`` over ``params``; its optimizer has no state yet."""
+    """The tail of one of ``libraries(case)`` or ``other_backends`` over ``params``; its optimizer has no state yet."""
+    if library == "fusedopt-triton":
+        return ON_TRITON[case.contract](case, params)
     return BUILDERS[library, case.contract](case, params)
 
 

@@ -125,9 +125,11 @@ class Measured:
 class Runner:
     """Measures cases on one device."""
 
-    def __init__(self, device: torch.device, repeats: Repeats) -> None:
+    def __init__(self, device: torch.device, repeats: Repeats, chosen: tuple[str, ...] = ()) -> None:
+        """chosen: the only libraries to run, as they are reported; empty for all."""
         self.device = device
         self.repeats = repeats
+        self.chosen = chosen
         self.copy_gbps = [self.measure_copy()]
         self.caches = timing.Caches(device)
         if device.type == "cuda":
@@ -139,7 +141,8 @@ class Runner:
     def run(self, case: Case, model: Model) -> list[Row]:
         """One row a library, measured in turns. An error costs its library the row, and nobody else."""
         free_memory()
-        entries = [Measured(library) for library in self.libraries(case)]
+        names = [name for name in self.libraries(case) if self._is_chosen(name)]
+        entries = [Measured(library) for library in names]
         for stage in [self._prepare] + [self._measure] * self.repeats.rounds:
             entries = [entry if entry.error else self._attempt(stage, entry, case, model) for entry in entries]
         for param in model.params:
@@ -154,14 +157,21 @@ class Runner:
             return Measured(entry.library, error=f"{type(error).__name__}: {error}")
         return entry
 
+    def _is_chosen(self, library: str) -> bool:
+        return not self.chosen or reported_name(library, self.device) in self.chosen
+
     # What is measured; a benchmark with cases of its own overrides these.
 
     def libraries(self, case: Case) -> list[str]:
-        return contracts.libraries(case) + peers.installed(case, self.device)
+        return self._own(case) + peers.installed(case, self.device)
 
     def build(self, library: str, case: Case, model: Model) -> Tail:
-        build = contracts.build if library in contracts.libraries(case) else peers.build
+        build = contracts.build if library in self._own(case) else peers.build
         return build(library, case, model.params)
+
+    def _own(self, case: Case) -> list[str]:
+        """The libraries that are no peers."""
+        return contracts.libraries(case) + contracts.other_backends(self.device)
 
     def check(self, case: Case, tail: Tail, model: Model) -> float:
         return check(case, tail, model)
@@ -282,10 +292,11 @@ def measure(
     first_step: bool,
     deadline: float,
     console: Console,
+    libraries: tuple[str, ...] = (),
 ) -> Row:
     """The whole run, as the JSON file holds it."""
     load_average = os.getloadavg()[0]
-    runner = Runner(device, repeats)
+    runner = Runner(device, repeats, libraries)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         rows, left_out = measure_cases(runner, cases, deadline, progress)
@@ -331,6 +342,7 @@ def measure_first_step(device: torch.device, repeats: Repeats) -> tuple[list[Row
 )
 @click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, help="May be repeated.")
 @click.option("--select", multiple=True, help="Only cases whose workload/optimizer/format/contract holds this text.")
+@click.option("--library", "libraries", multiple=True, help="Only these, as they are reported; may be repeated.")
 @click.option("--quick", is_flag=True, help="A smoke run: a tiny workload, few repetitions.")
 @click.option("--first-step/--no-first-step", help="Time the first step of fresh processes too.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
@@ -341,6 +353,7 @@ def main(
     chosen: str,
     workloads: tuple[str, ...],
     select: tuple[str, ...],
+    libraries: tuple[str, ...],
     quick: bool,
     first_step: bool,
     threads: int | None,
@@ -354,7 +367,7 @@ def main(
     repeats = QUICK if quick else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
     sets = tuple(VARIANTS) if chosen == "all" else (chosen,)
     cases = select_cases(sets, device_type, workloads or (("tiny",) if quick else ()), select)
-    result = measure(torch.device(device_type), repeats, sets, cases, first_step, deadline, console)
+    result = measure(torch.device(device_type), repeats, sets, cases, first_step, deadline, console, libraries)
     write(path, result)
     print_result(console, result)
     if result["first_step_error"] or any(row["error"] for row in result["rows"]):

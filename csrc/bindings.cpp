@@ -133,6 +133,22 @@ void set_scalars(const std::vector<PassArgs*>& all, uint64 grad_scale, uint64 fo
   }
 }
 
+// ---- the step table, for engines that read it from memory ---------------------------------------------------
+
+// Writes PassArgs, the Hyper rows and the gradient pointers to the host address `to`, unless `previous` (may be null)
+// holds the same. Returns whether it wrote.
+bool pack_step(uint64 to, uint64 previous, const PassArgs& args, Table& table, const Hypers& hypers) {
+  table.pack(hypers.rows(), 0);
+  const size_t bytes = table.packed_bytes(hypers.rows().size());
+  const char* last = address<char>(previous);
+  if (last && std::memcmp(last, &args, sizeof(args)) == 0 &&
+      std::memcmp(last + sizeof(args), table.packed(), bytes) == 0)
+    return false;
+  std::memcpy(address<char>(to), &args, sizeof(args));
+  std::memcpy(address<char>(to) + sizeof(args), table.packed(), bytes);
+  return true;
+}
+
 // ---- CUDA passes ----------------------------------------------------------------------------------------
 
 void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, PassArgs& args, Table* table) {
@@ -178,6 +194,7 @@ void bind_pass_args(py::module_& m) {
       .FUSEDOPT_ADDRESS("control", control)
       .FUSEDOPT_ADDRESS("partials", partials)
       .def_property_readonly("norm_type", [](const PassArgs& args) { return int32(args.norm.type); })
+      .def_property_readonly("max_grad_value", [](const PassArgs& args) { return args.scaling.max_grad_value; })
       .FUSEDOPT_VALUE("seed", seed)
       .FUSEDOPT_VALUE("num_groups", num_groups)
       .FUSEDOPT_VALUE("num_chunks", num_chunks)
@@ -257,6 +274,8 @@ PYBIND11_MODULE(_C, m) {
 
   bind_pass_args(m);
   m.def("set_scalars", &set_scalars);
+  m.def("pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"),
+        py::arg("hypers"));
   py::class_<RepeatedStep>(m, "RepeatedStep")
       .def(py::init<Watch&>(), py::keep_alive<1, 2>())
       .def(

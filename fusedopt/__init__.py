@@ -4,8 +4,9 @@ Swap ``torch.optim.AdamW`` for ``fusedopt.AdamW``: unscale, inf/NaN check, globa
 kernel launches for any number of tensors, with no host synchronisation.
 """
 
-from . import functional
+from . import backends, functional
 from .accumulate import GradAccumulator
+from .backends import use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
 from .optim import SGD, SGDW, Adagrad, Adam, AdamW, FusedOptimizer, Lion, RAdam, RMSprop, StepMetrics
 from .scaler import GradScaler
@@ -26,9 +27,11 @@ __all__ = [
     "RMSprop",
     "StepMetrics",
     "__version__",
+    "backends",
     "clip_grad_norm_",
     "clip_grad_value_",
     "functional",
     "get_total_norm",
     "unscale_grads_",
+    "use_backend",
 ]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 
 from . import _C
+from .backends import wanted
 from .checks import check_grad, check_params
 from .compiling import keep_out_of_graphs
 from .main_grads import AccumulatePlan, MainGrad, check_grads, make_main_grads
@@ -399,7 +400,7 @@ class GradAccumulator:
 
     def _refreshed(self) -> AccumulatePlan:
         params = self.params
-        if self._plan is None or not self._plan.refresh(params):
+        if self._plan is None or self._plan.backend != self._backend() or not self._plan.refresh(params):
             self._plan = None
             self._plan = self._make_plan(params)
             if not self._plan.refresh(params):
@@ -417,7 +418,11 @@ class GradAccumulator:
                 "where tables cannot be copied; call it once before the capture"
             )
         self._adopt([*self._trained(), *(param for param in params if param.grad is not None)])
-        return AccumulatePlan.make(params, [self.main_grad(where, param) for param in params])
+        return AccumulatePlan.make(params, [self.main_grad(where, param) for param in params], self._backend())
+
+    def _backend(self) -> str | None:
+        """Where gradients are folded: as the optimizer's step."""
+        return wanted(self.optimizer.backend if isinstance(self.optimizer, FusedOptimizer) else None)
 
 
 def _wide(weight: float | torch.Tensor) -> float | torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from . import _C, passes
+from .backends import for_device
 from .checks import check_dense, check_grad
 from .plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, like_parameter
 
@@ -87,14 +89,21 @@ class AccumulatePlan:
     watch: _C.Watch
     groups: list[dict]
     """What the watch compares the parameters with."""
+    backend: str | None = None
+    """What was asked for when the tables were built; see ``backends.wanted``."""
     rows: list[tuple[torch.Tensor, MainGrad | None, Bucket | None, int]] = field(default_factory=list)
     """Parameter, main gradient, and where its gradient's address goes."""
     staged: list[torch.Tensor] = field(default_factory=list)
     """Gradients of the micro-batch under way that had to be laid out as their parameter."""
 
     @classmethod
-    def make(cls, params: Sequence[torch.Tensor], mains: Sequence[MainGrad | None]) -> AccumulatePlan:
-        """params: all that may get gradients; mains: their main gradients, None for those without a gradient so far."""
+    def make(
+        cls, params: Sequence[torch.Tensor], mains: Sequence[MainGrad | None], backend: str | None = None
+    ) -> AccumulatePlan:
+        """params: all that may get gradients; mains: their main gradients, None for those without a gradient so far.
+
+        backend: as ``for_device``.
+        """
         active = []
         for param, main in zip(params, mains):
             if param.grad is not None:
@@ -104,10 +113,10 @@ class AccumulatePlan:
         rows = [
             TensorRow(param.numel(), param.device, main.grad_dtype, main_grad=main.tensor) for param, main in active
         ]
-        tables, places = build_tables(rows)
+        tables, places = build_tables(rows, functools.partial(for_device, backend=backend))
         passes.prepare(tables)
         found = {param: place for (param, _), place in zip(active, places)}
-        plan = cls(tables, _C.Watch(), [{"params": params}])
+        plan = cls(tables, _C.Watch(), [{"params": params}], backend)
         for param, main in zip(params, mains):
             plan._add(param, main, *found.get(param, (None, -1)))
         plan.watch.remember_state(_NO_STATE)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _C
-from .backends import for_device
+from .backends import for_device, wanted
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
 from .specs import NORM_TYPES
 
@@ -61,7 +61,6 @@ def _number(value: torch.Tensor | float, tables: DeviceTables) -> tuple[float, i
 def prepare(tables: Sequence[DeviceTables]) -> None:
     """Puts new tables where each device's passes read them."""
     for device in tables:
-        device.backend = for_device(device.device)
         device.backend.prepare(device)
 
 
@@ -166,7 +165,7 @@ def scale(tables: Sequence[DeviceTables]) -> None:
 class TablesCache:
     """The tables of the last calls, for functions, which have nowhere of their own to keep them.
 
-    The key is all that tables are made of (addresses, sizes, dtypes, devices), so what is found is right
+    The key is all that tables are made of (addresses, sizes, dtypes, devices, the backend), so what is found is right
     whoever owns the memory now. One cache serves one thread at a time, hence the thread-local storage.
     """
 
@@ -177,10 +176,10 @@ class TablesCache:
     def get(self, rows: Sequence[TensorRow]) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
         """As ``build_tables``, with the backends' ``prepare`` done."""
         entries: OrderedDict = self.local.__dict__.setdefault("entries", OrderedDict())
-        key = tuple(self._key(row) for row in rows)
+        key = (wanted(), *(self._key(row) for row in rows))
         found = entries.pop(key, None)
         if found is None:
-            found = build_tables(rows)
+            found = build_tables(rows, for_device)
             prepare(found[0])
             if len(entries) >= self.capacity:
                 entries.popitem(last=False)

@@ -7,15 +7,16 @@ the optimizer checks that each step (``_C.Watch``), the functions look them up b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import _C
 from .control import Control
-from .specs import CPU_CHUNK, CUDA_CHUNK, CUDA_CHUNK_BLOCKED, DTYPES, ParamFormatSpec, RuleSpec, StateFormatSpec
+from .specs import DTYPES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
 __all__ = [
     "Bucket",
@@ -121,29 +122,25 @@ class Bucket:
     numel: int = 0
     capacity: int = 0
     """CUDA: bytes of step table that the kernels take as a parameter; 0 if they read it from device memory."""
-    launches: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """CUDA: context, kernel and number of blocks, by pass."""
+    launches: dict[str, tuple] = field(default_factory=dict)
+    """By pass. CUDA: context, kernel and number of blocks; Triton: what launches the kernel, and its constants."""
     launches_key: tuple = ()
-    """CUDA: what ``launches`` were chosen for."""
-
-
-def _chunk(device: torch.device, state_format: StateFormatSpec | None) -> int:
-    if device.type != "cuda":
-        return CPU_CHUNK
-    return CUDA_CHUNK_BLOCKED if state_format is not None and state_format.blocked else CUDA_CHUNK
+    """What ``launches`` were chosen for."""
+    staging: Any = None
+    """Triton: ``backends.staging.Staging``, how the step table reaches the device."""
 
 
 class DeviceTables:
     """All buckets of one device, with the hyper-parameters and the results of its passes."""
 
-    def __init__(self, device: torch.device, control: Control | None = None) -> None:
+    def __init__(self, device: torch.device, backend: ModuleType, control: Control | None = None) -> None:
         self.device = device
+        self.backend = backend
+        """Of ``fusedopt.backends``: what runs the passes."""
         self.buckets: list[Bucket] = []
         self.hypers: dict[RuleSpec | None, _C.Hypers] = {}
         """By rule: what its buckets share."""
         self.num_groups = 0
-        self.backend: ModuleType | None = None
-        """Set with the tables' preparation, as is what else it needs to know."""
         self.stream = 0
         """CUDA: the stream of the step under way."""
         self.control = control or Control(device)
@@ -159,8 +156,7 @@ class DeviceTables:
         for row in rows:
             bucket = buckets.get(row.key)
             if bucket is None:
-                chunk = _chunk(self.device, row.state_format)
-                hypers = self._hypers_of(row.rule)
+                chunk, hypers = self.backend.chunk(row.state_format), self._hypers_of(row.rule)
                 bucket = buckets[row.key] = Bucket(*row.key, _C.Table(chunk), _C.PassArgs(), chunk, hypers)
             slot = bucket.table.add(
                 param=_address(row.param),
@@ -203,11 +199,8 @@ class DeviceTables:
             for group, position in hypers.pack(groups if isinstance(groups, list) else list(groups)):
                 _, key, index = rule.hyper[position]
                 value = groups[group][key] if index < 0 else groups[group][key][index]
-                if (
-                    position == 0
-                    and isinstance(value, torch.Tensor)
-                    and value.device.type == "cuda" == self.device.type
-                ):
+                on_device = isinstance(value, torch.Tensor) and value.device.type == self.device.type != "cpu"
+                if position == 0 and on_device:
                     is_double = value.dtype == torch.float64
                     address = self.scalar(value, torch.float64 if is_double else torch.float32)
                     hypers.set_lr_address(group, address.data_ptr(), is_double)
@@ -216,16 +209,19 @@ class DeviceTables:
 
     def scalar(self, value: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A one-element tensor on this device, kept alive until the next step. A copy only where needed."""
-        moved = value.detach().to(device=self.device, dtype=dtype, non_blocking=self.device.type == "cuda")
+        moved = value.detach().to(device=self.device, dtype=dtype, non_blocking=self.device.type != "cpu")
         self.keep_alive.append(moved)
         return moved
 
 
 def build_tables(
-    rows: Sequence[TensorRow], controls: dict[torch.device, Control] | None = None
+    rows: Sequence[TensorRow],
+    backend_of: Callable[[torch.device], ModuleType],
+    controls: dict[torch.device, Control] | None = None,
 ) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
     """Sorts rows by device, rule and formats. Returns the tables, and each row's bucket and slot.
 
+    backend_of: what runs the passes on a device.
     controls: where each device's results go; devices that it lacks are added. By default new ones.
     """
     controls = {} if controls is None else controls
@@ -236,7 +232,7 @@ def build_tables(
     for device, indices in by_device.items():
         if device not in controls:
             controls[device] = Control(device)
-        table = DeviceTables(device, controls[device])
+        table = DeviceTables(device, backend_of(device), controls[device])
         for i, place in zip(indices, table.add(rows[i] for i in indices)):
             places[i] = place
         tables.append(table)

@@ -19,6 +19,8 @@ __all__ = [
     "RULES",
     "STATE_BLOCK",
     "STATE_FORMATS",
+    "TRITON_CHUNK",
+    "TRITON_CHUNK_BLOCKED",
     "DTypeSpec",
     "ParamFormatSpec",
     "RuleSpec",
@@ -215,3 +217,9 @@ CUDA_CHUNK = 1 << 13
 
 CUDA_CHUNK_BLOCKED = 1 << 15
 """The same where states are blocked: such kernels are pipelined and need time to get going."""
+
+TRITON_CHUNK = 1 << 12
+"""Elements per Triton program: 16 for each thread of 8 warps, all of them loaded before the first is used."""
+
+TRITON_CHUNK_BLOCKED = 1 << 13
+"""The same where states are blocked: tile by tile, because what all elements share would take as long as they do."""

@@ -13,6 +13,8 @@ import torch
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "multigpu: needs two CUDA devices")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on the CPU
     if hasattr(config, "workerinput"):
         # Threads of parallel test processes that spin for each other's cores slow the suite down tenfold.
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))

@@ -1,6 +1,7 @@
 """The layers import one way, the registries agree, and shared memory is read where the C++ structs have it."""
 
 import ast
+import ctypes
 import inspect
 import re
 import sys
@@ -12,7 +13,7 @@ from bounds import state_keys
 from cases import CASES, parameters, set_gradients
 
 import fusedopt
-from fusedopt import _C, functional, reference
+from fusedopt import _C, functional, reference, structs
 from fusedopt.control import Control
 from fusedopt.specs import DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
 
@@ -36,12 +37,14 @@ def name_of(path: Path) -> str:
 RANKS = {
     "reference": 0,
     "specs": 0,
+    "structs": 0,
     "_C": 0,
     "formats": 1,
     "control": 1,
     "checks": 1,
     "compiling": 1,
     "plan": 2,
+    "triton": 2,
     "backends": 3,
     "passes": 4,
     "functional": 5,
@@ -92,8 +95,19 @@ def test_imports_point_one_way(path):
     assert not upward, f"{name_of(path)} imports {sorted(upward)}, which are not below it"
 
 
-def test_specs_import_the_standard_library_only():
-    assert {name.split(".")[0] for name in imported_modules(PACKAGE / "specs.py")} <= sys.stdlib_module_names
+@pytest.mark.parametrize("name", ["specs", "structs"])
+def test_imports_the_standard_library_only(name):
+    assert {name.split(".")[0] for name in imported_modules(PACKAGE / f"{name}.py")} <= sys.stdlib_module_names
+
+
+def test_only_the_triton_engine_imports_triton():
+    """And the backend, inside functions: triton may be missing."""
+    importers = {name_of(p) for p in PYTHON_FILES if any(m.split(".")[0] == "triton" for m in imported_modules(p))}
+    engine = {name_of(p) for p in PYTHON_FILES if unit_of(p) == "triton"}
+    assert importers - engine == {"fusedopt/backends/triton.py"}
+    top_level = ast.parse((PACKAGE / "backends/triton.py").read_text()).body
+    named = [alias.name for node in top_level if isinstance(node, ast.Import) for alias in node.names]
+    assert "triton" not in named
 
 
 def test_reference_imports_torch_only():
@@ -183,6 +197,26 @@ def test_specs_agree_with_the_reference():
         assert tuple(signature)[2 : 2 + len(spec.states)] == spec.states
         keywords = {key for key, parameter in signature.items() if parameter.kind is parameter.KEYWORD_ONLY}
         assert keywords == {"step"} | {key for _, key, _ in spec.hyper}
+
+
+def test_specs_agree_with_the_triton_rules():
+    """Names, and one argument for each state; read from the text, since triton may be missing."""
+    functions = {
+        node.name: [arg.arg for arg in node.args.args]
+        for node in ast.parse((PACKAGE / "triton/rules.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    for name, spec in RULES.items():
+        assert functions[name][: 2 + len(spec.states)] == ["param", "grad", *spec.states]
+        assert len(functions[name]) == 2 + len(spec.states) + 10  # coefficients
+
+
+def test_specs_agree_with_the_rules_of_the_reference_backend():
+    from fusedopt.backends.reference_rules import RULES as in_torch
+
+    assert in_torch.keys() == RULES.keys()
+    for name, spec in RULES.items():
+        assert tuple(inspect.signature(in_torch[name]).parameters) == ("param", "grad", *spec.states, "hyper", "step")
 
 
 def test_specs_agree_with_the_optimizers():
@@ -324,6 +358,85 @@ def struct_fields(name: str) -> dict[str, tuple[int, torch.dtype]]:
         fields[field] = (offset, CXX_TYPES[cxx_type])
         offset += size
     return fields
+
+
+C_TYPES = {
+    "double": ctypes.c_double,
+    "float": ctypes.c_float,
+    "int64": ctypes.c_int64,
+    "uint64": ctypes.c_uint64,
+    "int32": ctypes.c_int32,
+    "uint32": ctypes.c_uint32,
+    "NormType": ctypes.c_int32,
+    "Scaling": structs.Scaling,
+    "NormOptions": structs.NormOptions,
+}
+
+
+@pytest.mark.parametrize(
+    ("cxx", "path", "struct"),
+    [
+        ("TensorEntry", "core/structs.h", structs.TensorEntry),
+        ("Chunk", "core/structs.h", structs.Chunk),
+        ("Hyper", "core/structs.h", structs.Hyper),
+        ("Control", "core/structs.h", structs.Control),
+        ("NormOptions", "core/structs.h", structs.NormOptions),
+        ("Scaling", "core/structs.h", structs.Scaling),
+        ("CudaPartial", "cuda/args.h", structs.Partial),
+        ("PassArgs", "cuda/args.h", structs.PassArgs),
+    ],
+)
+def test_structs_agree_with_cxx(cxx, path, struct):
+    """Names, order and types of fields; pointers are unsigned integers."""
+    body = re.search(rf"^struct {cxx} {{(.*?)^}};", (CSRC / path).read_text(), re.MULTILINE | re.DOTALL)[1]
+    expected = []
+    for line in filter(None, (line.split("//")[0].strip() for line in body.splitlines())):
+        kind, pointer, field, size = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+)(?:\[(\w+)\])?;", line).groups()
+        c_type = ctypes.c_uint64 if pointer else C_TYPES[kind]
+        if size:
+            c_type = c_type * (int(size) if size.isdigit() else constant("core/structs.h", size))
+        expected.append((field, c_type))
+    assert list(struct._fields_) == expected
+
+
+def test_structs_read_what_the_extension_packs():
+    """Values put in through the bindings come out of the right fields."""
+    table = _C.Table(4)
+    table.add(param=1, extra=2, states=[3, 4], scales=[5, 6], step=7, main_grad=15, numel=9, group=1, id=11)
+    entry, chunks = structs.rows(structs.TensorEntry, table.entries())[0], structs.rows(structs.Chunk, table.chunks())
+    assert (entry.param, entry.extra, list(entry.states), list(entry.scales)) == (1, 2, [3, 4, 0, 0], [5, 6, 0, 0])
+    assert (entry.step, entry.numel, entry.group, entry.id, entry.chunks, entry.ticket) == (7, 9, 1, 11, 3, 0)
+    assert entry.main_grad == 15
+    assert [(chunk.tensor, chunk.index, chunk.numel) for chunk in chunks] == [(0, 0, 9), (0, 1, 9), (0, 2, 9)]
+    hypers, args = _C.Hypers([("lr", -1), ("betas", 1)]), _C.PassArgs()
+    hypers.pack([{"lr": 0.5, "betas": (0.25, 0.75)}, {"lr": 1, "betas": (0.0, 0.125), "maximize": True}])
+    hypers.set_lr_address(1, 13, True)
+    table.set_grad(0, 17)
+    for name in ("tensors", "chunks", "step_table", "control", "partials", "seed"):
+        setattr(args, name, 100 + len(name))
+    for name in ("num_groups", "num_chunks", "lead", "first_partial", "num_partials", "finalize"):
+        setattr(args, name, 200 + len(name))
+    _C.set_scalars([args], 21, 22, 23, 24, 0.5, 1.5, 2, True, 25, 3.5, 26, 4.5, 27)
+    size = ctypes.sizeof(structs.PassArgs)
+    buffer = torch.zeros(size + table.packed_bytes(2), dtype=torch.uint8)
+    assert _C.pack_step(buffer.data_ptr(), 0, args, table, hypers)
+    packed = bytes(buffer.tolist())
+    read = structs.rows(structs.PassArgs, packed[:size])[0]
+    for name in ("tensors", "chunks", "step_table", "control", "partials", "seed"):
+        assert getattr(read, name) == 100 + len(name)
+    for name in ("num_groups", "num_chunks", "lead", "first_partial", "num_partials", "finalize"):
+        assert getattr(read, name) == 200 + len(name)
+    scaling, norm = read.scaling, read.norm
+    assert (scaling.grad_scale, scaling.found_inf, scaling.clip_coef, scaling.max_grad_value) == (21, 22, 23, 0.5)
+    assert (scaling.grad_weight, scaling.grad_divisor) == (3.5, 4.5)
+    assert (scaling.grad_weight_at, scaling.grad_divisor_at) == (26, 27)
+    assert (read.norm_found_inf, read.nonfinite_out) == (24, 25)
+    assert (norm.max_norm, norm.type, norm.skip_nonfinite) == (1.5, 2, 1)
+    rows = structs.rows(structs.Hyper, packed[size : size + 160])
+    assert [list(row.value)[:2] for row in rows] == [[0.5, 0.75], [1.0, 0.125]]
+    assert [(row.lr, row.lr_is_double, row.maximize) for row in rows][1] == (13, 1, 1)
+    assert int.from_bytes(packed[size + 160 :], "little") == 17
+    assert not _C.pack_step(0, buffer.data_ptr(), args, table, hypers)  # nothing new: nothing written
 
 
 def test_control_reads_the_struct_where_it_is():

@@ -95,8 +95,10 @@ struct Scaling {
   const double* clip_coef;  // multiplies the gradients
   double max_grad_value;    // clamps the unscaled gradients; inf: no clamp
   // Of accumulation: the gradient is (main gradient + weight * this step's own) / divisor.
-  double grad_weight, grad_divisor;
-  const float *grad_weight_at, *grad_divisor_at;  // read there instead, when the kernel runs
+  double grad_weight;
+  double grad_divisor;
+  const float* grad_weight_at;  // read there instead, when the kernel runs
+  const float* grad_divisor_at;
 };
 
 }  // namespace fusedopt

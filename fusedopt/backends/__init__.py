@@ -1,5 +1,7 @@
 """Backends run a pass over the tables of one device. Each is a module with the same functions:
 
+``chunk(state_format)``
+    Elements of a chunk.
 ``prepare(tables)``
     Once, after the tables are built: put them where the passes read them.
 ``begin(tables, passes)``
@@ -18,31 +20,163 @@
     Gradients multiplied and clamped where they are.
 
 Scalars of the step (``grad_scale``, ``found_inf`` …) stand in each bucket's ``args``.
+
+Which one runs on a device is decided by, in this order: the optimizer's ``backend=``; ``use_backend``; the environment
+variable FUSEDOPT_BACKEND; what is best there. ``fusedopt.backends()`` says which there are.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["for_device"]
+__all__ = ["NAMES", "Availability", "asked", "available", "check_name", "for_device", "use_backend", "wanted"]
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+"""Modules of this package, one for each backend."""
+
+_DEVICES = {
+    "cpu": "the C++ engine, on CPUs",
+    "cuda": "CUDA C++ compiled by NVRTC, on NVIDIA GPUs",
+    "triton": "Triton kernels, on NVIDIA, AMD and Intel GPUs",
+    "reference": "plain torch, slow, for debugging; on CPUs and CUDA devices",
+}
+
+_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusedopt_backend", default=None)
 
 
-@functools.cache
-def for_device(device: torch.device) -> ModuleType:
-    """The backend of a device; RuntimeError with the remedy if there is none."""
+class Availability(NamedTuple):
+    """What ``fusedopt.backends()`` says of one backend."""
+
+    available: bool
+    """Whether it can run on some device of this machine."""
+    description: str
+    reason: str
+    """Why not, and what to do about it; empty where it is available."""
+
+
+def check_name(where: str, name: str | None) -> str | None:
+    """The name, with None for "auto"; ValueError if there is no such backend."""
+    if name is None or name == "auto":
+        return None
+    if name not in NAMES:
+        raise ValueError(f"{where}: got {name!r}, expected 'auto' or one of {', '.join(NAMES)}; choose one of them")
+    return name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Steps and functions inside ``with use_backend("triton"):`` run on that backend; "auto" or None: on the best one.
+
+    Optimizers made with ``backend=`` keep theirs. Holds for the current thread. An optimizer that changes its backend
+    makes its tables anew; states stay as they are.
+
+    Raises:
+        ValueError: there is no such backend. One that is not available raises RuntimeError when it is to run.
+    """
+    token = _context.set(check_name("use_backend", name) or "auto")
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def asked(backend: str | None) -> tuple[str | None, str | None]:
+    """By ``backend`` and by ``use_backend``: less than a look at the environment, for steps that are like the last."""
+    return backend, _context.get()
+
+
+def wanted(backend: str | None = None) -> str | None:
+    """The backend asked for, by ``backend``, ``use_backend`` or FUSEDOPT_BACKEND; None where nobody asked."""
+    if backend is not None:
+        return backend
+    chosen = _context.get()
+    if chosen is None:
+        return check_name("FUSEDOPT_BACKEND", os.environ.get("FUSEDOPT_BACKEND") or None)
+    return None if chosen == "auto" else chosen
+
+
+def for_device(device: torch.device, backend: str | None = None) -> ModuleType:
+    """The backend that runs on a device; RuntimeError with the remedy if there is none.
+
+    backend: a name, or None for the one asked for by ``use_backend`` or FUSEDOPT_BACKEND, else the best.
+    """
+    return _resolve(device, wanted(backend))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@functools.cache  # of what was found; errors are found anew
+def _resolve(device: torch.device, name: str | None) -> ModuleType:
+    if name is None:
+        return _best(device)
+    module = _module(name)
+    module.require_available(device)
+    return module
+
+
+def _best(device: torch.device) -> ModuleType:
+    """C++ on CPUs, CUDA C++ on NVIDIA GPUs, Triton on others and where CUDA C++ cannot be compiled."""
     if device.type == "cpu":
-        from . import cpu
+        return _module("cpu")
+    if device.type not in ("cuda", "xpu"):
+        raise RuntimeError(
+            f"fusedopt: got a tensor on device '{device}', expected 'cpu', 'cuda' or 'xpu'; "
+            "move the model there, or use torch.optim for this device"
+        )
+    found, problems = [], []
+    for name in ("cuda", "triton") if device.type == "cuda" and not torch.version.hip else ("triton",):
+        module = _module(name)
+        try:
+            module.require_available(device)
+            found.append(module)
+        except RuntimeError as error:
+            problems.append(str(error).removeprefix("fusedopt: "))
+        if found and (name != "cuda" or module.can_compile()):
+            break
+    if not found:
+        raise RuntimeError(f"fusedopt: no backend can run on '{device}'. " + ". Or: ".join(problems))
+    return found[-1]  # CUDA without NVRTC if there is nothing else: its kernel cache may hold all that is needed
 
-        return cpu
-    if device.type == "cuda":
-        from . import cuda
 
-        cuda.require_available()
-        return cuda
-    raise RuntimeError(
-        f"fusedopt: got a tensor on device '{device}', expected 'cpu' or 'cuda'; "
-        "move the model there, or use torch.optim for this device"
-    )
+def available() -> dict[str, Availability]:
+    """Which backends can run on this machine, and of those that cannot, why. Also ``fusedopt.backends()``."""
+    return {name: _availability(name) for name in NAMES}
+
+
+def _availability(name: str) -> Availability:
+    module = _module(name)
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.insert(0, torch.device("cuda", 0))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        devices.insert(0, torch.device("xpu", 0))
+    reason = ""
+    for device in devices:
+        try:
+            module.require_available(device)
+            return Availability(True, _DEVICES[name], "")
+        except RuntimeError as error:
+            reason = reason or str(error).removeprefix("fusedopt: ")  # of the device that suits it best
+    return Availability(False, _DEVICES[name], reason)
+
+
+class _CallableModule(ModuleType):
+    """``fusedopt.backends`` is this package and, because it is the natural question, a function: ``available``."""
+
+    def __call__(self) -> dict[str, Availability]:
+        return available()
+
+
+sys.modules[__name__].__class__ = _CallableModule

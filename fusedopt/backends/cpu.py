@@ -6,8 +6,21 @@ import torch
 
 from .. import _C
 from ..plan import Bucket, DeviceTables, dtype_code
+from ..specs import CPU_CHUNK, StateFormatSpec
 
-__all__ = ["accumulate", "begin", "finalize_norm", "norm", "prepare", "scale", "update"]
+__all__ = ["accumulate", "begin", "chunk", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+
+
+def require_available(device: torch.device) -> None:
+    """RuntimeError with the remedy for tensors elsewhere."""
+    if device.type != "cpu":
+        raise RuntimeError(
+            f"fusedopt: backend 'cpu' was asked for on '{device}', expected 'cpu'; choose 'cuda' or 'triton', or none"
+        )
+
+
+def chunk(state_format: StateFormatSpec | None) -> int:
+    return CPU_CHUNK
 
 
 def prepare(tables: DeviceTables) -> None:

@@ -8,10 +8,22 @@ import torch
 
 from .. import _C
 from ..plan import Bucket, DeviceTables
-from ..specs import NORM_TYPES
+from ..specs import CUDA_CHUNK, CUDA_CHUNK_BLOCKED, NORM_TYPES, StateFormatSpec
 from . import nvrtc
 
-__all__ = ["accumulate", "begin", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+__all__ = [
+    "accumulate",
+    "begin",
+    "can_compile",
+    "chunk",
+    "finalize_norm",
+    "norm",
+    "prepare",
+    "repeated_step",
+    "require_available",
+    "scale",
+    "update",
+]
 
 # A model of fewer elements is bound by the latency of a block, not by memory.
 _LATENCY_BOUND = 1 << 23
@@ -20,11 +32,27 @@ _NORM_BLOCKS_PER_SM = {False: 4, True: 8}
 _NORM_ORDERS = {code: order for order, (_, code) in NORM_TYPES.items()}
 
 
-def require_available() -> None:
-    """RuntimeError with the remedy where CUDA kernels cannot run."""
+def require_available(device: torch.device) -> None:
+    """RuntimeError with the remedy where CUDA kernels cannot run on the device."""
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"fusedopt: backend 'cuda' was asked for on '{device}', expected a CUDA device; move the model there, or "
+            "choose another backend, or none"
+        )
     if torch.version.hip:
-        raise RuntimeError("fusedopt: got a ROCm build of torch, expected a CUDA build; use torch.optim on this GPU")
+        raise RuntimeError(
+            "fusedopt: backend 'cuda' was asked for on a ROCm build of torch, expected a CUDA build; choose 'triton'"
+        )
     nvrtc.require_compiler()
+
+
+def can_compile() -> bool:
+    """Whether NVRTC is there. A full kernel cache can do without."""
+    return nvrtc.has_nvrtc()
+
+
+def chunk(state_format: StateFormatSpec | None) -> int:
+    return CUDA_CHUNK_BLOCKED if state_format is not None and state_format.blocked else CUDA_CHUNK
 
 
 class Device:

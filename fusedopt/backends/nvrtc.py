@@ -7,6 +7,7 @@ else put there, is compiled again. Files appear by renaming, so many processes m
 
 from __future__ import annotations
 
+import ctypes.util
 import functools
 import hashlib
 import importlib.metadata
@@ -30,6 +31,7 @@ __all__ = [
     "common_kernels",
     "compile_kernel",
     "get_cubin",
+    "has_nvrtc",
     "require_compiler",
 ]
 
@@ -307,6 +309,25 @@ def require_compiler() -> None:
         found = False
     if not found:
         raise RuntimeError(f"fusedopt: CUDA kernels are compiled at run time, and cuda-core is missing; {_REMEDY}")
+
+
+def has_nvrtc() -> bool:
+    """Whether NVRTC is installed, as a package or on the system. Does not load it where a package says so."""
+    for name in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc-cu11"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return True
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+    except ImportError:
+        return ctypes.util.find_library("nvrtc") is not None
+    try:
+        load_nvidia_dynamic_lib("nvrtc")
+    except Exception:  # its exception types moved between its versions
+        return False
+    return True
 
 
 def compile_kernel(kernel: KernelSpec, arch: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 import torch
 
 from .. import formats, passes
-from ..backends import for_device
+from ..backends import check_name, for_device, wanted
 from ..checks import check_clipping, check_hyperparameters, check_params
 from ..compiling import keep_out_of_graphs, tracer
 from ..control import Control
@@ -52,6 +52,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     min_8bit_size: int
     seed: int | None
+    backend: str | None
 
 
 _STEP_OPTIONS: dict[str, Any] = {
@@ -89,12 +90,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             step, the tensor and the element alone. Drawn from torch's default generator if None; saved in
             checkpoints. Processes that hold the same parameters need the same one.
 
+    Where it runs:
+        backend: "cpu", "cuda", "triton" or "reference"; None takes what ``fusedopt.use_backend`` or FUSEDOPT_BACKEND
+            asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
+
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
     first step and not None. They may be of any of the dtypes, float64 only with float64.
 
     Raises:
         ValueError, TypeError: bad hyper-parameters, options or parameters.
-        RuntimeError: a CUDA parameter where kernels cannot be compiled; sparse gradients.
+        RuntimeError: a CUDA parameter where kernels cannot be compiled; a backend that is not available; sparse
+            gradients.
     """
 
     rule: ClassVar[str]
@@ -118,6 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget_plan()
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
+        self._backend = check_name(f"{where}: backend", options.get("backend"))
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -189,6 +196,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._set_options(nonfinite=value)
 
     @property
+    def backend(self) -> str | None:
+        """The backend that this optimizer was told to run on, or None."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        self._backend = check_name(f"{type(self).__name__}: backend", value)
+
+    @property
     def _takes_norm(self) -> bool:
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
@@ -217,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
-                for_device(device)
+                for_device(device, self._backend)
         super().add_param_group(param_group)
         self._forget_plan()
 
@@ -290,7 +306,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_torch_scaler()
         plan = self._plan
-        if plan is None or not plan.refresh(self):
+        if plan is None or plan.backend != wanted(self._backend) or not plan.refresh(self):
             plan = self._replan()
         if plan.tables:
             self._run(plan)
@@ -309,7 +325,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(self) -> OptimizerPlan:
         self._plan = None
         with torch.no_grad():
-            plan = OptimizerPlan.make(self, self._rule_names(), self._controls)
+            plan = OptimizerPlan.make(self, self._rule_names(), self._controls, wanted(self._backend))
         if not plan.refresh(self):
             raise RuntimeError(
                 f"{type(self).__name__}.step: parameters or gradients changed while they were being read"
@@ -521,7 +537,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}
+        return {**super().__getstate__(), "_options": self._options, "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -530,6 +546,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_accumulator", None)
         self.__dict__.setdefault("_release", None)
+        self.__dict__.setdefault("_backend", None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -11,6 +12,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from .. import _C, passes
+from ..backends import for_device
 from ..checks import check_grad, check_param
 from ..control import Control
 from ..formats import (
@@ -107,6 +109,8 @@ class OptimizerPlan:
     tracked: list[_Tracked]
     tables: list[DeviceTables]
     watch: _C.Watch
+    backend: str | None = None
+    """What was asked for when the tables were built; see ``backends.wanted``."""
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(parameter with gaps, its dense copy)."""
     grads: list[torch.Tensor] = field(default_factory=list)
@@ -122,12 +126,13 @@ class OptimizerPlan:
         optimizer: torch.optim.Optimizer,
         rules: list[str],
         controls: dict[torch.device, Control],
+        backend: str | None = None,
         only: torch.Tensor | None = None,
     ) -> OptimizerPlan:
         """Checks everything, then creates what state is missing and builds the tables.
 
-        rules: name of each param group's rule. only: the one parameter of the optimizer that the plan is for; by
-        default all.
+        rules: name of each param group's rule. backend: as ``for_device``. only: the one parameter of the optimizer
+        that the plan is for; by default all.
 
         Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
         """
@@ -148,14 +153,14 @@ class OptimizerPlan:
                 _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, controls, tracked, only)
+            return cls._build(optimizer, controls, backend, tracked, only)
         except BaseException:
             for param in fresh:
                 optimizer.state.pop(param, None)
             raise
 
     @classmethod
-    def _build(cls, optimizer, controls, tracked, only) -> OptimizerPlan:
+    def _build(cls, optimizer, controls, backend, tracked, only) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer, active)
         rows = [each.row(optimizer.state) for each in active]
@@ -164,7 +169,7 @@ class OptimizerPlan:
             alone = _Alone.of(optimizer, tracked[0])
             for numbered in (*tracked, *rows):
                 numbered.group = 0
-        tables, places = build_tables(rows, controls)
+        tables, places = build_tables(rows, functools.partial(for_device, backend=backend), controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -172,7 +177,7 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch(), alone=alone)
+        plan = cls(tracked, tables, _C.Watch(), backend, alone=alone)
         for each in tracked:
             bucket, slot = each.place or (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends import wanted
 from .plan import OptimizerPlan
 
 if TYPE_CHECKING:
@@ -91,9 +92,10 @@ class GradientRelease:
         if self._paused:
             return
         plan = self._plans.get(param)
-        if plan is None or not plan.refresh(optimizer):
+        backend = wanted(optimizer.backend)
+        if plan is None or plan.backend != backend or not plan.refresh(optimizer):
             plan = self._plans[param] = OptimizerPlan.make(
-                optimizer, optimizer._rule_names(), optimizer._controls, param
+                optimizer, optimizer._rule_names(), optimizer._controls, backend, param
             )
             plan.refresh(optimizer)
         optimizer._run_alone(plan, param)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+from ..backends import asked
+
 if TYPE_CHECKING:
     from .. import _C, passes
     from .base import FusedOptimizer
@@ -21,10 +23,11 @@ _GIVEN = ("grad_scale", "found_inf", "_nonfinite_found")
 class Repetition:
     """Of a step on one GPU without scalers, accumulation, hooks or a profiler, all of which take the long way."""
 
-    __slots__ = ("_device", "_native", "_scalars")
+    __slots__ = ("_asked", "_device", "_native", "_scalars")
 
-    def __init__(self, native: _C.RepeatedStep, scalars: passes.StepScalars, device: int) -> None:
-        self._native, self._scalars, self._device = native, scalars, device
+    def __init__(self, native: _C.RepeatedStep, scalars: passes.StepScalars, device: int, asked: tuple) -> None:
+        """asked: for which backend; see ``backends.asked``."""
+        self._native, self._scalars, self._device, self._asked = native, scalars, device, asked
 
     @classmethod
     def of(
@@ -35,7 +38,7 @@ class Repetition:
         if make is None or len(plan.tables) > 1 or plan.copies or scalars is not optimizer._scalars:
             return None
         native = make(plan.tables[0], plan.watch, names)
-        return native and cls(native, scalars, plan.tables[0].device.index)
+        return native and cls(native, scalars, plan.tables[0].device.index, asked(optimizer._backend))
 
     def serves(self, scalars: passes.StepScalars) -> bool:
         """Whether it repeats a step that is told this."""
@@ -46,7 +49,7 @@ class Repetition:
         given = optimizer.__dict__
         if not self.serves(optimizer._scalars) or optimizer._accumulator is not None or _is_observed(given):
             return False
-        if any(name in given for name in _GIVEN):
+        if any(name in given for name in _GIVEN) or asked(given["_backend"]) != self._asked:
             return False
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         return self._native.run(optimizer.param_groups, optimizer.state, stream)

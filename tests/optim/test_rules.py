@@ -174,6 +174,7 @@ OPTIONS = {
     "stochastic_rounding": False,
     "min_8bit_size": 0,
     "seed": 1,
+    "backend": "reference",
 }
 
 

@@ -1,0 +1,88 @@
+"""Compiles Triton kernels to PTX for sm_90, without a GPU, and prints what is in them, as JSON.
+
+A program of its own, because under TRITON_INTERPRET=1, which the tests run with, nothing is compiled:
+
+    TRITON_INTERPRET=0 python tests/backends/compile_triton.py [all]
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedopt.backends.triton import _OPTIONS, _tile, update_constants
+from fusedopt.specs import DTYPES, PARAM_FORMATS, RULES, STATE_FORMATS, TRITON_CHUNK
+from fusedopt.triton import kernels
+
+FEW = [
+    ("adamw", "float32", "float32", "float32"),
+    ("adam", "float64", "float64", "float64"),
+    ("lion", "float16", "float16", "float16"),
+    ("adamw", "bfloat16", "bfloat16", "bfloat16"),
+    ("adamw", "bfloat16+master", "bfloat16", "float32"),
+    ("adamw", "split16", "bfloat16", "float32"),
+    ("adamw", "split8", "bfloat16", "int8"),
+    ("lion", "split8", "bfloat16", "int8"),
+    ("lion", "bfloat16+stochastic", "bfloat16", "bfloat16+stochastic"),
+    ("adam", "float16+master", "float16", "int8"),
+    ("adamw", "split16", "float32", "bfloat16"),
+]
+
+
+def every_combination():
+    """(rule, parameter format, gradient dtype, state format) of every update that can be asked for."""
+    for rule in RULES:
+        for param, spec in PARAM_FORMATS.items():
+            for grad in DTYPES:
+                for state in STATE_FORMATS:
+                    if len({name == "float64" for name in (spec.dtype, grad, state)}) == 1:
+                        yield rule, param, grad, state
+
+
+def compile_kernel(kernel, constants: dict, registers: int | None = None) -> str:
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: "i32" if name in ("finalize", "number") else "i64" for name in names}
+    try:  # since Triton 3.3
+        everything = signature | dict.fromkeys(constants, "constexpr")
+        by_place = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature={name: everything[name] for name in kernel.arg_names}, constexprs=by_place)
+    except TypeError:
+        source = ASTSource(kernel, signature=signature, constants=constants)
+    options = {**_OPTIONS, "maxnreg": registers} if registers else _OPTIONS
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def summary(ptx: str) -> dict:
+    """Bytes a thread moves by vector accesses; floating-point instructions that must, or must not, be there."""
+    moved = Counter()
+    ours = re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.DOTALL)  # exact divisions use fma
+    for kind, width, bits in re.findall(r"\b(ld|st)\.global[.:\w]*?\.v(\d)\.[bfu](\d+)", ptx):
+        moved[kind] += int(width) * int(bits) // 8
+    wide = len(re.findall(r"\b(?:ld|st)\.global[.:\w]*?\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx))
+    unwanted = re.findall(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)|\w+\.approx[.\w]*|\w+\.[.\w]*ftz[.\w]*", ours)
+    return {"loaded": moved["ld"], "stored": moved["st"], "wide": wide, "unwanted": sorted(set(unwanted))}
+
+
+def main() -> None:
+    found = {}
+    for rule, param, grad, state in every_combination() if "all" in sys.argv else FEW:
+        spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
+        constants = update_constants(RULES[rule], spec, form, grad)
+        ptx = compile_kernel(kernels.update_pass, {**constants, "CLAMP": False}, _tile(form)[1])
+        found["/".join((rule, param, grad, state))] = {"elements": _tile(form)[0] // 256, **summary(ptx)}
+    for grad, vector in (("float32", 4), ("bfloat16", 8)):
+        common = {"G": grad, "CHUNK": TRITON_CHUNK, "CLAMP": False, "V": vector}
+        for norm_type in (0, 1, 2):
+            ptx = compile_kernel(kernels.norm_pass, {**common, "TYPE": norm_type})
+            found[f"norm/{grad}/{norm_type}"] = summary(ptx)
+        found[f"scale/{grad}"] = summary(compile_kernel(kernels.scale_pass, common))
+    found["finalize"] = summary(compile_kernel(kernels.finalize_pass, {"TYPE": 0}))
+    print(json.dumps({"triton": triton.__version__, "kernels": found}))
+
+
+if __name__ == "__main__":
+    main()

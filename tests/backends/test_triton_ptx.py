@@ -1,0 +1,68 @@
+"""What Triton's compiler makes of the kernels for an H100, seen without one: vector accesses, no contraction."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedopt.backends.triton import _SIZES
+from fusedopt.specs import DTYPES, PARAM_FORMATS, RULES, STATE_FORMATS, TRITON_CHUNK
+
+PROGRAM = Path(__file__).with_name("compile_triton.py")
+PER_THREAD = TRITON_CHUNK // 256
+
+
+def compile_all(tmp_path, *arguments):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True, timeout=3000
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)["kernels"]
+
+
+def check(kernels):
+    for name, kernel in kernels.items():
+        assert kernel["unwanted"] == [], name
+        rule, *formats = name.split("/")
+        if rule in RULES:
+            check_update(name, kernel, RULES[rule], *formats)
+        elif rule in ("norm", "scale"):
+            moved = PER_THREAD * DTYPES[formats[0]].size
+            assert (kernel["loaded"], kernel["stored"]) == (moved, moved if rule == "scale" else 0), name
+            assert kernel["wide"] * 16 == kernel["loaded"] + kernel["stored"], name
+
+
+def check_update(name, kernel, rule, param, grad, state):
+    """Every stream of an aligned chunk goes by vectors, of 16 bytes where its elements are the largest.
+
+    Only four single bytes are one word, which no vector access is.
+    """
+    spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
+    kept = [DTYPES[spec.dtype].size, *([_SIZES[spec.extra[1]]] if spec.extra else [])]
+    kept += [_SIZES[form.dtype(moment)] for moment in rule.moments]
+    read = [*(kept[1:] if param.endswith("+master") else kept), DTYPES[grad].size]
+    vector = min(8, 16 // max(*read, *kept))
+    by_vectors = [[size for size in sizes if size * vector > 4] for sizes in (read, kept)]
+    elements = kernel["elements"]  # of a thread
+    assert kernel["loaded"] == elements * sum(by_vectors[0]), name
+    assert kernel["stored"] == elements * sum(by_vectors[1]), name
+    wide = [size for size in [*read, *kept] if size * vector == 16]
+    assert wide and kernel["wide"] == elements // vector * len(wide), name
+
+
+def test_vector_accesses_and_no_contraction(tmp_path):
+    check(compile_all(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_combination(tmp_path):
+    check(compile_all(tmp_path, "all"))
