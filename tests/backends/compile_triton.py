@@ -14,7 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedopt.backends.triton import _OPTIONS, _tile, update_constants
+from fusedopt.backends.triton import _OPTIONS, NO_MAIN, _tile, update_constants
+from fusedopt.backends.triton import _vector as vector_of
 from fusedopt.specs import DTYPES, PARAM_FORMATS, RULES, STATE_FORMATS, TRITON_CHUNK
 from fusedopt.triton import kernels
 
@@ -30,7 +31,22 @@ FEW = [
     ("lion", "bfloat16+stochastic", "bfloat16", "bfloat16+stochastic"),
     ("adam", "float16+master", "float16", "int8"),
     ("adamw", "split16", "float32", "bfloat16"),
+    ("sgd", "float32", "float32", "float32"),
+    ("sgdw_momentum", "bfloat16+master", "bfloat16", "float32"),
+    ("adamw_amsgrad", "float32", "float32", "float32"),
+    ("rmsprop_centered_momentum", "float32", "float32", "float32"),
+    ("adagrad", "bfloat16", "bfloat16", "bfloat16"),
+    ("radam", "float32", "float32", "float32"),
 ]
+# (rule, parameter format, gradient dtype, state format, dtype of main gradients)
+ACCUMULATED = [
+    ("adamw", "float32", "float32", "float32", "float32"),
+    ("adamw", "split16", "bfloat16", "float32", "float32"),
+    ("adamw", "bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+    ("lion", "split8", "bfloat16", "int8", "float32"),
+]
+PAIRS = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float64", "float64")]
+"""Of gradients and main gradients."""
 
 
 def every_combination():
@@ -69,17 +85,23 @@ def summary(ptx: str) -> dict:
 
 def main() -> None:
     found = {}
-    for rule, param, grad, state in every_combination() if "all" in sys.argv else FEW:
+    for rule, param, grad, state, *main in [*(every_combination() if "all" in sys.argv else FEW), *ACCUMULATED]:
         spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
-        constants = update_constants(RULES[rule], spec, form, grad)
+        constants = update_constants(RULES[rule], spec, form, grad, *main)
         ptx = compile_kernel(kernels.update_pass, {**constants, "CLAMP": False}, _tile(form)[1])
-        found["/".join((rule, param, grad, state))] = {"elements": _tile(form)[0] // 256, **summary(ptx)}
-    for grad, vector in (("float32", 4), ("bfloat16", 8)):
-        common = {"G": grad, "CHUNK": TRITON_CHUNK, "CLAMP": False, "V": vector}
+        found["/".join((rule, param, grad, state, *main))] = {"elements": _tile(form)[0] // 256, **summary(ptx)}
+    for grad, main in [("float32", NO_MAIN), ("bfloat16", NO_MAIN), *PAIRS]:
+        largest = max(DTYPES[name].size for name in (grad, main) if name != NO_MAIN)
+        common = {"G": grad, "CHUNK": TRITON_CHUNK, "CLAMP": False, "V": vector_of(largest)}
         for norm_type in (0, 1, 2):
-            ptx = compile_kernel(kernels.norm_pass, {**common, "TYPE": norm_type})
-            found[f"norm/{grad}/{norm_type}"] = summary(ptx)
-        found[f"scale/{grad}"] = summary(compile_kernel(kernels.scale_pass, common))
+            ptx = compile_kernel(kernels.norm_pass, {**common, "M": main, "TYPE": norm_type})
+            found[f"norm/{grad}/{main}/{norm_type}"] = summary(ptx)
+        if main == NO_MAIN:
+            found[f"scale/{grad}/{main}"] = summary(compile_kernel(kernels.scale_pass, common))
+        else:
+            del common["CLAMP"]
+            ptx = compile_kernel(kernels.accumulate_pass, {**common, "M": main})
+            found[f"accumulate/{grad}/{main}"] = summary(ptx)
     found["finalize"] = summary(compile_kernel(kernels.finalize_pass, {"TYPE": 0}))
     print(json.dumps({"triton": triton.__version__, "kernels": found}))
 

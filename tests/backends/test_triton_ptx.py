@@ -34,13 +34,23 @@ def check(kernels):
         rule, *formats = name.split("/")
         if rule in RULES:
             check_update(name, kernel, RULES[rule], *formats)
-        elif rule in ("norm", "scale"):
-            moved = PER_THREAD * DTYPES[formats[0]].size
-            assert (kernel["loaded"], kernel["stored"]) == (moved, moved if rule == "scale" else 0), name
-            assert kernel["wide"] * 16 == kernel["loaded"] + kernel["stored"], name
+        elif rule != "finalize":
+            check_stream(name, kernel, rule, *(DTYPES[key].size for key in formats[:2] if key in DTYPES))
 
 
-def check_update(name, kernel, rule, param, grad, state):
+def check_stream(name, kernel, kind, grad, main=0):
+    """Passes that read gradients, and write them or main gradients. Bytes of an element; main: 0 where there is none.
+
+    The narrower of two streams takes as many elements an access as the wider one.
+    """
+    written = {"norm": 0, "scale": grad, "accumulate": main}[kind]
+    assert (kernel["loaded"], kernel["stored"]) == (PER_THREAD * (grad + main), PER_THREAD * written), name
+    widest = max(grad, main)
+    wide = [size for size in (grad, main, written) if size == widest]
+    assert kernel["wide"] * 16 == PER_THREAD * sum(wide), name
+
+
+def check_update(name, kernel, rule, param, grad, state, main=None):
     """Every stream of an aligned chunk goes by vectors, of 16 bytes where its elements are the largest.
 
     Only four single bytes are one word, which no vector access is.
@@ -49,6 +59,7 @@ def check_update(name, kernel, rule, param, grad, state):
     kept = [DTYPES[spec.dtype].size, *([_SIZES[spec.extra[1]]] if spec.extra else [])]
     kept += [_SIZES[form.dtype(moment)] for moment in rule.moments]
     read = [*(kept[1:] if param.endswith("+master") else kept), DTYPES[grad].size]
+    read += [DTYPES[main].size] if main else []
     vector = min(8, 16 // max(*read, *kept))
     by_vectors = [[size for size in sizes if size * vector > 4] for sizes in (read, kept)]
     elements = kernel["elements"]  # of a thread
