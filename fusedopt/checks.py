@@ -53,14 +53,24 @@ def check_hyperparameters(where: str, values: dict[str, Any]) -> None:
         betas = values["betas"]
         if len(betas) != 2:
             raise ValueError(f"{where}: got betas={betas}, expected two numbers; pass betas=(beta1, beta2)")
+        if isinstance(betas[0], torch.Tensor) != isinstance(betas[1], torch.Tensor):
+            raise ValueError(f"{where}: got betas={betas}, expected two floats or two tensors; make both alike")
         for i, beta in enumerate(betas):
             number = _number(beta)
             if number is not None and not 0.0 <= number < 1.0:
                 raise ValueError(
                     f"{where}: got betas[{i}]={beta}, expected a number in [0, 1); pass a valid beta{i + 1}"
                 )
+    _check_implementation(where, values)
+
+
+def _check_implementation(where: str, values: dict[str, Any]) -> None:
+    """torch's choices between implementations: those that it refuses, with its types of exceptions."""
+    if values.get("fused") and values.get("foreach"):
+        raise RuntimeError(f"{where}: got fused=True and foreach=True, expected one of them; leave one out")
     if values.get("differentiable"):
-        raise ValueError(
+        error = RuntimeError if values.get("fused") else ValueError
+        raise error(
             f"{where}: got differentiable=True, expected False: the fused kernels have no such mode; "
             "use torch.optim for differentiable"
         )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import ONE_EACH, assert_same_bits, memory, normal
+from cases import ONE_EACH, STATELESS, assert_same_bits, memory, normal
 
 import fusedopt
 
@@ -39,9 +39,11 @@ def backward(model, seed, device, dtype):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", [*ONE_EACH, *STATELESS], ids=str)
 def test_same_bits_as_ordinary_steps(case, name, device):
     """Learning rates change, and after the fourth step the release is undone."""
+    if case in STATELESS and name == "int8":
+        pytest.skip("no states to be 8-bit")
     dtype, options = FORMATS[name]
     ordinary, released = network(dtype, device), network(dtype, device)
     expected, opt = (case.make(groups(model), max_grad_value=0.01, **options) for model in (ordinary, released))
@@ -57,6 +59,35 @@ def test_same_bits_as_ordinary_steps(case, name, device):
         assert_same_bits(memory(opt), memory(expected))
         if step == 3:
             handle.remove()
+
+
+def test_the_rule_changes_between_released_steps(device):
+    """SGD gets momentum, and state with it, and loses it again; one group of two."""
+    ordinary, released = network(torch.float32, device), network(torch.float32, device)
+    expected, opt = (fusedopt.SGD(groups(model), lr=1e-2) for model in (ordinary, released))
+    opt.release_gradients(released)
+    for step, momentum in enumerate((0.0, 0.0, 0.9, 0.9, 0.0, 0.8)):
+        for model, one in ((ordinary, expected), (released, opt)):
+            one.param_groups[1]["momentum"] = momentum
+            backward(model, step, device, torch.float32)
+            one.step()
+            one.zero_grad()
+        assert_same_bits(memory(opt), memory(expected))
+
+
+def test_the_backend_changes_between_released_steps(device):
+    ordinary, released = network(torch.float32, device), network(torch.float32, device)
+    expected, opt = (fusedopt.AdamW(groups(model), lr=1e-2) for model in (ordinary, released))
+    opt.release_gradients(released)
+    for step, backend in enumerate((None, "reference", None)):
+        opt.backend = backend
+        for model, one in ((ordinary, expected), (released, opt)):
+            backward(model, step, device, torch.float32)
+            one.step()
+            one.zero_grad()
+        used = {plan.tables[0].backend.__name__ for plan in opt._release._plans.values()}
+        assert all(name.endswith(backend or device.type) for name in used) and used
+        assert_same_bits(memory(opt), memory(expected))
 
 
 @pytest.mark.parametrize("hooks", [False, True])

@@ -5,7 +5,7 @@ On a CPU every step takes the long way, so these tests compare with it on CUDA.
 
 import pytest
 import torch
-from cases import ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
+from cases import BY_NAME, ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fusedopt
@@ -42,10 +42,15 @@ CHANGES = {
     "new_group": lambda params, opt: opt.add_param_group({"params": params.append(more()) or params[-1:]}),
     "checkpoint": lambda params, opt: opt.load_state_dict(opt.state_dict()),
     "swapped_data": lambda params, opt: setattr(params[2], "data", params[2].data.clone()),
-    "replaced_state": lambda params, opt: opt.state[params[3]].update(exp_avg=opt.state[params[3]]["exp_avg"].clone()),
+    "replaced_state": lambda params, opt: replace_state(opt.state[params[3]]),
     "frozen": lambda params, opt: params.pop(),
     "counter": lambda params, opt: opt.state[params[0]]["step"].fill_(40),
 }
+
+
+def replace_state(entry):
+    key = next(key for key in entry if key != "step")
+    entry[key] = entry[key].clone()
 
 
 def more():
@@ -69,6 +74,39 @@ def test_changes_between_steps(case, change):
     assert_same_bits(memory(opt), memory(expected))
     assert_same_bits(opt.grad_norm, expected.grad_norm)
     assert opt.last_step.step == 6
+
+
+def test_the_rule_changes_between_steps():
+    """SGD with and without momentum, by group: each rule has its own kernels and its own row of hyper-parameters."""
+    params, opt = make(BY_NAME["sgd-l2"])
+    expected_params, expected = make(BY_NAME["sgd-l2"])
+    long_way(expected)
+    for ps, one in ((params, opt), (expected_params, expected)):
+        for step, momentum in enumerate((0.0, 0.9, 0.9, 0.0)):
+            one.param_groups[1]["momentum"] = momentum
+            for turn in range(3):
+                one.param_groups[0]["lr"] = 0.1 / (1 + turn)
+                train(one, ps, 1, first=3 * step + turn)
+    assert repeats(opt)
+    assert_same_bits(memory(opt), memory(expected))
+
+
+def test_the_backend_changes_between_steps():
+    """By attribute and by context; asked for once more, the repetition of the first is not taken."""
+    params, opt = make(ONE_EACH[1])
+    expected_params, expected = make(ONE_EACH[1])
+    train(long_way(expected), expected_params, 6)
+    train(opt, params, 2)
+    assert repeats(opt)
+    opt.backend = "reference"
+    train(opt, params, 1, first=2)
+    assert not repeats(opt)
+    opt.backend = None
+    train(opt, params, 2, first=3)
+    with fusedopt.use_backend("reference"):
+        train(opt, params, 1, first=5)
+    assert not repeats(opt)
+    assert_same_bits(memory(opt), memory(expected))
 
 
 def test_scalers_between_steps():

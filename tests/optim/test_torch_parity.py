@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import ONE_EACH, ONE_EACH_WITH_PEER, WITH_PEER, normal, parameter, parameters, set_gradients, train
+from parity import assert_same_numbers
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -201,33 +202,6 @@ def named_parameters(make, params):
     train(opt, params, 3)
     assert opt.param_groups[0]["param_names"] == [f"layer.{i}" for i in range(len(params))]
     return opt
-
-
-def numbers(opt):
-    """(what, tensor) of every parameter and state, in order."""
-    for group in opt.param_groups:
-        for i, p in enumerate(group["params"]):
-            yield f"param {i}", p.detach()
-            yield from ((f"{name} of param {i}", value) for name, value in sorted(opt.state.get(p, {}).items()))
-
-
-def assert_same_numbers(ours, theirs, steps=12):
-    """To within 16 roundings per step at the magnitude of the largest element.
-
-    Per step and element each side rounds twice at |param| (decay, subtraction), about eight times at the update, which
-    is smaller, and each moment at most four times at its own magnitude; the next steps never amplify what was made.
-    """
-    ours, theirs = list(numbers(ours)), list(numbers(theirs))
-    known = {what for what, _ in theirs}
-    ours = [(what, value) for what, value in ours if what in known or not what.startswith("step of")]  # SGD
-    assert [what for what, _ in ours] == [what for what, _ in theirs]
-    for (what, a), (_, b) in zip(ours, theirs, strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), what
-        unit = torch.finfo(a.dtype).eps / 2
-        scale = max(1e-30, b.abs().max().item()) if b.numel() else 1.0
-        torch.testing.assert_close(
-            a.cpu(), b.cpu(), rtol=0, atol=16 * steps * unit * scale, msg=lambda m, what=what: f"{what}: {m}"
-        )
 
 
 def params_for(device, dtype=torch.float32):

@@ -1,0 +1,266 @@
+"""torch's own test data base drives our classes of the same names: inputs, error inputs, schedulers.
+
+What deviates is named here, with the row of docs/compatibility.md that gives the reason.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from cases import WITH_PEER, assert_same_bits, memory, parameters, set_gradients, train
+from optim_db import ERRORS, INFOS, INPUTS, SCHEDULERS, Input
+from parity import assert_same_numbers, numbers
+
+import fusedopt
+
+SIZES = [5, 0, 33, 4097]
+
+
+def test_every_class_is_there():
+    """Those of torch that are left out are listed in docs/compatibility.md."""
+    assert INFOS.keys() == {"Adam", "AdamW", "RAdam", "SGD", "RMSprop", "Adagrad"}
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_inputs(given, dtype, device):
+    """20 steps; the fifth without gradients for one parameter."""
+    results = []
+    for make in (given.in_dtype(dtype).ours, given.in_dtype(dtype).theirs):
+        opt = make(params := parameters(SIZES, dtype, device, seed=3))
+        for step in range(20):
+            set_gradients(params, seed=step)
+            if step == 4:
+                params[2].grad = None
+            opt.step()
+        results.append(opt)
+    assert_same_numbers(*results, steps=20)
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused", "capturable"])
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_flags_that_choose_an_implementation_change_nothing(given, flag, device):
+    if flag not in inspect.signature(getattr(fusedopt, given.name)).parameters:
+        pytest.skip("no such argument, as in torch")
+    plain = Input(given.name, "", {key: value for key, value in given.kwargs.items() if key != "capturable"})
+    results = []
+    for value in (False, True):
+        opt = plain.ours(params := parameters(SIZES, device=device), **{flag: value})
+        assert opt.param_groups[0][flag] is value
+        train(opt, params, 3)
+        results.append(memory(opt))
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_signatures_groups_and_repr(name):
+    """Positional arguments in torch's order, its defaults, its keys of groups, its text."""
+    ours, theirs = getattr(fusedopt, name), getattr(torch.optim, name)
+
+    def positional(cls):
+        found = inspect.signature(cls).parameters.values()
+        return [(p.name, p.default) for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert positional(ours) == positional(theirs)
+    keyword_only = {p.name for p in inspect.signature(theirs).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert keyword_only <= inspect.signature(ours).parameters.keys()
+    own, other = (cls(parameters([3])) for cls in (ours, theirs))
+    assert own.defaults == other.defaults
+    assert own.param_groups[0].keys() == other.param_groups[0].keys()
+    assert repr(own) == repr(other)
+
+
+# ---- error inputs --------------------------------------------------------------------------------------------------
+
+DEVIATIONS = {
+    "a param group cannot have duplicate parameters": ValueError,  # a warning in torch
+    "lr as Tensor doesn't work with foreach & not capturable": None,  # foreach is ignored
+    r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True": None,
+}
+"""What we raise instead; None: nothing."""
+
+
+def error_ids() -> list[str]:
+    return [f"{i}-{name}-{description}".replace(" ", "_") for i, (name, _, _, description, _) in enumerate(ERRORS)]
+
+
+@pytest.mark.parametrize(("name", "params", "kwargs", "description", "error"), ERRORS, ids=error_ids())
+def test_error_inputs(name, params, kwargs, description, error):
+    params = parameters([3]) if params is None else params
+    error = DEVIATIONS.get(description, error)
+    if error is None:
+        getattr(fusedopt, name)(params, **kwargs)
+        return
+    with pytest.raises(error):
+        getattr(fusedopt, name)(params, **kwargs)
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_error_inputs_for_gpus(name, device):
+    """`optim_db` has them for CUDA tensors; it does not matter where parameters are."""
+    given = inspect.signature(getattr(torch.optim, name)).parameters
+    if "fused" not in given:
+        pytest.skip("no such argument, as in torch")
+    for kwargs in ({"foreach": True, "fused": True}, {"fused": True, "differentiable": True}):
+        with pytest.raises(RuntimeError):
+            getattr(torch.optim, name)(parameters([3], device=device), **kwargs)
+        with pytest.raises(RuntimeError):
+            getattr(fusedopt, name)(parameters([3], device=device), **kwargs)
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_what_is_not_supported(name, device):
+    """The other deviations: differentiable steps, complex parameters, sparse gradients."""
+    cls = getattr(fusedopt, name)
+    with pytest.raises(ValueError, match="differentiable"):
+        cls(parameters([3], device=device), differentiable=True)
+    with pytest.raises(TypeError, match="complex64"):
+        cls([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64, device=device))])
+    opt = cls(params := parameters([3], device=device))
+    params[0].grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), device=device, check_invariants=True)
+    with pytest.raises(RuntimeError, match="dense"):
+        opt.step()
+
+
+# ---- schedulers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize(("name", "makers"), SCHEDULERS, ids=lambda x: x if isinstance(x, str) else str(len(x)))
+def test_schedulers(name, makers, tensor_lr, device):
+    results = []
+    for module in (fusedopt, torch.optim):
+        lr = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01
+        opt = getattr(module, name)(params := parameters(SIZES, torch.float64, device), lr=lr)
+        schedulers = [make(opt) for make in makers]
+        for step in range(30):
+            train(opt, params, 1, first=step)
+            for scheduler in schedulers:
+                plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                scheduler.step(1.0) if plateau else scheduler.step()
+        results.append(opt)
+    ours, theirs = results
+    assert float(ours.param_groups[0]["lr"]) == float(theirs.param_groups[0]["lr"])
+    assert_same_numbers(ours, theirs, steps=30)
+
+
+# ---- swapping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", WITH_PEER, ids=str)
+def test_torch_then_ours_then_torch(case, dtype, device):
+    """Swapped twice in the middle of training by state dicts, beside torch all the way."""
+    params, expected_params = (parameters(SIZES, dtype, device, seed=3) for _ in range(2))
+    expected = case.make_peer(expected_params, foreach=False)
+    train(expected, expected_params, 15)
+    opt = case.make_peer(params, foreach=False)
+    train(opt, params, 5)
+    for turn, make in enumerate((case.make, case.make_peer), 1):
+        following = make(params, lr=0.5)  # the checkpoint's counts
+        following.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt = following
+        train(opt, params, 5, first=5 * turn)
+    assert_same_numbers(opt, expected, steps=15)
+
+
+@pytest.mark.parametrize("case", WITH_PEER, ids=str)
+def test_one_parameter_is_handed_over(case, device):
+    """It leaves torch's optimizer for ours, with its state, and goes back, while the others stay."""
+    params, expected_params = (parameters([17, 300], torch.float64, device, seed=3) for _ in range(2))
+    expected = case.make_peer(expected_params, foreach=False)
+    train(expected, expected_params, 15)
+    stays = case.make_peer(params[:1], foreach=False)
+    moves = case.make_peer(params[1:], foreach=False)
+    for turn in range(3):
+        if turn:
+            make = case.make if turn == 1 else case.make_peer
+            following = make(params[1:])
+            following.load_state_dict(moves.state_dict())
+            moves = following
+        for step in range(5 * turn, 5 * turn + 5):
+            set_gradients(params, seed=step)
+            stays.step()
+            moves.step()
+    for p, e in zip(params, expected_params, strict=True):
+        unit = torch.finfo(torch.float64).eps / 2  # as assert_same_numbers
+        torch.testing.assert_close(p.cpu(), e.cpu(), rtol=0, atol=16 * 15 * unit * e.abs().max().item())
+
+
+# ---- the rest of the interface -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_copies_pickles_and_checkpoints(given, device):
+    """Each goes on as the original does; checkpoints are read with weights_only=True."""
+
+    def through_a_file(state_dict):
+        torch.save(state_dict, buffer := io.BytesIO())
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=True)
+
+    opt = given.ours(params := parameters(SIZES, device=device))
+    train(opt, params, 3)
+    others = [copy.deepcopy((opt, params)), pickle.loads(pickle.dumps((opt, params)))]
+    fresh = copy.deepcopy(params)
+    others.append((given.ours(fresh), fresh))
+    others[-1][0].load_state_dict(through_a_file(opt.state_dict()))
+    train(opt, params, 3, first=3)
+    for other, own in others:
+        assert repr(other) == repr(opt)
+        train(other, own, 3, first=3)
+        assert_same_bits(memory(other), memory(opt))
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_hooks_of_state_dicts(name):
+    """Before and after, of saving and loading, in torch's order."""
+    calls = {}
+    for module in (fusedopt, torch.optim):
+        opt, seen = getattr(module, name)(params := parameters([3])), []
+        train(opt, params, 1)
+        opt.register_state_dict_pre_hook(lambda _, seen=seen: seen.append("saving"))
+        opt.register_state_dict_post_hook(lambda _, state, seen=seen: seen.append(sorted(state)) or state)
+        opt.register_load_state_dict_pre_hook(lambda _, state, seen=seen: seen.append("loading") or state)
+        opt.register_load_state_dict_post_hook(lambda _, seen=seen: seen.append("loaded"))
+        opt.load_state_dict(opt.state_dict())
+        calls[module] = seen
+    assert calls[fusedopt] == calls[torch.optim] == ["saving", ["param_groups", "state"], "loading", "loaded"]
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_named_parameters(name):
+    """Names are kept, saved and overwritten by those of a checkpoint, as in torch."""
+    seen = []
+    for module in (fusedopt, torch.optim):
+        cls, params = getattr(module, name), parameters([3, 4])
+        opt = cls([("weight", params[0]), ("bias", params[1])])
+        train(opt, params, 1)
+        renamed = cls([("w", params[0]), ("b", params[1])])
+        renamed.load_state_dict(opt.state_dict())
+        nameless = cls(params)
+        nameless.load_state_dict(opt.state_dict())
+        seen.append([each.param_groups[0].get("param_names") for each in (opt, renamed, nameless)])
+        with pytest.raises(ValueError, match="names"):
+            opt.add_param_group({"params": parameters([2])})
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_shared_memory(given):
+    """Parameters and states that move into shared memory between steps; other processes may then read them."""
+    opt, params = given.ours(ps := parameters(SIZES)), ps
+    expected = given.ours(others := parameters(SIZES))
+    train(opt, params, 2)
+    for _, tensor in numbers(opt):
+        tensor.share_memory_()
+    train(opt, params, 3, first=2)
+    train(expected, others, 5)
+    assert all(p.is_shared() for p in params)
+    assert_same_bits(memory(opt), memory(expected))
