@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
 from benchmarks import checks
-from benchmarks.contracts import MAX_NORM, STATES, Case, Kept, Params, Tail, clone, fusedopt_tail, torch_adamw
+from benchmarks.contracts import MAX_NORM, STATES, Case, Kept, Params, Tail, clone, fusedopt_tail, torch_optimizer
 from benchmarks.workloads import GRAD_STD, Model, Workload
 
 MICRO_BATCHES = 4
@@ -181,7 +181,7 @@ class _TorchAccumulation:
         if self.has_masters:
             self.masters = [torch.nn.Parameter(param.detach().to(MAIN)) for param in model.params]
             self.buffers = [torch.empty_like(master, requires_grad=False) for master in self.masters]
-        self.optimizer = torch_adamw(case, self.masters)
+        self.optimizer = torch_optimizer(case, self.masters)
         self.master_of = dict(zip(model.params, self.masters))
 
     def first(self) -> None:

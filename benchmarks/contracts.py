@@ -13,13 +13,16 @@ Contracts, all on gradients that the backward pass has just left in ``.grad``:
 Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``fusedopt-triton`` (its Triton backend, on GPUs),
 ``torch-fused`` (``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW(fused=True)``, with ``GradScaler`` where the
 contract unscales; its ``update()`` is part of the tail) and ``torch-grad-scale`` (the same optimizer made to clip in
-its own kernel through ``grad_scale``, undocumented).
+its own kernel through ``grad_scale``, undocumented). For rules other than AdamW ``torch-foreach`` is there too, and
+``torch-fused`` where this torch has it.
 Torch has neither Lion nor formats beyond the parameters' dtype; for those there are the libraries of
 ``benchmarks/peers.py``.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,9 +43,34 @@ GRAD_SCALE = 2.0
 HYPER = {
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
     "lion": {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 1e-2},
+    "adamw_amsgrad": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+    "radam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "decoupled_weight_decay": True},
+    "sgd": {"lr": 1e-2, "weight_decay": 1e-2},
+    "sgd_momentum": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-2, "nesterov": False},
+    "rmsprop": {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8, "weight_decay": 1e-2, "momentum": 0.0},
+    "adagrad": {"lr": 1e-2, "lr_decay": 0.0, "weight_decay": 1e-2, "eps": 1e-10},
 }
+"""By rule, as the reference takes them."""
 
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+CLASSES = {
+    "adamw": "AdamW",
+    "lion": "Lion",
+    "adamw_amsgrad": "AdamW",
+    "radam": "RAdam",
+    "sgd": "SGD",
+    "sgd_momentum": "SGD",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+}
+"""Of fusedopt and, but for Lion, of torch."""
+
+CHOSEN = {"adamw_amsgrad": {"amsgrad": True}}
+"""Arguments that choose the rule, where hyper-parameters do not."""
+
+COUPLED = ("sgd", "sgd_momentum", "rmsprop", "adagrad")
+"""Whose weight decay is added to the gradient."""
+
+STATES = {name: RULES[name].states for name in HYPER}
 
 _LARGE = 1 << 20  # elements: more than the least number that is kept in 8 bits
 
@@ -115,7 +143,8 @@ class Case:
 class Kept:
     """What an optimizer knows of one parameter, decoded: new tensors, empty states before the first step."""
 
-    steps: float
+    steps: float | None
+    """None where nobody counts: torch's SGD."""
     master: torch.Tensor
     """The parameter to all the digits that are kept of it."""
     states: dict[str, torch.Tensor]
@@ -149,6 +178,11 @@ def param_groups(case: Case, params: Params) -> list[dict[str, Params]]:
     return [{"params": params[start : start + size]} for start in range(0, len(params), size)]
 
 
+def arguments(case: Case) -> dict[str, object]:
+    """Of the optimizer's class, here or in torch."""
+    return HYPER[case.optimizer] | CHOSEN.get(case.optimizer, {})
+
+
 def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -158,8 +192,8 @@ def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **transform: object) -> Tail:
     """``run(optimizer)`` makes what does the step; its ``step`` method if it is None."""
-    cls = {"adamw": fusedopt.AdamW, "lion": fusedopt.Lion}[case.optimizer]
-    opt = cls(param_groups(case, params), **HYPER[case.optimizer], **case.layout.options, **transform)
+    cls = getattr(fusedopt, CLASSES[case.optimizer])
+    opt = cls(param_groups(case, params), **arguments(case), **case.layout.options, **transform)
     return Tail(opt, run(opt) if run else opt.step, fusedopt_reader(opt, case))
 
 
@@ -167,7 +201,7 @@ def fusedopt_reader(opt: torch.optim.Optimizer, case: Case) -> Reader:
     def read(param: torch.nn.Parameter) -> Kept:
         entry = opt.state.get(param)
         if not entry:
-            return Kept(0, param.detach().clone(), {})
+            return Kept(0 if case.rule.states else None, param.detach().clone(), {})
         states = clone(formats.decode_states(entry, case.rule))
         return Kept(float(entry["step"]), formats.decode_master(entry, param), states)
 
@@ -217,8 +251,9 @@ def _fusedopt_own_scaler_clip_step(case: Case, params: Params) -> Tail:
 # ------------------------------------------------------------------------------------------------------------- torch
 
 
-def torch_adamw(case: Case, params: Params, **options: object) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(param_groups(case, params), **HYPER["adamw"], **(options or {"fused": True}))
+def torch_optimizer(case: Case, params: Params, **options: object) -> torch.optim.Optimizer:
+    cls = getattr(torch.optim, CLASSES[case.optimizer])
+    return cls(param_groups(case, params), **arguments(case), **(options or {"fused": True}))
 
 
 def torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: bool) -> Tail:
@@ -226,12 +261,12 @@ def torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: boo
 
 
 def torch_reader(opt: torch.optim.Optimizer, case: Case | None = None) -> Reader:
-    """Of torch's AdamW."""
-
     def read(param: torch.nn.Parameter) -> Kept:
         entry = opt.state.get(param)
-        states = clone({key: entry[key] for key in STATES["adamw"]}) if entry else {}
-        return Kept(float(entry["step"]) if entry else 0, param.detach().clone(), states)
+        if not entry:
+            return Kept(None if isinstance(opt, torch.optim.SGD) else 0, param.detach().clone(), {})
+        states = clone({key: value for key, value in entry.items() if key != "step"})
+        return Kept(float(entry["step"]) if "step" in entry else None, param.detach().clone(), states)
 
     return read
 
@@ -243,13 +278,15 @@ def grad_scaler(device: torch.device, cls: type[torch.amp.GradScaler] = torch.am
 
 
 def _torch_step(case: Case, params: Params) -> Tail:
-    opt = torch_adamw(case, params)
+    opt = torch_optimizer(case, params)
     return torch_tail(opt, opt.step, clips=False)
 
 
 def _torch_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_adamw(case, params)
+    return _clipped(torch_optimizer(case, params), params)
 
+
+def _clipped(opt: torch.optim.Optimizer, params: Params) -> Tail:
     def run() -> None:
         clip_grad_norm_(params, MAX_NORM)
         opt.step()
@@ -257,8 +294,17 @@ def _torch_clip_step(case: Case, params: Params) -> Tail:
     return torch_tail(opt, run, clips=True)
 
 
+def _foreach_step(case: Case, params: Params) -> Tail:
+    opt = torch_optimizer(case, params, foreach=True)
+    return torch_tail(opt, opt.step, clips=False)
+
+
+def _foreach_clip_step(case: Case, params: Params) -> Tail:
+    return _clipped(torch_optimizer(case, params, foreach=True), params)
+
+
 def _torch_scaler_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_adamw(case, params)
+    opt = torch_optimizer(case, params)
     scaler = grad_scaler(params[0].device)
 
     def run() -> None:
@@ -271,7 +317,7 @@ def _torch_scaler_clip_step(case: Case, params: Params) -> Tail:
 
 
 def _grad_scale_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_adamw(case, params)
+    opt = torch_optimizer(case, params)
 
     def run() -> None:
         norm = get_total_norm([param.grad for param in params])
@@ -282,7 +328,7 @@ def _grad_scale_clip_step(case: Case, params: Params) -> Tail:
 
 
 def _grad_scale_scaler_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_adamw(case, params)
+    opt = torch_optimizer(case, params)
     scale = torch.full((), GRAD_SCALE, device=params[0].device)
 
     def run() -> None:
@@ -304,6 +350,8 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ("torch-fused", "clip_step"): _torch_clip_step,
     ("torch-fused", "scaler_clip_step"): _torch_scaler_clip_step,
     ("torch-fused", "own_scaler_clip_step"): _torch_scaler_clip_step,
+    ("torch-foreach", "step"): _foreach_step,
+    ("torch-foreach", "clip_step"): _foreach_clip_step,
     ("torch-grad-scale", "clip_step"): _grad_scale_clip_step,
     ("torch-grad-scale", "scaler_clip_step"): _grad_scale_scaler_clip_step,
 }
@@ -330,11 +378,33 @@ def other_backends(device: torch.device) -> list[str]:
     return ["fusedopt-triton"]
 
 
-def libraries(case: Case) -> list[str]:
+def libraries(case: Case, device: torch.device) -> list[str]:
     """Those of fusedopt and torch that offer the case. torch has no Lion, and no formats but the parameter's dtype."""
     names = [library for library, contract in BUILDERS if contract == case.contract]
-    torch_has_it = case.optimizer == "adamw" and not case.layout.options
-    return [name for name in names if name == "fusedopt" or torch_has_it]
+    return [name for name in names if name == "fusedopt" or _torch_offers(name, case, device)]
+
+
+def _torch_offers(library: str, case: Case, device: torch.device) -> bool:
+    if not hasattr(torch.optim, CLASSES[case.optimizer]) or case.layout.options:
+        return False
+    if library == "torch-fused":
+        return _torch_fuses(CLASSES[case.optimizer], device.type)
+    return (library == "torch-foreach") != (case.optimizer == "adamw")  # whose fused step is faster on every device
+
+
+@functools.cache
+def _torch_fuses(name: str, device_type: str) -> bool:
+    """Whether this torch has a fused step of a class for a kind of device."""
+    cls = getattr(torch.optim, name)
+    if "fused" not in inspect.signature(cls).parameters:
+        return False
+    try:
+        opt = cls([param := torch.nn.Parameter(torch.zeros(1, device=device_type))], fused=True)
+        param.grad = torch.zeros_like(param)
+        opt.step()
+    except RuntimeError:
+        return False
+    return True
 
 
 def build(library: str, case: Case, params: Params) -> Tail:

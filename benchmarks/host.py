@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when 
 import fusedopt.optim.plan
 from benchmarks import contracts
 from benchmarks.checks import check
-from benchmarks.contracts import MAX_NORM, Case, Params, Tail, torch_adamw, torch_tail
+from benchmarks.contracts import MAX_NORM, Case, Params, Tail, torch_optimizer, torch_tail
 from benchmarks.report import Row, environment
 from benchmarks.timing import NS_PER_MS, synchronize
 from benchmarks.workloads import WORKLOADS, BorrowedModel
@@ -57,7 +57,7 @@ NS_PER_US = 1e3
 
 def foreach_tail(case: Case, params: Params) -> Tail:
     """torch's default on CUDA: ``AdamW(foreach=True)``."""
-    opt = torch_adamw(case, params, foreach=True)
+    opt = torch_optimizer(case, params, foreach=True)
 
     def run() -> None:
         if case.clips:

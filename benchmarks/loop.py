@@ -78,7 +78,7 @@ class LoopRunner(Runner):
     def libraries(self, case: Case) -> list[str]:
         if isinstance(case, AccumulationCase):
             return list(accumulation.LIBRARIES)
-        return contracts.libraries(case) if case.scales else list(host.LIBRARIES)
+        return contracts.libraries(case, self.device) if case.scales else list(host.LIBRARIES)
 
     def build(self, library: str, case: Case, model: Model) -> Tail:
         if isinstance(case, AccumulationCase):

@@ -185,6 +185,50 @@ FORMAT_GOALS = [
     Goal(f"{HALF}: times faster than apex", _ratio("gpu_ms", HALF, "apex"), ">=", 1.3),
 ]
 
+NEW_RULES = ("sgd_momentum", "rmsprop", "adagrad")
+
+
+def _times_faster(case: str, figure: str, library: str, baseline: str, bound: float) -> Goal:
+    return Goal(f"{case}: times faster than {baseline}", _ratio(figure, case, baseline, library), ">=", bound)
+
+
+def _triton(key: str, case: str) -> Callable[[Rows], float | None]:
+    return lambda rows: rows.figure(key, case, "fusedopt-triton")
+
+
+def _triton_goals(case: str, launches: int, efficiency: float) -> list[Goal]:
+    """The Triton backend beside the floor and, in host time, beside the CUDA backend."""
+    return [
+        Goal(f"{case}: launches of Triton", _triton("launches", case), "<=", launches),
+        Goal(f"{case}: Triton's share of the floor", _triton("efficiency", case), ">=", efficiency),
+        Goal(
+            f"{case}: host time of CUDA over Triton's",
+            _ratio("host_ms", case, "fusedopt-cuda", "fusedopt-triton"),
+            ">=",
+            0.5,
+        ),
+    ]
+
+
+TAIL_GOALS += _triton_goals("llama-1.3B/adamw/fp32/step", 1, 0.98)
+TAIL_GOALS += _triton_goals("llama-1.3B/adamw/fp32/clip_step", 2, 0.97)
+FORMAT_GOALS += _triton_goals(SMALLEST, 1, 0.85)
+
+RULE_GOALS = [
+    goal
+    for case in (f"{LLAMA}/{rule}/fp32/step" for rule in NEW_RULES)
+    for goal in (
+        *_efficiency_goals(case, 1, 0.96),
+        _times_faster(case, "gpu_ms", "fusedopt-cuda", "torch-fused", 1.0),
+        _times_faster(case, "gpu_ms", "fusedopt-cuda", "torch-foreach", 1.0),
+    )
+]
+CPU_RULE_GOALS = [
+    _times_faster(f"cpu-100M/{rule}/fp32/clip_step", "wall_ms", "fusedopt-cpu", baseline, 1.2)
+    for rule in (*NEW_RULES, "radam", "adamw_amsgrad")
+    for baseline in ("torch-fused", "torch-foreach")
+]
+
 CPU_CLIP = "cpu-100M/adamw/fp32/clip_step"
 
 CPU_TAIL_GOALS = [
@@ -214,8 +258,8 @@ LOOP_GOALS = [
 ]
 
 GOALS = {
-    "cuda": {"tail": TAIL_GOALS, "formats": FORMAT_GOALS, "loop": LOOP_GOALS},
-    "cpu": {"tail": CPU_TAIL_GOALS, "formats": [], "loop": []},
+    "cuda": {"tail": TAIL_GOALS, "formats": FORMAT_GOALS, "rules": RULE_GOALS, "loop": LOOP_GOALS},
+    "cpu": {"tail": CPU_TAIL_GOALS, "formats": [], "rules": CPU_RULE_GOALS, "loop": []},
 }
 """By device and set of cases."""
 

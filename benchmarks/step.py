@@ -48,6 +48,7 @@ from benchmarks.workloads import WORKLOADS, Model
 DEFAULT_WORKLOADS = {
     "tail": {"cuda": ("llama-1.3B", "gpt2-124M", "1000-small"), "cpu": ("cpu-100M",)},
     "formats": {"cuda": ("llama-1.3B",), "cpu": ("cpu-100M",)},
+    "rules": {"cuda": ("llama-1.3B",), "cpu": ("cpu-100M",)},
 }
 
 # What is run on each workload, the most important first: a run that meets its time limit leaves out the rest.
@@ -76,7 +77,21 @@ FORMAT_VARIANTS = [
     ("adamw", "fp32+int8", "step"),
 ]
 
-VARIANTS = {"tail": TAIL_VARIANTS, "formats": FORMAT_VARIANTS}
+RULE_VARIANTS = [
+    ("sgd_momentum", "fp32", "step"),
+    ("rmsprop", "fp32", "step"),
+    ("adagrad", "fp32", "step"),
+    ("sgd_momentum", "fp32", "clip_step"),
+    ("rmsprop", "fp32", "clip_step"),
+    ("adagrad", "fp32", "clip_step"),
+    ("sgd", "fp32", "step"),
+    ("radam", "fp32", "step"),
+    ("radam", "fp32", "clip_step"),
+    ("adamw_amsgrad", "fp32", "step"),
+    ("adamw_amsgrad", "fp32", "clip_step"),
+]
+
+VARIANTS = {"tail": TAIL_VARIANTS, "formats": FORMAT_VARIANTS, "rules": RULE_VARIANTS}
 """The sets of cases, by name."""
 
 WARM_UP_STEPS = 2
@@ -171,7 +186,7 @@ class Runner:
 
     def _own(self, case: Case) -> list[str]:
         """The libraries that are no peers."""
-        return contracts.libraries(case) + contracts.other_backends(self.device)
+        return contracts.libraries(case, self.device) + contracts.other_backends(self.device)
 
     def check(self, case: Case, tail: Tail, model: Model) -> float:
         return check(case, tail, model)

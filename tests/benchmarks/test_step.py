@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are 
 from benchmarks import contracts, peers
 from benchmarks.checks import check
 from benchmarks.contracts import Case, build
-from benchmarks.report import FORMAT_GOALS, judge_goals
+from benchmarks.report import FORMAT_GOALS, RULE_GOALS, judge_goals
 from benchmarks.step import DEFAULT_WORKLOADS, VARIANTS, select_cases
 from benchmarks.timing import split_steps
 from benchmarks.workloads import FORMATS, WORKLOADS, Model
@@ -44,10 +44,13 @@ def test_result_says_where_it_was_made(result):
 def test_every_case_is_measured_by_every_library_that_offers_it(result):
     measured = {(r["optimizer"], r["format"], r["contract"], r["library"]) for r in result["rows"]}
     assert len(measured) == len(result["rows"])
-    assert {row[:3] for row in measured if row[3] == "fusedopt-cpu"} == {*VARIANTS["tail"], *VARIANTS["formats"]}
+    assert {row[:3] for row in measured if row[3] == "fusedopt-cpu"} == set().union(*VARIANTS.values())
     for contract in ("clip_step", "scaler_clip_step"):
         libraries = {row[3] for row in measured if row[:3] == ("adamw", "fp32", contract)}
         assert libraries == {"fusedopt-cpu", "torch-fused", "torch-grad-scale"}
+    for rule, fused in (("sgd_momentum", True), ("rmsprop", False), ("radam", False)):
+        libraries = {row[3] for row in measured if row[:3] == (rule, "fp32", "step")}
+        assert libraries == {"fusedopt-cpu", "torch-foreach", *(["torch-fused"] if fused else [])}
 
 
 def test_figures_of_a_row_fit_together(result):
@@ -254,7 +257,7 @@ def test_a_format_is_kept_as_the_case_says(name):
 
 def test_sets_choose_cases_and_workloads():
     assert {case.workload for case in select_cases(("formats",), "cuda", (), ())} == {"llama-1.3B"}
-    both = select_cases(("tail", "formats"), "cuda", (), ())
+    both = select_cases(tuple(VARIANTS), "cuda", (), ())
     expected = sum(len(DEFAULT_WORKLOADS[name]["cuda"]) * len(VARIANTS[name]) for name in VARIANTS)
     assert len(set(both)) == len(both) == expected
     assert select_cases(("formats",), "cpu", ("tiny",), ("bf16+sr",)) == [Case("tiny", "adamw", "bf16+sr", "step")]
@@ -262,7 +265,7 @@ def test_sets_choose_cases_and_workloads():
 
 def test_goals_are_about_cases_that_are_run():
     names = {str(case) for name in VARIANTS for case in select_cases((name,), "cuda", (), ())}
-    for goal in FORMAT_GOALS:
+    for goal in (*FORMAT_GOALS, *RULE_GOALS):
         assert goal.name.split(":")[0] in names
 
 
@@ -297,6 +300,20 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch):
     assert missing.keys() == {"flashoptim", "bitsandbytes", "apex"}
     assert "no_apex" in missing["apex"]
     assert peers.missing(cases, CPU) == {}  # they are for GPUs
+
+
+@pytest.mark.parametrize("library", ["fusedopt", "torch-foreach", "torch-fused"])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd_momentum", "rmsprop", "adagrad", "radam", "adamw_amsgrad"])
+def test_check_of_other_rules(optimizer, library):
+    """It passes what is right, and notices a step that did not clip."""
+    right, wrong = (Case("tiny", optimizer, "fp32", contract) for contract in ("clip_step", "step"))
+    if library not in contracts.libraries(right, CPU):
+        pytest.skip("torch has no such implementation")
+    model = Model(WORKLOADS["tiny"], torch.float32, CPU)
+    assert check(right, build(library, right, model.params), model) <= 1
+    model.reset()
+    with pytest.raises(AssertionError, match="rounding explains"):
+        check(wrong, build(library, right, model.params), model)
 
 
 def test_every_contract_is_built_for_the_device_it_names():
