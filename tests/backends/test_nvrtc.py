@@ -88,7 +88,7 @@ SPILLED_BYTES = {
     "norm of float64": (72, 96),
     "norm": (0, 56),
     "norm, small models": (16, 16),
-    "update, small models": (16, 24),
+    "update, small models": (16, 32),
     "accumulation of float64": (80, 104),
     "update, int8 states": (48, 48),
     "update, stochastic states": (0, 40),
