@@ -8,6 +8,7 @@
 #include "host/hypers.h"
 #include "host/repeated_step.h"
 #include "host/table.h"
+#include "host/tensor_layout.h"
 #include "host/watch.h"
 #include "rules/all.h"
 
@@ -212,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU engine and host side of fusedopt";
   m.def("rules", &rules, "What csrc/rules/all.h lists.");
   m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
+  m.def("has_tensor_layout", [] { return tensor_layout() != nullptr; }, "Whether tensors are read in place.");
   m.def("has_torch_functions", &has_torch_functions, "Whether tensors are read through torch's own C functions.");
 
   py::class_<Table>(m, "Table")
@@ -257,7 +259,11 @@ PYBIND11_MODULE(_C, m) {
   bind_pass_args(m);
   m.def("set_scalars", &set_scalars);
   py::class_<RepeatedStep>(m, "RepeatedStep")
-      .def(py::init<Watch&, Hypers&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def(py::init([](Watch& watch, Hypers& hypers, py::object scalars, py::object hooks, py::object is_profiled,
+                       py::object stream_of, py::object device) {
+             return new RepeatedStep(watch, hypers, {scalars, hooks, is_profiled, stream_of, device});
+           }),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
       .def(
           "add",
           [](RepeatedStep& step, Table& table, PassArgs& args, uint64 context, uint64 function, uint32 grid,
@@ -265,9 +271,8 @@ PYBIND11_MODULE(_C, m) {
             step.add(table, &args, address<void>(context), address<void>(function), grid, capacity);
           },
           py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-      .def("run", [](RepeatedStep& step, py::list param_groups, py::dict state, uint64 stream) {
-        return step.run(std::move(param_groups), std::move(state), address<void>(stream));
-      });
+      .def("serves", &RepeatedStep::serves)
+      .def("run", &RepeatedStep::run);
   m.def("cpu_update", &bind_cpu_update);
   m.def("cpu_norm", &bind_cpu_norm);
   m.def("cpu_accumulate", &bind_cpu_accumulate);

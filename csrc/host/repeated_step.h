@@ -1,5 +1,5 @@
 // A step that differs from the one before it in gradients and hyper-parameters only: reads both and launches, in one
-// call from Python. With caches that the backward pass has filled with other things, each Python function on the way
+// call from Python. With caches that the backward pass has filled with other things, each line of Python on the way
 // costs microseconds.
 #pragma once
 
@@ -15,8 +15,18 @@ namespace fusedopt {
 
 class RepeatedStep {
  public:
-  // The plan's own; whoever holds this holds them.
-  RepeatedStep(Watch& watch, Hypers& hypers) : watch_(watch), hypers_(hypers) {}
+  // What makes a step different, or observed, so that it has to take the long way.
+  struct Conditions {
+    pybind11::object scalars;      // the optimizer's `_scalars` in the last step
+    pybind11::object hooks;        // tuple of the dicts with the hooks of all optimizers
+    pybind11::object is_profiled;  // builtin functions: () -> bool
+    pybind11::object stream_of;    // (device index) -> int, the current stream
+    pybind11::object device;       // the index
+  };
+
+  // watch and hypers: the plan's own; whoever holds this holds them.
+  RepeatedStep(Watch& watch, Hypers& hypers, Conditions conditions)
+      : watch_(watch), hypers_(hypers), conditions_(std::move(conditions)) {}
 
   // In the order in which the kernels are launched. args: PassArgs, as they were for the last step. capacity: bytes of
   // step table that the kernel takes as a parameter.
@@ -24,20 +34,10 @@ class RepeatedStep {
     launches_.push_back({&table, args, context, function, grid, capacity});
   }
 
-  // False, with nothing launched, where this step is not like the last one.
-  bool run(pybind11::list param_groups, pybind11::dict state, void* stream) {
-    const pybind11::list relayout;
-    if (!watch_.refresh(param_groups, state, relayout, true) || !relayout.empty()) return false;
-    if (size_t(PyList_GET_SIZE(param_groups.ptr())) != hypers_.rows().size() || !hypers_.pack(param_groups).empty())
-      return false;
-    for (const Launch& launch : launches_) launch.table->pack(hypers_.rows(), launch.capacity);
-    for (const Launch& launch : launches_) {
-      if (!launch.grid) continue;
-      void* params[2] = {launch.args, launch.table->packed()};
-      CudaDriver::instance().launch(launch.context, launch.function, launch.grid, kCudaThreads, stream, params);
-    }
-    return true;
-  }
+  bool serves(pybind11::handle scalars) const { return conditions_.scalars.is(scalars); }
+
+  // optimizer: its __dict__. False, with nothing launched, where this step is not like the last one.
+  bool run(pybind11::dict optimizer);
 
  private:
   struct Launch {
@@ -49,8 +49,11 @@ class RepeatedStep {
     size_t capacity;
   };
 
+  bool is_plain(PyObject* optimizer) const;
+
   Watch& watch_;
   Hypers& hypers_;
+  Conditions conditions_;
   std::vector<Launch> launches_;
 };
 

@@ -30,6 +30,17 @@ struct TensorInfo {
 // Whether torch's own functions are used.
 bool has_torch_functions();
 
+// Where a tensor's elements are: its address, and what that was made from.
+struct Memory {
+  void* data;
+  uint64 storage_data, owner, offset;  // of its storage; 0 where they could not be read
+};
+
+// What the gradients of one parameter looked like when torch was last asked.
+struct GradLook {
+  uint64 type[2];  // 0 where they could not be read
+};
+
 // Does not own the tensor: whoever holds a TensorRef sees to it that the Python object lives.
 class TensorRef {
   // After one or two words of reference counts come the pointers to the storage, to autograd's data, among them the
@@ -46,13 +57,23 @@ class TensorRef {
   explicit TensorRef(pybind11::handle tensor);
 
   PyObject* object() const { return object_; }
+  const void* impl() const { return impl_; }
   // False, with no Python error set, where this is not an ordinary dense tensor.
   bool read(TensorInfo& info) const;
   void* data() const;  // null where `read` fails
+  Memory memory() const;
+  bool is_at(const Memory& memory) const;
   enum class Grad { kNone, kDense, kOther };
   // In two halves, so that many tensors' gradients can be on their way from memory at once.
   const void* find_grad() const;
   Grad read_grad(const void* found, TensorInfo& info) const;
+  // The address of a gradient that looks as `look`, and has this shape and these strides; null where it does not, or
+  // where that cannot be told without asking torch.
+  static const void* address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
+                                     const int64* shape, const int64* strides);
+  static GradLook look_of(const void* found);
+  // Whether memory holds the negatives of its elements, as far as that can be told.
+  static bool is_negative(const void* found);
   // Hints, in this order and some tensors ahead: fetch the tensor's memory, then what it points to.
   void prefetch() const { prefetch_tensor(impl_); }
   void prefetch_storage() const { prefetch_storage_of(impl_); }

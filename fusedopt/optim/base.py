@@ -20,7 +20,7 @@ from .memory import MemorySummary
 from .metrics import StepMetrics
 from .plan import OptimizerPlan
 from .release import GradientRelease, check_releasable, releasable
-from .repeat import Repetition
+from .repeat import repetition_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -264,7 +264,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         plan = self._plan
         repetition = None if closure is not None or plan is None or tracer() is not None else plan.repetition
-        if repetition is not None and repetition.run(self):
+        if repetition is not None and repetition.run(self.__dict__):
             self._steps += 1
             return None
         return self._hooked_step() if closure is None else self._hooked_step(closure)
@@ -339,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan.bump_versions()
         self._norm_taken = takes_norm
         if plan.repetition is None or not plan.repetition.serves(scalars):
-            plan.repetition = Repetition.of(self, plan, scalars, names)
+            plan.repetition = repetition_of(self, plan, scalars, names)
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
