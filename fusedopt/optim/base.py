@@ -11,7 +11,7 @@ import torch
 from .. import formats, passes
 from ..backends import for_device
 from ..checks import check_clipping, check_hyperparameters, check_params
-from ..compiling import keep_out_of_graphs, tracer
+from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
@@ -263,7 +263,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             been changed then.
         """
         plan = self._plan
-        repetition = None if closure is not None or plan is None or tracer() is not None else plan.repetition
+        repetition = None if closure is not None or plan is None else plan.repetition
         if repetition is not None and repetition.run(self.__dict__):
             self._steps += 1
             return None
