@@ -85,13 +85,13 @@ bool find_layout(TensorLayout& layout) {
 }  // namespace
 
 const TensorLayout* tensor_layout() {
-  static const TensorLayout* const layout = []() -> const TensorLayout* {
-    static TensorLayout found = {};
+  static Once<TensorLayout> layout;
+  return layout.get([]() -> const TensorLayout* {
+    TensorLayout found = {};
     const char* off = std::getenv("FUSEDOPT_NO_TENSOR_LAYOUT");  // for tests of the other way
     if ((off && *off) || !has_torch_functions()) return nullptr;
-    return find_layout(found) ? &found : nullptr;
-  }();
-  return layout;
+    return find_layout(found) ? new TensorLayout(found) : nullptr;
+  });
 }
 
 }  // namespace fusedopt

@@ -135,13 +135,13 @@ bool answers_rightly(TorchFunctions& f) {
 }
 
 const TorchFunctions* torch_functions() {
-  static const TorchFunctions* const functions = []() -> const TorchFunctions* {
-    static TorchFunctions found = {};
+  static Once<TorchFunctions> functions;
+  return functions.get([]() -> const TorchFunctions* {
+    TorchFunctions found = {};
     const char* off = std::getenv("FUSEDOPT_NO_TORCH_FUNCTIONS");  // for tests of the other way
     if (off && *off) return nullptr;
-    return find_all(found) && answers_rightly(found) ? &found : nullptr;
-  }();
-  return functions;
+    return find_all(found) && answers_rightly(found) ? new TorchFunctions(found) : nullptr;
+  });
 }
 
 // ---- Python attributes --------------------------------------------------------------------------------------
@@ -152,15 +152,15 @@ struct TorchNames {
 };
 
 const TorchNames& torch_names() {
-  static const TorchNames* const names = [] {
+  static Once<TorchNames> names;
+  return *names.get([] {
     const py::module_ torch = py::module_::import("torch");
-    auto* made = new TorchNames;  // never freed: outlives the interpreter's own teardown
+    auto* made = new TorchNames;
     const char* dtype_names[kNumDTypes] = {"float32", "bfloat16", "float16", "float64"};
     for (int32 i = 0; i < kNumDTypes; ++i) made->dtypes[i] = torch.attr(dtype_names[i]);
     made->strided = torch.attr("strided");
     return made;
-  }();
-  return *names;
+  });
 }
 
 bool read_attributes(py::handle tensor, TensorInfo& info) {

@@ -8,11 +8,35 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <vector>
 
 #include "../core/structs.h"
 
 namespace fusedopt {
+
+// What is worked out once, with Python's help, and lives for ever. Not an ordinary static: Python may let another
+// thread go on meanwhile, which would wait for the static while it holds the lock that the first thread needs. Two
+// threads may work it out; the first one's counts. Later calls need no lock.
+template <class T>
+class Once {
+ public:
+  // make: returns a new T, or null.
+  template <class Make>
+  const T* get(Make make) {
+    if (done_.load(std::memory_order_acquire)) return value_;
+    const T* made = make();
+    if (!done_.load(std::memory_order_acquire)) {  // nobody else runs here: this thread has Python's lock
+      value_ = made;
+      done_.store(true, std::memory_order_release);
+    }
+    return value_;
+  }
+
+ private:
+  const T* value_ = nullptr;
+  std::atomic<bool> done_{false};
+};
 
 constexpr int32 kUnsupportedDType = -1;
 

@@ -130,3 +130,21 @@ def test_without_it(variable):
     chosen = ["-k", "not test_without_it and not layout_is_known and cpu"]
     done = subprocess.run([*command, *chosen], capture_output=True, text=True, env=environment, cwd=tests.parents[2])
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_first_steps_in_several_threads():
+    """What is found out once is found out while Python switches threads: nobody may wait for it with Python's lock."""
+    program = (
+        "import threading, torch, fusedopt\n"
+        "def train():\n"
+        "    params = [torch.nn.Parameter(torch.ones(7)) for _ in range(400)]\n"
+        "    opt = fusedopt.AdamW(params)\n"
+        "    for _ in range(3):\n"
+        "        for p in params: p.grad = torch.ones(7)\n"
+        "        opt.step()\n"
+        "threads = [threading.Thread(target=train) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(fusedopt.__file__).parents[1])}
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
