@@ -10,7 +10,8 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-constexpr int kLastSizes = 8;  // no tensor is smaller than what is read if sizes begin here or before
+// Sizes begin at word 8 in torch 2.13; before, counts and Python object took a word more each.
+constexpr int kLastSizes = 10;
 
 using Words = const uint64*;
 
@@ -47,6 +48,15 @@ bool find_storage(TensorLayout& layout, const py::object& tensor, const py::obje
   return false;
 }
 
+bool find_object(TensorLayout& layout, const py::object& tensor, const py::object& other) {
+  const auto points_to = [&](const py::object& each) {
+    return words_of(each)[layout.object] / 8 == reinterpret_cast<uint64>(each.ptr()) / 8;
+  };
+  for (layout.object = layout.sizes - 2; layout.object > layout.storage; --layout.object)
+    if (points_to(tensor) && points_to(other)) return true;
+  return false;
+}
+
 // Tensors that are alike have the same words, those of another dtype, device or layout have others.
 bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
   const auto type = [&](const py::object& each) {
@@ -73,7 +83,8 @@ bool find_layout(TensorLayout& layout) {
     if (layout.sizes < 0 || layout.sizes != find_sizes(words_of(other), 6)) return false;
     layout.storage_offset = layout.sizes + 2 * kInlineDims;
     layout.type = layout.storage_offset + 2;
-    if (!find_storage(layout, tensor, other) || !tells_apart(layout, tensor)) return false;
+    if (!find_storage(layout, tensor, other) || !find_object(layout, tensor, other)) return false;
+    if (!tells_apart(layout, tensor)) return false;
     const py::object negative = py::module_::import("torch").attr("_neg_view")(tensor);
     layout.negative = words_of(negative)[layout.type + 1] & ~words_of(tensor)[layout.type + 1];
     return layout.negative != 0;

@@ -230,19 +230,23 @@ const uint64* storage_memory(const TensorLayout* layout, const void* impl) {
 }  // namespace
 
 Memory TensorRef::memory() const {
-  Memory memory = {data(), 0, 0, 0};
+  Memory memory = {data(), 0, 0, 0, 0};
   const TensorLayout* layout = tensor_layout();
+  const auto* words = static_cast<const uint64*>(impl_);
   if (const uint64* storage = storage_memory(layout, impl_))
-    memory = {memory.data, storage[0], storage[1], static_cast<const uint64*>(impl_)[layout->storage_offset]};
+    memory = {memory.data, storage[0], storage[1], words[layout->storage_offset], words[layout->object]};
   return memory;
 }
 
 bool TensorRef::is_at(const Memory& memory) const {
   const TensorLayout* layout = tensor_layout();
   const uint64* storage = storage_memory(layout, impl_);
+  const auto* words = static_cast<const uint64*>(impl_);
+  // torch.utils.swap_tensors gives a Python object another tensor's memory, and this memory to the other object.
+  if (memory.object != 0 && words[layout->object] != memory.object) return false;
   // The owner too: memory that tensors share until one of them is written keeps its address.
   if (storage && storage[0] != 0 && storage[0] == memory.storage_data && storage[1] == memory.owner &&
-      static_cast<const uint64*>(impl_)[layout->storage_offset] == memory.offset)
+      words[layout->storage_offset] == memory.offset)
     return true;
   return data() == memory.data;
 }

@@ -58,6 +58,7 @@ bool has_torch_functions();
 struct Memory {
   void* data;
   uint64 storage_data, owner, offset;  // of its storage; 0 where they could not be read
+  uint64 object;                       // Python's, as torch notes it; 0 where it could not be read
 };
 
 // What the gradients of one parameter looked like when torch was last asked.

@@ -329,29 +329,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = self._step_scalars(plan)
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         names = ("norm", "update") if takes_norm else ("update",)
-        passes.begin(plan.tables, scalars, names, self.param_groups)
+        self._run_passes(plan, scalars, names, self.param_groups)
+        if plan.repetition is None or not plan.repetition.serves(scalars):
+            plan.repetition = repetition_of(self, plan, scalars, names)
+
+    def _run_passes(
+        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
+    ) -> None:
+        passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
-        if takes_norm:
+        if "norm" in names:
             passes.norm(plan.tables)
         passes.run_update(plan.tables)
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
-        self._norm_taken = takes_norm
-        if plan.repetition is None or not plan.repetition.serves(scalars):
-            plan.repetition = repetition_of(self, plan, scalars, names)
+        self._norm_taken = "norm" in names
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
         scalars = self._scalars
         if self._accumulator is not None:
             scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
-        passes.begin(plan.tables, scalars, ("update",), plan.alone.hyper(self.param_groups))
-        plan.gather_copies()
-        passes.run_update(plan.tables)
-        plan.scatter_copies()
-        plan.bump_versions()
-        self._norm_taken = False
+        self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
         if self._accumulator is not None:
             self._accumulator.release(param)
 
