@@ -258,19 +258,18 @@ PYBIND11_MODULE(_C, m) {
 
   bind_pass_args(m);
   m.def("set_scalars", &set_scalars);
+  // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector sees through a
+  // Watch, but not what pybind11 keeps.
   py::class_<RepeatedStep>(m, "RepeatedStep")
       .def(py::init([](Watch& watch, Hypers& hypers, py::object scalars, py::object hooks, py::object is_profiled,
                        py::object stream_of, py::object device) {
-             return new RepeatedStep(watch, hypers, {scalars, hooks, is_profiled, stream_of, device});
-           }),
-           py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-      .def(
-          "add",
-          [](RepeatedStep& step, Table& table, PassArgs& args, uint64 context, uint64 function, uint32 grid,
-             size_t capacity) {
-            step.add(table, &args, address<void>(context), address<void>(function), grid, capacity);
-          },
-          py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        return new RepeatedStep(watch, hypers, {scalars, hooks, is_profiled, stream_of, device});
+      }))
+      .def("add",
+           [](RepeatedStep& step, Table& table, PassArgs& args, uint64 context, uint64 function, uint32 grid,
+              size_t capacity) {
+             step.add(table, &args, address<void>(context), address<void>(function), grid, capacity);
+           })
       .def("serves", &RepeatedStep::serves)
       .def("run", &RepeatedStep::run);
   m.def("cpu_update", &bind_cpu_update);
