@@ -29,6 +29,8 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/passes.cpp",
+    "csrc/host/repeated_step.cpp",
+    "csrc/host/tensor_layout.cpp",
     "csrc/host/threads.cpp",
     "csrc/host/cuda_driver.cpp",
     "csrc/host/state_guard.cpp",

@@ -202,7 +202,11 @@ def watched_phases(spent: dict[str, int]) -> Iterator[None]:
 
 
 def phase_times(model: nn.Module, tail: Tail, device: torch.device, steps: int) -> Row:
-    """Median microseconds of each phase; the clocks in between cost some tenths of one."""
+    """Median microseconds of each phase; the clocks in between cost some tenths of one.
+
+    Of the long way, which a hook makes every step take: on a GPU a step that is like the one before is one call.
+    """
+    tail.optimizer.register_step_pre_hook(lambda *_: None)
     spent: dict[str, int] = dict.fromkeys(PHASES, 0)
     steps_spent: list[dict[str, float]] = []
     with watched_phases(spent):
@@ -262,25 +266,30 @@ def in_fresh_process(library: str, case: Case, device: torch.device, steps: int)
     return row
 
 
-def measure_here(workloads: Iterable[str], device: torch.device, quick: bool) -> list[Row]:
+def measure_here(
+    workloads: Iterable[str], device: torch.device, quick: bool, libraries: Iterable[str] = LIBRARIES
+) -> list[Row]:
     """Rows of all workloads, contracts and libraries; this process must not have used the device."""
     rows = []
     for workload in workloads:
         for contract, name in contracts_of(workload).items():
             case = Case(workload, "adamw", "fp32", contract)
-            for library in LIBRARIES:
+            for library in libraries:
                 row = in_fresh_process(library, case, device, steps_of(workload, quick))
                 rows.append({"workload": workload, "contract": name, "library": library} | row)
     return rows
 
 
-def measure(workloads: Sequence[str], device: torch.device, quick: bool) -> list[Row]:
+def measure(
+    workloads: Sequence[str], device: torch.device, quick: bool, libraries: Sequence[str] = LIBRARIES
+) -> list[Row]:
     """The same by way of a fresh Python process.
 
     Raises:
         RuntimeError, subprocess.TimeoutExpired: it failed.
     """
     chosen = [argument for workload in workloads for argument in ("--workload", workload)]
+    chosen += [argument for library in libraries for argument in ("--library", library)]
     command = [sys.executable, __file__, "--device", device.type, *chosen, "--child", *["--quick"] * quick]
     result = subprocess.run(command, capture_output=True, text=True, timeout=2 * CHILD_SECONDS, check=False)
     if result.returncode:
@@ -291,15 +300,23 @@ def measure(workloads: Sequence[str], device: torch.device, quick: bool) -> list
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--workload", "workloads", type=click.Choice(list(MODELS)), multiple=True, default=["1000-small"])
+@click.option("--library", "libraries", type=click.Choice(LIBRARIES), multiple=True, default=LIBRARIES)
 @click.option("--quick", is_flag=True, help="Few steps.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 @click.option("--child", is_flag=True, hidden=True)
-def main(device_type: str, workloads: tuple[str, ...], quick: bool, path: Path | None, child: bool) -> None:
+def main(
+    device_type: str,
+    workloads: tuple[str, ...],
+    libraries: tuple[str, ...],
+    quick: bool,
+    path: Path | None,
+    child: bool,
+) -> None:
     device = torch.device(device_type)
     if child:
-        print(json.dumps(measure_here(workloads, device, quick)))
+        print(json.dumps(measure_here(workloads, device, quick, libraries)))
         return
-    rows = measure(workloads, device, quick)
+    rows = measure(workloads, device, quick, libraries)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(environment(device) | {"rows": rows}, indent=1) + "\n")

@@ -86,19 +86,7 @@ class HostTimes:
 
 def time_host(step: Step, prepare: Step, caches: Caches, repeats: int, times: HostTimes) -> None:
     """Adds ``repeats`` single steps to ``times``, each with new gradients, cold caches and an idle device."""
-    with no_garbage_collection():
-        for _ in range(repeats):
-            prepare()
-            caches.evict_device()
-            synchronize(caches.device)
-            caches.evict_host()
-            start = perf_counter_ns()
-            step()
-            returned = perf_counter_ns()
-            synchronize(caches.device)
-            finished = perf_counter_ns()
-            times.host.append((returned - start) / NS_PER_MS)
-            times.wall.append((finished - start) / NS_PER_MS)
+    time_stages([step], lambda _: None, prepare, caches, repeats, times)
 
 
 def time_stages(

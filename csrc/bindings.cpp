@@ -8,6 +8,7 @@
 #include "host/hypers.h"
 #include "host/repeated_step.h"
 #include "host/table.h"
+#include "host/tensor_layout.h"
 #include "host/watch.h"
 #include "rules/all.h"
 
@@ -229,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU engine and host side of fusedopt";
   m.def("rules", &rules, "What csrc/rules/all.h lists.");
   m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
+  m.def("has_tensor_layout", [] { return tensor_layout() != nullptr; }, "Whether tensors are read in place.");
   m.def("has_torch_functions", &has_torch_functions, "Whether tensors are read through torch's own C functions.");
 
   py::class_<Table>(m, "Table")
@@ -276,18 +278,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_scalars", &set_scalars);
   m.def("pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"),
         py::arg("hypers"));
+  // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector sees through a
+  // Watch, but not what pybind11 keeps.
   py::class_<RepeatedStep>(m, "RepeatedStep")
-      .def(py::init<Watch&>(), py::keep_alive<1, 2>())
-      .def(
-          "add",
-          [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
-             uint32 grid, size_t capacity) {
-            step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
-          },
-          py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
-      .def("run", [](RepeatedStep& step, py::list param_groups, py::dict state, uint64 stream) {
-        return step.run(std::move(param_groups), std::move(state), address<void>(stream));
-      });
+      .def(py::init([](Watch& watch, py::object scalars, py::object hooks, py::object is_profiled, py::object stream_of,
+                       py::object device, py::object backend, py::object context_backend) {
+        return new RepeatedStep(watch, {scalars, hooks, is_profiled, stream_of, device, backend, context_backend});
+      }))
+      .def("add",
+           [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
+              uint32 grid, size_t capacity) {
+             step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
+           })
+      .def("serves", &RepeatedStep::serves)
+      .def("run", &RepeatedStep::run);
   m.def("cpu_update", &bind_cpu_update);
   m.def("cpu_norm", &bind_cpu_norm);
   m.def("cpu_accumulate", &bind_cpu_accumulate);

@@ -15,6 +15,7 @@ from . import _C
 from .backends import wanted
 from .checks import check_grad, check_params
 from .compiling import keep_out_of_graphs
+from .hooks import on_gradient
 from .main_grads import AccumulatePlan, MainGrad, check_grads, make_main_grads
 from .optim.base import FusedOptimizer
 
@@ -90,7 +91,7 @@ class GradAccumulator:
         self._adopt(trained)
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer._attach_accumulator(self)
-        self._hooks = [param.register_post_accumulate_grad_hook(self._fold) for param in trained]
+        self._hooks = [on_gradient(param, self._fold) for param in trained]
 
     @property
     def params(self) -> list[torch.Tensor]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["keep_out_of_graphs", "tracer"]
-
-tracer = torch._C._dynamo.eval_frame.get_eval_frame_callback
-"""Returns what ``torch.compile`` traces the running code with, or None."""
+__all__ = ["keep_out_of_graphs"]
 
 
 def keep_out_of_graphs(cls: type, *names: str, alone: tuple[str, ...] = ()) -> None:
@@ -16,7 +13,7 @@ def keep_out_of_graphs(cls: type, *names: str, alone: tuple[str, ...] = ()) -> N
     For constructors: decorators would import the compiler, which takes a second, when the package is imported, while
     ``torch.optim.Optimizer.__init__`` does it anyway. Costs a call of about 1 microsecond.
 
-    alone: methods for which that is too much; they call nothing but builtins unless ``tracer()`` is None.
+    alone: methods for which that is too much; they call nothing but builtins and methods among ``names``.
     """
     for name in (*names, *alone):
         method = getattr(cls, name)

@@ -12,6 +12,8 @@ import torch
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    # Taken out of the environment: tests that run pytest themselves would write there too.
+    config.gpu_results = os.environ.pop("FUSEDOPT_GPU_RESULTS", None)
     config.addinivalue_line("markers", "multigpu: needs two CUDA devices")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on the CPU
@@ -54,7 +56,7 @@ def _version(package: str) -> str | None:
 
 def pytest_terminal_summary(terminalreporter):
     """With FUSEDOPT_GPU_RESULTS=path, write what ran where, and how many tests passed, to that path as JSON."""
-    path = os.environ.get("FUSEDOPT_GPU_RESULTS")
+    path = terminalreporter.config.gpu_results
     if not path:
         return
     counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "skipped")}

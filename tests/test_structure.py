@@ -43,6 +43,7 @@ RANKS = {
     "control": 1,
     "checks": 1,
     "compiling": 1,
+    "hooks": 1,
     "plan": 2,
     "triton": 2,
     "backends": 3,

@@ -1,11 +1,11 @@
 // A step that differs from the one before it in gradients and hyper-parameters only: reads both and launches, in one
-// call from Python. With caches that the backward pass has filled with other things, each Python function on the way
+// call from Python. With caches that the backward pass has filled with other things, each line of Python on the way
 // costs microseconds.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
+#include <string>
 #include <vector>
 
 #include "cuda_driver.h"
@@ -16,31 +16,29 @@ namespace fusedopt {
 
 class RepeatedStep {
  public:
-  // The plan's own, as everything below; whoever holds this holds them.
-  explicit RepeatedStep(Watch& watch) : watch_(watch) {}
+  // What makes a step different, or observed, so that it has to take the long way.
+  struct Conditions {
+    pybind11::object scalars;          // the optimizer's `_scalars` in the last step
+    pybind11::object hooks;            // tuple of the dicts with the hooks of all optimizers
+    pybind11::object is_profiled;      // builtin functions: () -> bool
+    pybind11::object stream_of;        // (device index) -> int, the current stream
+    pybind11::object device;           // the index
+    pybind11::object backend;          // the optimizer's `_backend`
+    pybind11::object context_backend;  // () -> str or None, what `use_backend` asks for
+  };
+
+  // watch: the plan's own, as what is added; whoever holds this holds them.
+  RepeatedStep(Watch& watch, Conditions conditions);
 
   // In the order in which the kernels are launched. hypers: of the table's rule. args: PassArgs, as they were for the
   // last step. capacity: bytes of step table that the kernel takes as a parameter.
-  void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity) {
-    if (std::find(hypers_.begin(), hypers_.end(), &hypers) == hypers_.end()) hypers_.push_back(&hypers);
-    launches_.push_back({&table, &hypers, args, context, function, grid, capacity});
-  }
+  void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
 
-  // False, with nothing launched, where this step is not like the last one.
-  bool run(pybind11::list param_groups, pybind11::dict state, void* stream) {
-    const pybind11::list relayout;
-    if (!watch_.refresh(param_groups, state, relayout, true) || !relayout.empty()) return false;
-    for (Hypers* hypers : hypers_)
-      if (size_t(PyList_GET_SIZE(param_groups.ptr())) != hypers->rows().size() || !hypers->pack(param_groups).empty())
-        return false;
-    for (const Launch& launch : launches_) launch.table->pack(launch.hypers->rows(), launch.capacity);
-    for (const Launch& launch : launches_) {
-      if (!launch.grid) continue;
-      void* params[2] = {launch.args, launch.table->packed()};
-      CudaDriver::instance().launch(launch.context, launch.function, launch.grid, kCudaThreads, stream, params);
-    }
-    return true;
-  }
+  // Whether it may repeat a step that is told these scalars.
+  bool serves(pybind11::handle scalars) const { return conditions_.scalars.is(scalars) && asks_as_before(); }
+
+  // optimizer: its __dict__. False, with nothing launched, where this step is not like the last one.
+  bool run(pybind11::dict optimizer);
 
  private:
   struct Launch {
@@ -53,8 +51,14 @@ class RepeatedStep {
     size_t capacity;
   };
 
+  bool asks_as_before() const;  // for the same backend
+  bool is_plain(PyObject* optimizer) const;
+
   Watch& watch_;
   std::vector<Hypers*> hypers_;  // of the rules, each once
+  Conditions conditions_;
+  pybind11::object asked_;   // what `context_backend` said of the last step
+  std::string environment_;  // and FUSEDOPT_BACKEND
   std::vector<Launch> launches_;
 };
 

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "tensor_layout.h"
+
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -133,13 +135,13 @@ bool answers_rightly(TorchFunctions& f) {
 }
 
 const TorchFunctions* torch_functions() {
-  static const TorchFunctions* const functions = []() -> const TorchFunctions* {
-    static TorchFunctions found = {};
+  static Once<TorchFunctions> functions;
+  return functions.get([]() -> const TorchFunctions* {
+    TorchFunctions found = {};
     const char* off = std::getenv("FUSEDOPT_NO_TORCH_FUNCTIONS");  // for tests of the other way
     if (off && *off) return nullptr;
-    return find_all(found) && answers_rightly(found) ? &found : nullptr;
-  }();
-  return functions;
+    return find_all(found) && answers_rightly(found) ? new TorchFunctions(found) : nullptr;
+  });
 }
 
 // ---- Python attributes --------------------------------------------------------------------------------------
@@ -150,15 +152,15 @@ struct TorchNames {
 };
 
 const TorchNames& torch_names() {
-  static const TorchNames* const names = [] {
+  static Once<TorchNames> names;
+  return *names.get([] {
     const py::module_ torch = py::module_::import("torch");
-    auto* made = new TorchNames;  // never freed: outlives the interpreter's own teardown
+    auto* made = new TorchNames;
     const char* dtype_names[kNumDTypes] = {"float32", "bfloat16", "float16", "float64"};
     for (int32 i = 0; i < kNumDTypes; ++i) made->dtypes[i] = torch.attr(dtype_names[i]);
     made->strided = torch.attr("strided");
     return made;
-  }();
-  return *names;
+  });
 }
 
 bool read_attributes(py::handle tensor, TensorInfo& info) {
@@ -214,6 +216,67 @@ void* TensorRef::data() const {
   Tensor tensor = impl_;
   void* data = nullptr;
   return torch_functions()->get_data_ptr(&tensor, &data) == 0 ? data : nullptr;
+}
+
+namespace {
+
+// What the storage of a tensor points to; null where that is not known.
+const uint64* storage_memory(const TensorLayout* layout, const void* impl) {
+  if (!layout || !impl) return nullptr;
+  const auto* storage = reinterpret_cast<const uint64*>(static_cast<const uint64*>(impl)[layout->storage]);
+  return storage ? storage + layout->data : nullptr;
+}
+
+}  // namespace
+
+Memory TensorRef::memory() const {
+  Memory memory = {data(), 0, 0, 0, 0};
+  const TensorLayout* layout = tensor_layout();
+  const auto* words = static_cast<const uint64*>(impl_);
+  if (const uint64* storage = storage_memory(layout, impl_))
+    memory = {memory.data, storage[0], storage[1], words[layout->storage_offset], words[layout->object]};
+  return memory;
+}
+
+bool TensorRef::is_at(const Memory& memory) const {
+  const TensorLayout* layout = tensor_layout();
+  const uint64* storage = storage_memory(layout, impl_);
+  const auto* words = static_cast<const uint64*>(impl_);
+  // torch.utils.swap_tensors gives a Python object another tensor's memory, and this memory to the other object.
+  if (memory.object != 0 && words[layout->object] != memory.object) return false;
+  // The owner too: memory that tensors share until one of them is written keeps its address.
+  if (storage && storage[0] != 0 && storage[0] == memory.storage_data && storage[1] == memory.owner &&
+      words[layout->storage_offset] == memory.offset)
+    return true;
+  return data() == memory.data;
+}
+
+GradLook TensorRef::look_of(const void* found) {
+  const TensorLayout* layout = tensor_layout();
+  if (!layout) return {};
+  const auto* words = static_cast<const uint64*>(found);
+  return {{words[layout->type], words[layout->type + 1]}};
+}
+
+bool TensorRef::is_negative(const void* found) {
+  const TensorLayout* layout = tensor_layout();
+  return layout && (static_cast<const uint64*>(found)[layout->type + 1] & layout->negative);
+}
+
+const void* TensorRef::address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
+                                       const int64* shape, const int64* strides) {
+  constexpr uint64 kSizes[kNumDTypes] = {4, 2, 2, 8};
+  const TensorLayout* layout = tensor_layout();
+  const uint64* storage = storage_memory(layout, found);
+  if (!storage || storage[0] == 0 || look.type[1] == 0 || ndim > kInlineDims) return nullptr;
+  const auto* words = static_cast<const uint64*>(found);
+  if (words[layout->type] != look.type[0] || words[layout->type + 1] != look.type[1] ||
+      words[layout->sizes - 1] != uint64(ndim))
+    return nullptr;
+  for (int32 d = 0; d < ndim; ++d)
+    if (words[layout->sizes + d] != uint64(shape[d]) || words[layout->sizes + kInlineDims + d] != uint64(strides[d]))
+      return nullptr;
+  return reinterpret_cast<const void*>(storage[0] + words[layout->storage_offset] * kSizes[dtype]);
 }
 
 const void* TensorRef::find_grad() const {

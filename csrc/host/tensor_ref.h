@@ -8,11 +8,35 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <vector>
 
 #include "../core/structs.h"
 
 namespace fusedopt {
+
+// What is worked out once, with Python's help, and lives for ever. Not an ordinary static: Python may let another
+// thread go on meanwhile, which would wait for the static while it holds the lock that the first thread needs. Two
+// threads may work it out; the first one's counts. Later calls need no lock.
+template <class T>
+class Once {
+ public:
+  // make: returns a new T, or null.
+  template <class Make>
+  const T* get(Make make) {
+    if (done_.load(std::memory_order_acquire)) return value_;
+    const T* made = make();
+    if (!done_.load(std::memory_order_acquire)) {  // nobody else runs here: this thread has Python's lock
+      value_ = made;
+      done_.store(true, std::memory_order_release);
+    }
+    return value_;
+  }
+
+ private:
+  const T* value_ = nullptr;
+  std::atomic<bool> done_{false};
+};
 
 constexpr int32 kUnsupportedDType = -1;
 
@@ -30,6 +54,18 @@ struct TensorInfo {
 // Whether torch's own functions are used.
 bool has_torch_functions();
 
+// Where a tensor's elements are: its address, and what that was made from.
+struct Memory {
+  void* data;
+  uint64 storage_data, owner, offset;  // of its storage; 0 where they could not be read
+  uint64 object;                       // Python's, as torch notes it; 0 where it could not be read
+};
+
+// What the gradients of one parameter looked like when torch was last asked.
+struct GradLook {
+  uint64 type[2];  // 0 where they could not be read
+};
+
 // Does not own the tensor: whoever holds a TensorRef sees to it that the Python object lives.
 class TensorRef {
   // After one or two words of reference counts come the pointers to the storage, to autograd's data, among them the
@@ -46,13 +82,23 @@ class TensorRef {
   explicit TensorRef(pybind11::handle tensor);
 
   PyObject* object() const { return object_; }
+  const void* impl() const { return impl_; }
   // False, with no Python error set, where this is not an ordinary dense tensor.
   bool read(TensorInfo& info) const;
   void* data() const;  // null where `read` fails
+  Memory memory() const;
+  bool is_at(const Memory& memory) const;
   enum class Grad { kNone, kDense, kOther };
   // In two halves, so that many tensors' gradients can be on their way from memory at once.
   const void* find_grad() const;
   Grad read_grad(const void* found, TensorInfo& info) const;
+  // The address of a gradient that looks as `look`, and has this shape and these strides; null where it does not, or
+  // where that cannot be told without asking torch.
+  static const void* address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
+                                     const int64* shape, const int64* strides);
+  static GradLook look_of(const void* found);
+  // Whether memory holds the negatives of its elements, as far as that can be told.
+  static bool is_negative(const void* found);
   // Hints, in this order and some tensors ahead: fetch the tensor's memory, then what it points to.
   void prefetch() const { prefetch_tensor(impl_); }
   void prefetch_storage() const { prefetch_storage_of(impl_); }

@@ -62,9 +62,9 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
   Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
-  Row row = {ref,          info.data,        rows_table,        slot,      group,           info.dtype,
-             grad_dtype,   info.device_type, info.device_index, info.ndim, extents_.size(), has_main_grad,
-             std::nullopt, std::move(held)};
+  Row row = {ref,       ref.memory(),    GradLook{},    rows_table,       slot,
+             group,     info.dtype,      grad_dtype,    info.device_type, info.device_index,
+             info.ndim, extents_.size(), has_main_grad, std::nullopt,     std::move(held)};
   if (has_main_grad) {
     py::object main_grad = param.attr("main_grad");
     if (!main_grad.is_none()) row.main_grad.emplace(main_grad);
@@ -89,7 +89,7 @@ void Watch::remember_state(py::dict state) {
       // Whoever moves the memory of a counter, a view of one tensor for all, moves that of the other state too.
       if (py::isinstance<py::str>(item.first) && item.first.cast<std::string>() == "step") continue;
       const TensorRef tensor(item.second);
-      if (void* data = tensor.data()) state_tensors_.push_back({tensor, data});
+      if (const Memory memory = tensor.memory(); memory.data) state_tensors_.push_back({tensor, memory});
     }
   }
   state_.remember(state);
@@ -133,14 +133,14 @@ bool Watch::same_addresses(size_t part, size_t parts) {
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].param.prefetch();
     if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_all();
-    if (rows_[i].param.data() != rows_[i].data) return false;
+    if (!rows_[i].param.is_at(rows_[i].memory)) return false;
     grads_[i] = rows_[i].param.find_grad();
   }
   const Range states = range_of(state_tensors_.size(), part, parts);
   for (size_t i = states.begin; i < states.end; ++i) {
     if (i + 2 * kAhead < states.end) state_tensors_[i + 2 * kAhead].tensor.prefetch();
     if (i + kAhead < states.end) state_tensors_[i + kAhead].tensor.prefetch_storage();
-    if (state_tensors_[i].tensor.data() != state_tensors_[i].data) return false;
+    if (!state_tensors_[i].tensor.is_at(state_tensors_[i].memory)) return false;
   }
   return true;
 }
@@ -157,9 +157,18 @@ bool Watch::same_main_grads() const {
 }
 
 bool Watch::read_grad(size_t index, const void* found) {
-  const Row& row = rows_[index];
+  Row& row = rows_[index];
   const bool holds = row.held && row.held->value();
   if (holds && !row.table) return false;
+  const int64* shape = extents_.data() + row.extents;
+  if (row.table && !row.main_grad) {
+    const void* address =
+        TensorRef::address_of_like(found, row.look, row.grad_dtype, row.ndim, shape, shape + row.ndim);
+    if (address) {
+      row.table->set_grad(row.slot, address, holds);
+      return true;
+    }
+  }
   TensorInfo grad;
   switch (row.param.read_grad(found, grad)) {
     case TensorRef::Grad::kNone:
@@ -175,11 +184,12 @@ bool Watch::read_grad(size_t index, const void* found) {
       if (row.main_grad) return false;  // which of the two is meant?
       break;
   }
-  const int64* shape = extents_.data() + row.extents;
   if (!row.table || grad.dtype != row.grad_dtype || grad.device_type != row.device_type ||
       grad.device_index != row.device_index || !same_shape(grad, row.ndim, shape))
     return false;
-  const bool direct = same_strides(grad, shape + row.ndim);
+  const bool negative = !row.main_grad && found && TensorRef::is_negative(found);
+  const bool direct = same_strides(grad, shape + row.ndim) && !negative;
+  if (direct && grad.data && has_torch_functions()) row.look = TensorRef::look_of(found);
   row.table->set_grad(row.slot, direct ? gradient_address(grad) : nullptr, holds);
   relayout_[index] = !direct;
   return true;

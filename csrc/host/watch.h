@@ -74,7 +74,8 @@ class Watch {
  private:
   struct Row {
     TensorRef param;
-    void* data;
+    Memory memory;
+    GradLook look;
     Table* table;
     int32 slot;
     int32 group;
@@ -88,7 +89,7 @@ class Watch {
   };
   struct StateTensor {
     TensorRef tensor;  // lives as long as state_ is unchanged
-    void* data;
+    Memory memory;
   };
 
   bool same_parameters(PyObject* param_groups) const;

@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["NAMES", "Availability", "asked", "available", "check_name", "for_device", "use_backend", "wanted"]
+__all__ = ["NAMES", "Availability", "available", "check_name", "context_backend", "for_device", "use_backend", "wanted"]
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 """Modules of this package, one for each backend."""
@@ -52,6 +52,8 @@ _DEVICES = {
 }
 
 _context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusedopt_backend", default=None)
+context_backend = _context.get
+"""What ``use_backend`` asks for: a name, "auto", or None outside of it."""
 
 
 class Availability(NamedTuple):
@@ -70,7 +72,7 @@ def check_name(where: str, name: str | None) -> str | None:
         return None
     if name not in NAMES:
         raise ValueError(f"{where}: got {name!r}, expected 'auto' or one of {', '.join(NAMES)}; choose one of them")
-    return name
+    return NAMES[NAMES.index(name)]  # the same object each time: repeated steps compare identities
 
 
 @contextmanager
@@ -90,16 +92,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _context.reset(token)
 
 
-def asked(backend: str | None) -> tuple[str | None, str | None]:
-    """By ``backend`` and by ``use_backend``: less than a look at the environment, for steps that are like the last."""
-    return backend, _context.get()
-
-
 def wanted(backend: str | None = None) -> str | None:
     """The backend asked for, by ``backend``, ``use_backend`` or FUSEDOPT_BACKEND; None where nobody asked."""
     if backend is not None:
         return backend
-    chosen = _context.get()
+    chosen = context_backend()
     if chosen is None:
         return check_name("FUSEDOPT_BACKEND", os.environ.get("FUSEDOPT_BACKEND") or None)
     return None if chosen == "auto" else chosen

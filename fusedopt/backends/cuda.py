@@ -19,7 +19,6 @@ __all__ = [
     "finalize_norm",
     "norm",
     "prepare",
-    "repeated_step",
     "require_available",
     "scale",
     "update",
@@ -186,15 +185,13 @@ def _launch(name: str, bucket: Bucket, tables: DeviceTables) -> None:
         _C.cuda_launch(context, function, grid, tables.stream, bucket.args, bucket.table if bucket.capacity else None)
 
 
-def repeated_step(tables: DeviceTables, watch: _C.Watch, passes: tuple[str, ...]) -> _C.RepeatedStep | None:
-    """The step that has just been made, to be made again with other gradients; None if it needs more than launches."""
-    if not all(bucket.capacity for bucket in tables.buckets) or not _C.has_torch_functions():
-        return None
-    step = _C.RepeatedStep(watch)
-    for name in passes:
-        for bucket in tables.buckets:
-            step.add(bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
-    return step
+def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple]:
+    """What the last step launched, in its order, for ``_C.RepeatedStep.add``."""
+    return [
+        (bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
+        for name in passes
+        for bucket in tables.buckets
+    ]
 
 
 def norm(tables: DeviceTables, finalize: bool = True) -> None:

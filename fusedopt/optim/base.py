@@ -11,7 +11,7 @@ import torch
 from .. import formats, passes
 from ..backends import check_name, for_device, wanted
 from ..checks import check_clipping, check_hyperparameters, check_params
-from ..compiling import keep_out_of_graphs, tracer
+from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
@@ -20,7 +20,7 @@ from .memory import MemorySummary
 from .metrics import StepMetrics
 from .plan import OptimizerPlan
 from .release import GradientRelease, check_releasable, releasable
-from .repeat import Repetition
+from .repeat import repetition_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -290,8 +290,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             been changed then.
         """
         plan = self._plan
-        repetition = None if closure is not None or plan is None or tracer() is not None else plan.repetition
-        if repetition is not None and repetition.run(self):
+        repetition = None if closure is not None or plan is None else plan.repetition
+        if repetition is not None and repetition.run(self.__dict__):
             self._steps += 1
             return None
         return self._hooked_step() if closure is None else self._hooked_step(closure)
@@ -356,29 +356,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = self._step_scalars(plan)
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         names = ("norm", "update") if takes_norm else ("update",)
-        passes.begin(plan.tables, scalars, names, self.param_groups)
+        self._run_passes(plan, scalars, names, self.param_groups)
+        if plan.repetition is None or not plan.repetition.serves(scalars):
+            plan.repetition = repetition_of(self, plan, scalars, names)
+
+    def _run_passes(
+        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
+    ) -> None:
+        passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
-        if takes_norm:
+        if "norm" in names:
             passes.norm(plan.tables)
         passes.run_update(plan.tables)
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
-        self._norm_taken = takes_norm
-        if plan.repetition is None or not plan.repetition.serves(scalars):
-            plan.repetition = Repetition.of(self, plan, scalars, names)
+        self._norm_taken = "norm" in names
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
         scalars = self._scalars
         if self._accumulator is not None:
             scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
-        passes.begin(plan.tables, scalars, ("update",), plan.alone.hyper(self.param_groups))
-        plan.gather_copies()
-        passes.run_update(plan.tables)
-        plan.scatter_copies()
-        plan.bump_versions()
-        self._norm_taken = False
+        self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
         if self._accumulator is not None:
             self._accumulator.release(param)
 

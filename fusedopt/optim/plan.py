@@ -29,7 +29,6 @@ from ..formats import (
 )
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
-from .repeat import Repetition
 
 __all__ = ["OptimizerPlan"]
 
@@ -115,7 +114,7 @@ class OptimizerPlan:
     """(parameter with gaps, its dense copy)."""
     grads: list[torch.Tensor] = field(default_factory=list)
     """Gradients that were laid out anew for the step under way."""
-    repetition: Repetition | None = None
+    repetition: _C.RepeatedStep | None = None
     """Of the last step, where the next one may be made like it."""
     alone: _Alone | None = None
     """Where the plan is for one parameter."""

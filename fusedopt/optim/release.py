@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backends import wanted
+from ..hooks import on_gradient
 from .plan import OptimizerPlan
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._plans: dict[torch.Tensor, OptimizerPlan] = {}
         self._paused = False
-        self._hooks: list[Any] = [param.register_post_accumulate_grad_hook(self._update) for param in params]
+        self._hooks: list[Any] = [on_gradient(param, self._update) for param in params]
 
     @property
     def active(self) -> bool:

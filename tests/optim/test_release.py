@@ -1,6 +1,8 @@
 """Gradient release: the bits of ordinary steps, with each gradient gone as soon as it was used."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -250,3 +252,21 @@ def test_a_bad_gradient_leaves_the_parameter_alone(device):
         embedding(torch.tensor([1, 2], device=device)).sum().backward()
     assert_same_bits(embedding.weight.detach(), before)
     assert not opt.state
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_optimizer_is_freed(accumulates, device):
+    """Hooks of parameters are out of the sight of Python's collector: what they hold would never be freed."""
+    model = network(torch.float32, device)
+    opt = fusedopt.AdamW(model.parameters())
+    accumulator = fusedopt.GradAccumulator(opt, hooks=True) if accumulates else None
+    opt.release_gradients(model)
+    for seed in range(2):
+        backward(model, seed, device, torch.float32)
+        opt.step()
+    gone = [weakref.ref(each) for each in (opt, accumulator) if each is not None]
+    del opt, accumulator
+    gc.collect()
+    assert [each() for each in gone] == [None] * len(gone)
+    backward(model, 2, device, torch.float32)
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,8 +1,10 @@
 """Checkpoints, copies, and everything that other people's code does to optimizer state between two steps."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from cases import (
 )
 
 import fusedopt
+from fusedopt import _C
 
 SIZES = [5, 0, 4097]
 ADDITIONS = {"max_grad_norm": 2.0, "norm_type": 1.0, "max_grad_value": 0.5, "nonfinite": "skip"}
@@ -463,3 +466,19 @@ def test_parameter_moved_to_another_group(device):
         train(opt, params, 1, first=1)
     for p, q in zip(ours, theirs):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_optimizer_that_its_parameter_refers_to_is_freed(device):
+    """The collector sees the whole cycle, with what repeats a step too, which only GPUs have by themselves."""
+    params = parameters([5, 300], device=device)
+    opt = fusedopt.AdamW(params)
+    train(opt, params, 3)
+    plan = opt._plan
+    if plan.repetition is None:
+        observers = ((), torch.autograd._profiler_enabled, id)
+        plan.repetition = _C.RepeatedStep(plan.watch, plan.tables[0].hypers, opt._scalars, *observers, 0)
+    params[0].owner = opt
+    gone = weakref.ref(opt)
+    del opt, params, plan
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,108 @@
+#include "tensor_layout.h"
+
+#include <cstdlib>
+#include <vector>
+
+#include "tensor_ref.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// Sizes begin at word 8 in torch 2.13; before, counts and Python object took a word more each.
+constexpr int kLastSizes = 10;
+
+using Words = const uint64*;
+
+Words words_of(const py::object& tensor) { return static_cast<Words>(TensorRef(tensor).impl()); }
+
+// shape (3, 5, 7, 11), contiguous, `offset` elements into its storage.
+py::object sample(const char* dtype, const char* device, int offset) {
+  const py::module_ torch = py::module_::import("torch");
+  const py::object flat = torch.attr("empty")(2048, py::arg("dtype") = torch.attr(dtype), py::arg("device") = device);
+  return flat.attr("narrow")(0, offset, 3 * 5 * 7 * 11).attr("view")(3, 5, 7, 11);
+}
+
+int find_sizes(Words words, uint64 offset) {
+  const uint64 expected[] = {4, 3, 5, 7, 11};
+  const uint64 strides[] = {5 * 7 * 11, 7 * 11, 11, 1};
+  for (int at = 4; at <= kLastSizes; ++at) {
+    bool found = words[at + 2 * kInlineDims] == offset && words[at + 2 * kInlineDims + 1] == 3 * 5 * 7 * 11;
+    for (int i = 0; i < 5; ++i) found = found && words[at - 1 + i] == expected[i];
+    for (int i = 0; i < 4; ++i) found = found && words[at + kInlineDims + i] == strides[i];
+    if (found) return at;
+  }
+  return -1;
+}
+
+bool find_storage(TensorLayout& layout, const py::object& tensor, const py::object& other) {
+  const py::object sharing = tensor.attr("data");  // the same storage, and nothing else in common
+  const auto address = tensor.attr("untyped_storage")().attr("data_ptr")().cast<uint64>();
+  for (layout.storage = 2; layout.storage < 4; ++layout.storage) {
+    const uint64 pointer = words_of(tensor)[layout.storage];
+    if (pointer != words_of(sharing)[layout.storage] || pointer == words_of(other)[layout.storage]) continue;
+    for (layout.data = 2; layout.data < 4; ++layout.data)
+      if (reinterpret_cast<Words>(pointer)[layout.data] == address) return true;
+  }
+  return false;
+}
+
+bool find_object(TensorLayout& layout, const py::object& tensor, const py::object& other) {
+  const auto points_to = [&](const py::object& each) {
+    return words_of(each)[layout.object] / 8 == reinterpret_cast<uint64>(each.ptr()) / 8;
+  };
+  for (layout.object = layout.sizes - 2; layout.object > layout.storage; --layout.object)
+    if (points_to(tensor) && points_to(other)) return true;
+  return false;
+}
+
+// Tensors that are alike have the same words, those of another dtype, device or layout have others.
+bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
+  const auto type = [&](const py::object& each) {
+    const Words words = words_of(each);
+    return std::pair(words[layout.type], words[layout.type + 1]);
+  };
+  if (type(sample("float32", "cpu", 0)) != type(tensor)) return false;
+  std::vector<py::object> others = {tensor.attr("to_sparse")()};
+  for (const char* dtype : {"float64", "bfloat16", "float16", "int32"}) others.push_back(sample(dtype, "cpu", 0));
+  others.push_back(sample("float32", "meta", 0));
+  for (size_t i = 0; i < others.size(); ++i) {
+    if (!words_of(others[i]) || type(others[i]) == type(tensor)) return false;
+    for (size_t j = 0; j < i; ++j)
+      if (type(others[i]) == type(others[j])) return false;
+  }
+  return true;
+}
+
+bool find_layout(TensorLayout& layout) {
+  try {
+    const py::object tensor = sample("float32", "cpu", 5), other = sample("float32", "cpu", 6);
+    if (!words_of(tensor) || !words_of(other)) return false;
+    layout.sizes = find_sizes(words_of(tensor), 5);
+    if (layout.sizes < 0 || layout.sizes != find_sizes(words_of(other), 6)) return false;
+    layout.storage_offset = layout.sizes + 2 * kInlineDims;
+    layout.type = layout.storage_offset + 2;
+    if (!find_storage(layout, tensor, other) || !find_object(layout, tensor, other)) return false;
+    if (!tells_apart(layout, tensor)) return false;
+    const py::object negative = py::module_::import("torch").attr("_neg_view")(tensor);
+    layout.negative = words_of(negative)[layout.type + 1] & ~words_of(tensor)[layout.type + 1];
+    return layout.negative != 0;
+  } catch (py::error_already_set&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+const TensorLayout* tensor_layout() {
+  static Once<TensorLayout> layout;
+  return layout.get([]() -> const TensorLayout* {
+    TensorLayout found = {};
+    const char* off = std::getenv("FUSEDOPT_NO_TENSOR_LAYOUT");  // for tests of the other way
+    if ((off && *off) || !has_torch_functions()) return nullptr;
+    return find_layout(found) ? new TensorLayout(found) : nullptr;
+  });
+}
+
+}  // namespace fusedopt
