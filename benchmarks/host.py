@@ -50,7 +50,7 @@ CONTRACTS = {"step": "step_after_backward", "clip_step": "clip_step_after_backwa
 WARM_UP_STEPS = 3
 MANY_TENSORS = 5000  # a backward pass of so many takes long: fewer steps, one contract
 STEPS, STEPS_OF_MANY, QUICK_STEPS = 30, 10, 3
-CHILD_SECONDS, EXIT_SECONDS = 120, 10
+CHILD_SECONDS, EXIT_SECONDS = 60, 10
 
 NS_PER_US = 1e3
 
@@ -266,6 +266,15 @@ def in_fresh_process(library: str, case: Case, device: torch.device, steps: int)
     return row
 
 
+def described(row: Row) -> str:
+    """A line or two for people."""
+    figures = row["error"] or f"{row['host_ms']:.4f} ms ({row['host_ms_min']:.4f} to {row['host_ms_max']:.4f})"
+    text = f"{row['workload']} {row['contract']} {row['library']}: {figures}"
+    if row.get("phases_us"):
+        text += "\n  " + ", ".join(f"{name} {us:.1f}" for name, us in row["phases_us"].items()) + " us"
+    return text
+
+
 def measure_here(
     workloads: Iterable[str], device: torch.device, quick: bool, libraries: Iterable[str] = LIBRARIES
 ) -> list[Row]:
@@ -277,13 +286,14 @@ def measure_here(
             for library in libraries:
                 row = in_fresh_process(library, case, device, steps_of(workload, quick))
                 rows.append({"workload": workload, "contract": name, "library": library} | row)
+                print(described(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
 def measure(
     workloads: Sequence[str], device: torch.device, quick: bool, libraries: Sequence[str] = LIBRARIES
 ) -> list[Row]:
-    """The same by way of a fresh Python process.
+    """The same by way of a fresh Python process, which tells of each row on the standard error stream.
 
     Raises:
         RuntimeError, subprocess.TimeoutExpired: it failed.
@@ -291,9 +301,9 @@ def measure(
     chosen = [argument for workload in workloads for argument in ("--workload", workload)]
     chosen += [argument for library in libraries for argument in ("--library", library)]
     command = [sys.executable, __file__, "--device", device.type, *chosen, "--child", *["--quick"] * quick]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=2 * CHILD_SECONDS, check=False)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * CHILD_SECONDS, check=False)
     if result.returncode:
-        raise RuntimeError(f"host.measure: exit status {result.returncode} from {' '.join(command)}:\n{result.stderr}")
+        raise RuntimeError(f"host.measure: exit status {result.returncode} from {' '.join(command)}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -320,11 +330,6 @@ def main(
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(environment(device) | {"rows": rows}, indent=1) + "\n")
-    for row in rows:
-        figures = row["error"] or f"{row['host_ms']:.4f} ms ({row['host_ms_min']:.4f} to {row['host_ms_max']:.4f})"
-        print(f"{row['workload']} {row['contract']} {row['library']}: {figures}")
-        if row.get("phases_us"):
-            print("  " + ", ".join(f"{name} {us:.1f}" for name, us in row["phases_us"].items()) + " us")
 
 
 if __name__ == "__main__":

@@ -207,17 +207,18 @@ void bind_pass_args(py::module_& m) {
 
 // ---- the watch --------------------------------------------------------------------------------------------
 
-// Lets Python's collector see through a Watch: a parameter's hook may hold the optimizer that holds the watch.
+// Lets Python's collector see through an object: a parameter's hook may hold the optimizer that holds the object.
+template <class T>
 void make_collectable(PyHeapTypeObject* heap_type) {
   PyTypeObject* type = &heap_type->ht_type;
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
     Py_VISIT(Py_TYPE(self));
     if (!py::detail::is_holder_constructed(self)) return 0;
-    return py::cast<Watch&>(py::handle(self)).traverse(visit, arg);
+    return py::cast<T&>(py::handle(self)).traverse(visit, arg);
   };
   type->tp_clear = [](PyObject* self) -> int {
-    if (py::detail::is_holder_constructed(self)) py::cast<Watch&>(py::handle(self)).clear();
+    if (py::detail::is_holder_constructed(self)) py::cast<T&>(py::handle(self)).clear();
     return 0;
   };
 }
@@ -260,7 +261,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::shared_ptr<Epoch>>(), py::arg("epoch"))
       .def_property("value", &Held::value, &Held::set);
 
-  py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable))
+  py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable<Watch>))
       .def(py::init<>())
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
            py::arg("table"), py::arg("slot"), py::arg("has_main_grad"), py::arg("held") = nullptr)
@@ -278,13 +279,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_scalars", &set_scalars);
   m.def("pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"),
         py::arg("hypers"));
-  // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector sees through a
-  // Watch, but not what pybind11 keeps.
-  py::class_<RepeatedStep>(m, "RepeatedStep")
-      .def(py::init([](Watch& watch, py::object scalars, py::object hooks, py::object is_profiled, py::object stream_of,
-                       py::object device, py::object backend, py::object context_backend) {
-        return new RepeatedStep(watch, {scalars, hooks, is_profiled, stream_of, device, backend, context_backend});
-      }))
+  // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector does not see what
+  // pybind11 keeps.
+  py::class_<RepeatedStep>(m, "RepeatedStep", py::custom_type_setup(&make_collectable<RepeatedStep>))
+      .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, py::object scalars, py::object hooks,
+                       py::object backend, py::object is_profiled, py::object context_backend, py::object run_passes) {
+             return new RepeatedStep(watch, std::move(hypers), {scalars, hooks, backend, is_profiled, context_backend},
+                                     run_passes);
+           }),
+           py::arg("watch"), py::arg("hypers"), py::arg("scalars"), py::arg("hooks"), py::arg("backend"),
+           py::arg("is_profiled"), py::arg("context_backend"), py::arg("run_passes"))
+      .def("launch_on", &RepeatedStep::launch_on)
       .def("add",
            [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
               uint32 grid, size_t capacity) {

@@ -218,8 +218,8 @@ CUDA_CHUNK = 1 << 13
 CUDA_CHUNK_BLOCKED = 1 << 15
 """The same where states are blocked: such kernels are pipelined and need time to get going."""
 
-TRITON_CHUNK = 1 << 12
-"""Elements per Triton program: 16 for each thread of 8 warps, all of them loaded before the first is used."""
+TRITON_CHUNK = 1 << 13
+"""Elements per Triton program, which goes through them tile by tile."""
 
-TRITON_CHUNK_BLOCKED = 1 << 13
-"""The same where states are blocked: tile by tile, because what all elements share would take as long as they do."""
+TRITON_CHUNK_BLOCKED = 1 << 15
+"""The same where states are blocked: what all elements share would take as long as they do."""

@@ -91,21 +91,12 @@ CASES = [
     Case("radam-decoupled", "RAdam", "radam", {"decoupled_weight_decay": True, **UPHILL}, RADAM),
 ]
 BY_NAME = {case.name: case for case in CASES}
-# One row per optimizer and set of states, with weight decay, for what does not depend on the variant.
-ONE_EACH = [
-    BY_NAME[name]
-    for name in (
-        "adam-l2",
-        "adamw-decay",
-        "lion-decay",
-        "adamw-amsgrad",
-        "sgd-momentum",
-        "sgdw-nesterov",
-        "rmsprop-momentum",
-        "rmsprop-centered",
-        "adagrad-l2",
-        "radam-l2",
-    )
+# One row per set of moments, with weight decay, for what does not depend on the rule.
+ONE_EACH = [BY_NAME[name] for name in ("adamw-amsgrad", "adamw-decay", "lion-decay", "rmsprop-momentum", "adagrad-l2")]
+# One row per rule with states, for what does not depend on the variant.
+BY_RULE = [
+    *ONE_EACH,
+    *(BY_NAME[name] for name in ("adam-l2", "sgd-momentum", "sgdw-nesterov", "rmsprop-centered", "radam-l2")),
 ]
 STATELESS = [BY_NAME["sgd-l2"], BY_NAME["sgdw-decay"]]
 WITH_PEER = [case for case in CASES if case.has_peer]

@@ -10,16 +10,22 @@ namespace {
 // Makes a context current for a scope: a step may run in a thread (backward hooks) where none is yet.
 class CurrentContext {
  public:
-  CurrentContext(int (*push)(void*), int (*pop)(void**), void* context) : pop_(pop), status_(push(context)) {}
+  CurrentContext(int (*get)(void**), int (*push)(void*), int (*pop)(void**), void* context) : pop_(pop) {
+    void* current = nullptr;
+    if (get(&current) == 0 && current == context) return;
+    status_ = push(context);
+    pushed_ = status_ == 0;
+  }
   ~CurrentContext() {
     void* ignored;
-    if (status_ == 0) pop_(&ignored);
+    if (pushed_) pop_(&ignored);
   }
   int status() const { return status_; }
 
  private:
   int (*pop_)(void**);
-  int status_;
+  int status_ = 0;
+  bool pushed_ = false;
 };
 
 }  // namespace
@@ -40,6 +46,7 @@ CudaDriver::CudaDriver() {
   find(cuDriverGetVersion_, "cuDriverGetVersion");
   find(cuDeviceGet_, "cuDeviceGet");
   find(cuDevicePrimaryCtxRetain_, "cuDevicePrimaryCtxRetain");
+  find(cuCtxGetCurrent_, "cuCtxGetCurrent");
   find(cuCtxPushCurrent_, "cuCtxPushCurrent_v2");
   find(cuCtxPopCurrent_, "cuCtxPopCurrent_v2");
   find(cuModuleLoadData_, "cuModuleLoadData");
@@ -72,7 +79,7 @@ void* CudaDriver::primary_context(int device) const {
 }
 
 void* CudaDriver::load(void* context, const std::string& cubin, const std::string& name) const {
-  const CurrentContext current(cuCtxPushCurrent_, cuCtxPopCurrent_, context);
+  const CurrentContext current(cuCtxGetCurrent_, cuCtxPushCurrent_, cuCtxPopCurrent_, context);
   check(current.status(), "cuCtxPushCurrent");
   void *module = nullptr, *function = nullptr;
   check(cuModuleLoadData_(&module, cubin.data()), "cuModuleLoadData");
@@ -81,7 +88,7 @@ void* CudaDriver::load(void* context, const std::string& cubin, const std::strin
 }
 
 void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params) const {
-  const CurrentContext current(cuCtxPushCurrent_, cuCtxPopCurrent_, context);
+  const CurrentContext current(cuCtxGetCurrent_, cuCtxPushCurrent_, cuCtxPopCurrent_, context);
   check(current.status(), "cuCtxPushCurrent");
   check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, 0, stream, params, nullptr), "cuLaunchKernel");
 }

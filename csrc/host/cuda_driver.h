@@ -31,6 +31,7 @@ class CudaDriver {
   int (*cuDriverGetVersion_)(int*);
   int (*cuDeviceGet_)(int*, int);
   int (*cuDevicePrimaryCtxRetain_)(void**, int);
+  int (*cuCtxGetCurrent_)(void**);
   int (*cuCtxPushCurrent_)(void*);
   int (*cuCtxPopCurrent_)(void**);
   int (*cuModuleLoadData_)(void**, const void*);

@@ -1,7 +1,6 @@
 #include "repeated_step.h"
 
-#include <algorithm>
-#include <cstdlib>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -27,30 +26,28 @@ const Names& names() {
   return *all;
 }
 
-std::string environment_backend() {
-  const char* const name = std::getenv("FUSEDOPT_BACKEND");
-  return name ? name : "";
-}
-
 bool is_empty(PyObject* container) { return container && PyObject_Size(container) == 0; }
 
 }  // namespace
 
-RepeatedStep::RepeatedStep(Watch& watch, Conditions conditions)
+RepeatedStep::RepeatedStep(Watch& watch, std::vector<Hypers*> hypers, Conditions conditions, py::object run_passes)
     : watch_(watch),
+      hypers_(std::move(hypers)),
       conditions_(std::move(conditions)),
       asked_(conditions_.context_backend()),
-      environment_(environment_backend()) {}
+      run_passes_(std::move(run_passes)) {}
+
+void RepeatedStep::launch_on(py::object stream_of, py::object device) {
+  stream_of_ = std::move(stream_of);
+  device_ = std::move(device);
+}
 
 void RepeatedStep::add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid,
                        size_t capacity) {
-  if (std::find(hypers_.begin(), hypers_.end(), &hypers) == hypers_.end()) hypers_.push_back(&hypers);
   launches_.push_back({&table, &hypers, args, context, function, grid, capacity});
 }
 
-bool RepeatedStep::asks_as_before() const {
-  return conditions_.context_backend().is(asked_) && environment_backend() == environment_;
-}
+bool RepeatedStep::asks_as_before() const { return conditions_.context_backend().is(asked_); }
 
 bool RepeatedStep::is_plain(PyObject* optimizer) const {
   const Names& name = names();
@@ -67,7 +64,18 @@ bool RepeatedStep::is_plain(PyObject* optimizer) const {
   return asks_as_before() && !conditions_.is_profiled().cast<bool>();
 }
 
+void RepeatedStep::launch() const {
+  for (const Launch& each : launches_) each.table->pack(each.hypers->rows(), each.capacity);
+  auto* const stream = reinterpret_cast<void*>(stream_of_(device_).cast<uint64>());
+  for (const Launch& each : launches_) {
+    if (!each.grid) continue;
+    void* params[2] = {each.args, each.table->packed()};
+    CudaDriver::instance().launch(each.context, each.function, each.grid, kCudaThreads, stream, params);
+  }
+}
+
 bool RepeatedStep::run(py::dict optimizer) {
+  watch_.summon();
   if (!is_plain(optimizer.ptr())) return false;
   const auto groups = py::reinterpret_borrow<py::list>(PyDict_GetItem(optimizer.ptr(), names().groups));
   const auto state = py::reinterpret_borrow<py::dict>(PyDict_GetItem(optimizer.ptr(), names().state));
@@ -75,14 +83,24 @@ bool RepeatedStep::run(py::dict optimizer) {
   if (!watch_.refresh(groups, state, relayout, true) || !relayout.empty()) return false;
   for (Hypers* hypers : hypers_)
     if (groups.size() != hypers->rows().size() || !hypers->pack(groups).empty()) return false;
-  for (const Launch& launch : launches_) launch.table->pack(launch.hypers->rows(), launch.capacity);
-  auto* const stream = reinterpret_cast<void*>(conditions_.stream_of(conditions_.device).cast<uint64>());
-  for (const Launch& launch : launches_) {
-    if (!launch.grid) continue;
-    void* params[2] = {launch.args, launch.table->packed()};
-    CudaDriver::instance().launch(launch.context, launch.function, launch.grid, kCudaThreads, stream, params);
-  }
+  if (run_passes_.is_none())
+    launch();
+  else
+    run_passes_();
   return true;
+}
+
+int RepeatedStep::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(conditions_.scalars.ptr());
+  Py_VISIT(conditions_.hooks.ptr());
+  Py_VISIT(run_passes_.ptr());
+  return 0;
+}
+
+void RepeatedStep::clear() {
+  hypers_.clear();
+  launches_.clear();
+  run_passes_ = py::none();
 }
 
 }  // namespace fusedopt

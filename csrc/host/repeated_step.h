@@ -5,7 +5,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <string>
 #include <vector>
 
 #include "cuda_driver.h"
@@ -20,16 +19,18 @@ class RepeatedStep {
   struct Conditions {
     pybind11::object scalars;          // the optimizer's `_scalars` in the last step
     pybind11::object hooks;            // tuple of the dicts with the hooks of all optimizers
-    pybind11::object is_profiled;      // builtin functions: () -> bool
-    pybind11::object stream_of;        // (device index) -> int, the current stream
-    pybind11::object device;           // the index
     pybind11::object backend;          // the optimizer's `_backend`
+    pybind11::object is_profiled;      // builtin function: () -> bool
     pybind11::object context_backend;  // () -> str or None, what `use_backend` asks for
   };
 
-  // watch: the plan's own, as what is added; whoever holds this holds them.
-  RepeatedStep(Watch& watch, Conditions conditions);
+  // watch, hypers: the plan's own, as what is added; whoever holds this holds them. hypers: of every rule.
+  // run_passes: () -> None, the passes, when gradients and hyper-parameters have been read; empty where there are
+  // launches instead.
+  RepeatedStep(Watch& watch, std::vector<Hypers*> hypers, Conditions conditions, pybind11::object run_passes);
 
+  // stream_of: builtin function, (device index) -> int, the current stream.
+  void launch_on(pybind11::object stream_of, pybind11::object device);
   // In the order in which the kernels are launched. hypers: of the table's rule. args: PassArgs, as they were for the
   // last step. capacity: bytes of step table that the kernel takes as a parameter.
   void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
@@ -39,6 +40,9 @@ class RepeatedStep {
 
   // optimizer: its __dict__. False, with nothing launched, where this step is not like the last one.
   bool run(pybind11::dict optimizer);
+
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
  private:
   struct Launch {
@@ -53,12 +57,14 @@ class RepeatedStep {
 
   bool asks_as_before() const;  // for the same backend
   bool is_plain(PyObject* optimizer) const;
+  void launch() const;
 
   Watch& watch_;
-  std::vector<Hypers*> hypers_;  // of the rules, each once
+  std::vector<Hypers*> hypers_;
   Conditions conditions_;
-  pybind11::object asked_;   // what `context_backend` said of the last step
-  std::string environment_;  // and FUSEDOPT_BACKEND
+  pybind11::object asked_;  // what `context_backend` said of the last step
+  pybind11::object run_passes_;
+  pybind11::object stream_of_, device_;
   std::vector<Launch> launches_;
 };
 

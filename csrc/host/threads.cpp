@@ -2,7 +2,9 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -15,26 +17,37 @@ class Pool {
   void run(int threads, int64 count, const std::function<void(int64)>& task) {
     std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
     const int helpers = int(std::min<int64>(threads, count)) - 1;
+    int asleep;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (workers_ < helpers) {
-        std::thread(&Pool::work, this, generation_).detach();
-        ++workers_;
-      }
+      hire(helpers);
+      asleep = helpers - awake_;
+      summoned_ = 0;
       task_ = &task;
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
       places_ = helpers;
-      ++generation_;
+      generation_.fetch_add(1, std::memory_order_release);
     }
-    for (int i = 0; i < helpers; ++i) start_.notify_one();
+    for (int i = 0; i < asleep; ++i) start_.notify_one();
     drain();
     std::unique_lock<std::mutex> lock(mutex_);
     places_ = 0;
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
+  void summon(int helpers) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    hire(helpers);
+    summoned_ = std::max(helpers - awake_, 0);
+    if (summoned_ > 0) start_.notify_one();  // who wakes the next one
+  }
+
  private:
+  void hire(int helpers) {
+    for (; workers_ < helpers; ++workers_) std::thread(&Pool::work, this, generation_.load()).detach();
+  }
+
   void drain() {
     for (int64 i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
   }
@@ -42,7 +55,16 @@ class Pool {
   void work(unsigned long seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      start_.wait(lock, [&] { return generation_ != seen; });
+      start_.wait(lock, [&] { return generation_ != seen || summoned_ > 0; });
+      if (generation_ == seen) {
+        if (--summoned_ > 0) start_.notify_one();
+        ++awake_;
+        lock.unlock();
+        await(seen);
+        lock.lock();
+        --awake_;
+        if (generation_ == seen) continue;
+      }
       seen = generation_;
       if (places_ == 0) continue;
       --places_;
@@ -54,12 +76,23 @@ class Pool {
     }
   }
 
+  // Awake, for some time.
+  void await(unsigned long seen) const {
+    const auto deadline = std::chrono::steady_clock::now() + kPatience;
+    while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < deadline) {
+    }
+  }
+
+  static constexpr std::chrono::microseconds kPatience{200};
+
   std::mutex run_mutex_, mutex_;
   std::condition_variable start_, done_;
-  unsigned long generation_ = 0;
+  std::atomic<unsigned long> generation_{0};  // of tasks; written under mutex_
   int workers_ = 0;
-  int places_ = 0;  // for helpers that have not come yet
-  int busy_ = 0;    // helpers that have
+  int summoned_ = 0;  // helpers that are to wake without a task
+  int awake_ = 0;     // helpers that wait for one awake
+  int places_ = 0;    // for helpers that have not come yet
+  int busy_ = 0;      // helpers that have
   const std::function<void(int64)>* task_ = nullptr;
   int64 count_ = 0;
   std::atomic<int64> next_{0};
@@ -87,6 +120,10 @@ void parallel_for(int threads, int64 count, const std::function<void(int64)>& ta
     return;
   }
   get_pool().run(threads, count, task);
+}
+
+void summon(int threads) {
+  if (threads > 1) get_pool().summon(threads - 1);
 }
 
 }  // namespace fusedopt

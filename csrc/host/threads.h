@@ -13,4 +13,8 @@ namespace fusedopt {
 // fork().
 void parallel_for(int threads, int64 count, const std::function<void(int64)>& task);
 
+// Wakes the threads that a `parallel_for` with so many will want in a moment. To wake one takes longer than a step may
+// spend, so they wake while the caller gets ready; if nothing comes they go back to sleep.
+void summon(int threads);
+
 }  // namespace fusedopt

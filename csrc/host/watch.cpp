@@ -39,8 +39,8 @@ bool is_set(PyObject* group, const py::object& key) {
 }
 
 constexpr size_t kAhead = 8;           // tensors whose memory is fetched before it is looked at
-constexpr size_t kPart = 128;          // tensors that a thread looks at in one go
-constexpr size_t kPartsPerThread = 4;  // to wake a thread takes as long as to look at some hundred tensors
+constexpr size_t kPart = 32;           // tensors that a thread looks at in one go
+constexpr size_t kPartsPerThread = 2;  // for fewer, calling a thread takes longer than it saves
 
 struct Range {
   size_t begin, end;
@@ -48,10 +48,10 @@ struct Range {
 
 Range range_of(size_t size, size_t part, size_t parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
-// Of those that look at tensors. Measured: more than four wait for one another.
-int most_threads() {
-  static const int threads = int(std::clamp(std::thread::hardware_concurrency() / 2, 1u, 4u));
-  return threads;
+// That look at tensors. Measured: more than four wait for one another.
+int threads_for(size_t parts) {
+  static const int most = int(std::clamp(std::thread::hardware_concurrency() / 2, 1u, 4u));
+  return std::min(most, int(parts / kPartsPerThread));
 }
 
 }  // namespace
@@ -114,26 +114,30 @@ bool Watch::same_flags(PyObject* param_groups) const {
   return true;
 }
 
-bool Watch::same_parameters(PyObject* param_groups) const {
+// False if there are others, or other numbers of them, than there were. Which ones is for `same_addresses` to see.
+bool Watch::find_params(PyObject* param_groups, std::vector<ParamList>& lists) const {
   static PyObject* const params_name = PyUnicode_InternFromString("params");
   size_t next = 0;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
     PyObject* params = PyDict_GetItem(PyList_GET_ITEM(param_groups, g), params_name);
     if (!params || !PyList_Check(params)) return false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++next)
-      if (next >= rows_.size() || rows_[next].group != g || PyList_GET_ITEM(params, i) != rows_[next].param.object())
-        return false;
+    lists.push_back({PySequence_Fast_ITEMS(params), next});
+    const auto size = size_t(PyList_GET_SIZE(params));
+    next += size;
+    if (next > rows_.size() || (size && (rows_[next - size].group != g || rows_[next - 1].group != g))) return false;
   }
   return next == rows_.size();
 }
 
 // Of one part of the parameters and states. Looks up the gradients on the way.
-bool Watch::same_addresses(size_t part, size_t parts) {
+bool Watch::same_addresses(const std::vector<ParamList>& params, size_t part, size_t parts) {
   const Range rows = range_of(rows_.size(), part, parts);
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].param.prefetch();
     if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_all();
-    if (!rows_[i].param.is_at(rows_[i].memory)) return false;
+    const ParamList& list = params[size_t(rows_[i].group)];
+    if (list.items[i - list.first_row] != rows_[i].param.object() || !rows_[i].param.is_at(rows_[i].memory))
+      return false;
     grads_[i] = rows_[i].param.find_grad();
   }
   const Range states = range_of(state_tensors_.size(), part, parts);
@@ -195,8 +199,8 @@ bool Watch::read_grad(size_t index, const void* found) {
   return true;
 }
 
-bool Watch::read_part(size_t part, size_t parts, bool bump) {
-  if (!same_addresses(part, parts)) return false;
+bool Watch::read_part(const std::vector<ParamList>& params, size_t part, size_t parts, bool bump) {
+  if (!same_addresses(params, part, parts)) return false;
   const Range rows = range_of(rows_.size(), part, parts);
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + kAhead < rows.end) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
@@ -207,16 +211,20 @@ bool Watch::read_part(size_t part, size_t parts, bool bump) {
   return true;
 }
 
+size_t Watch::num_parts() const { return has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1; }
+
+void Watch::summon() const { fusedopt::summon(threads_for(num_parts())); }
+
 bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout, bool bump) {
-  PyObject* const groups = param_groups.ptr();
-  if (!state_.unchanged(state.ptr()) || !same_parameters(groups) || !same_flags(groups)) return false;
+  std::vector<ParamList> params;
+  if (!state_.unchanged(state.ptr()) || !same_flags(param_groups.ptr()) || !find_params(param_groups.ptr(), params))
+    return false;
   if (has_main_grads_ && !same_main_grads()) return false;
-  // Waiting for memory is most of the work, and several threads wait at the same time. They touch no Python object.
-  const size_t parts = has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1;
-  const int threads = std::min(most_threads(), int(parts / kPartsPerThread));
+  // Waiting for memory is most of the work, and several threads wait at the same time. They change no Python object.
+  const size_t parts = num_parts();
   std::atomic<bool> fresh{true};
-  parallel_for(threads, int64(parts), [&](int64 part) {
-    if (fresh.load(std::memory_order_relaxed) && !read_part(size_t(part), parts, bump)) fresh = false;
+  parallel_for(threads_for(parts), int64(parts), [&](int64 part) {
+    if (fresh.load(std::memory_order_relaxed) && !read_part(params, size_t(part), parts, bump)) fresh = false;
   });
   if (!fresh) return false;
   for (size_t i = 0; i < rows_.size(); ++i)

@@ -55,6 +55,9 @@ class Watch {
   // autograd of the step at once, while the tensors are in the cache.
   bool refresh(pybind11::list param_groups, pybind11::dict state, pybind11::list relayout, bool bump);
 
+  // To be called some microseconds before `refresh`.
+  void summon() const;
+
   // Tells autograd that the parameters in tables were written. False: torch must be asked in Python.
   bool bump_versions() const;
 
@@ -92,12 +95,19 @@ class Watch {
     Memory memory;
   };
 
-  bool same_parameters(PyObject* param_groups) const;
+  // group["params"] of one group.
+  struct ParamList {
+    PyObject** items;
+    size_t first_row;
+  };
+
+  bool find_params(PyObject* param_groups, std::vector<ParamList>& lists) const;
   bool same_flags(PyObject* param_groups) const;
   bool same_main_grads() const;
-  bool same_addresses(size_t part, size_t parts);
+  bool same_addresses(const std::vector<ParamList>& params, size_t part, size_t parts);
   bool read_grad(size_t index, const void* found);
-  bool read_part(size_t part, size_t parts, bool bump);
+  bool read_part(const std::vector<ParamList>& params, size_t part, size_t parts, bool bump);
+  size_t num_parts() const;
 
   std::vector<Row> rows_;
   std::vector<pybind11::object> owned_;  // parameters and tables of the rows

@@ -185,8 +185,10 @@ def _launch(name: str, bucket: Bucket, tables: DeviceTables) -> None:
         _C.cuda_launch(context, function, grid, tables.stream, bucket.args, bucket.table if bucket.capacity else None)
 
 
-def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple]:
-    """What the last step launched, in its order, for ``_C.RepeatedStep.add``."""
+def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple] | None:
+    """What the last step launched, in its order, for ``_C.RepeatedStep.add``; None if it did more than launch."""
+    if not all(bucket.capacity for bucket in tables.buckets):
+        return None
     return [
         (bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
         for name in passes

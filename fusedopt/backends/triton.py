@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import sizeof
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ _REMEDY = "install it with `pip install 'triton>=3.2'`, in the version that fits
 
 # Programs of the norm pass on a multiprocessor.
 _NORM_PROGRAMS_PER_SM = 8
-_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}  # a*b+c rounds twice, as everywhere else
+_OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}  # a*b+c rounds twice, as everywhere else
 
 
 def require_available(device: torch.device) -> None:
@@ -82,16 +82,28 @@ def chunk(state_format: StateFormatSpec | None) -> int:
     return TRITON_CHUNK_BLOCKED if state_format is not None and state_format.blocked else TRITON_CHUNK
 
 
-def _tile(state_format: StateFormatSpec) -> tuple[int, int | None]:
-    """Elements of the update pass that are loaded at once, by 8 warps; registers of a thread on NVIDIA GPUs.
+class Tile(NamedTuple):
+    """What a program works on at once: all of it is loaded before the first element is used."""
 
-    Two blocks share a multiprocessor of 65,536 registers, or three where arithmetic takes as long as memory. Without a
-    limit there would be one: Triton allows itself 255. Aligned float32 and bfloat16 chunks spill nothing (Triton 3.6,
-    sm_90).
-    """
-    if state_format.blocked:
-        return TRITON_CHUNK_BLOCKED // 4, 80
-    return TRITON_CHUNK, None if state_format.name == "float64" else 128
+    elements: int
+    warps: int
+    registers: int | None
+    """The most that a thread may have on NVIDIA GPUs, where 65,536 are shared; Triton allows itself 255."""
+
+
+TILES = {"norm": Tile(8192, 8, None), "accumulate": Tile(4096, 8, None), "scale": Tile(4096, 8, None)}
+"""By pass, but for updates."""
+
+
+def update_tile(state_format: StateFormatSpec) -> Tile:
+    """The best of those measured on an H100 (docs/performance.md). Aligned float32 and bfloat16 tiles spill nothing."""
+    if state_format.name == "float64":
+        return Tile(4096, 8, None)
+    if state_format.name == "float32":
+        return Tile(4096, 8, 128)
+    if state_format.blocked or state_format.random:  # the more arithmetic, the more programs should take turns
+        return Tile(1024, 4, 80)
+    return Tile(2048, 8, 64)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------
@@ -165,17 +177,17 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
     main = str(bucket.main_dtype).removeprefix("torch.") if bucket.main_dtype else NO_MAIN
     constants: dict[str, Any] = {"G": grad, "CHUNK": bucket.chunk, "CLAMP": not math.isinf(bucket.args.max_grad_value)}
     programs, sizes = bucket.num_chunks, [DTYPES[grad].size, *([DTYPES[main].size] if bucket.main_dtype else [])]
+    tile = TILES.get(name) or update_tile(bucket.state_format)
     if name == "accumulate":
         constants = {"G": grad, "M": main, "CHUNK": bucket.chunk, "V": _vector(max(sizes))}
-        return _launcher("accumulate_pass", programs, 4, constants)
+        return _launcher("accumulate_pass", programs, 4, constants, tile)
     if name == "norm":
         constants |= {"M": main, "TYPE": bucket.args.norm_type, "V": _vector(max(sizes))}
-        return _launcher("norm_pass", min(_norm_programs(tables.device), programs), 4, constants)
+        return _launcher("norm_pass", min(_norm_programs(tables.device), programs), 4, constants, tile)
     if name == "scale":
-        return _launcher("scale_pass", programs, 3, constants | {"V": _vector(DTYPES[grad].size)})
-    param, state = bucket.param_format, bucket.state_format
-    constants |= update_constants(bucket.rule, param, state, grad, main)
-    return _launcher("update_pass", programs, 4, constants, _tile(state)[1])
+        return _launcher("scale_pass", programs, 3, constants | {"V": _vector(DTYPES[grad].size)}, tile)
+    constants |= update_constants(bucket.rule, bucket.param_format, bucket.state_format, grad, main)
+    return _launcher("update_pass", programs, 4, constants, tile)
 
 
 NO_MAIN = "none"
@@ -197,7 +209,6 @@ def update_constants(
         "PREPARE": prepare_rule,
         "RULE": update_rule,
         "CHUNK": chunk(state),
-        "TILE": _tile(state)[0],
         "N": len(rule.states),
         "SECOND": sum(1 << k for k, moment in enumerate(rule.moments) if moment == "second"),
         "P": param.name,
@@ -219,20 +230,25 @@ def _vector(largest: int) -> int:
     return min(8, 16 // largest)
 
 
-def _launcher(
-    name: str, programs: int, num_arguments: int, constants: dict[str, Any], registers: int | None = None
-) -> Callable[..., None]:
-    """Launches a kernel, which is compiled for the current device, without going through Triton's dispatcher.
+def options_of(tile: Tile) -> dict[str, Any]:
+    """What Triton's compiler for NVIDIA GPUs is told."""
+    registers = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {**_OPTIONS, "num_warps": tile.warps, **registers}
 
-    registers: the most that a thread may have, on NVIDIA GPUs; None for no limit.
-    """
+
+def _launcher(
+    name: str, programs: int, num_arguments: int, constants: dict[str, Any], tile: Tile
+) -> Callable[..., None]:
+    """Launches a kernel, which is compiled for the current device, without going through Triton's dispatcher."""
     from ..triton import kernels
     from ..triton.target import INTERPRETED, NVIDIA
 
     kernel, grid = getattr(kernels, name), (programs, 1, 1)
+    if "TILE" in kernel.arg_names:
+        constants = {**constants, "TILE": tile.elements}
     if INTERPRETED:
         return lambda *args: kernel[grid](*args, **constants)
-    options = {**_OPTIONS, "maxnreg": registers} if NVIDIA.value and registers else _OPTIONS
+    options = options_of(tile if NVIDIA.value else tile._replace(registers=None))
     compiled = kernel.warmup(*([1 << 40] * num_arguments), grid=grid, **constants, **options)
     run = compiled[grid]  # loads it too
     in_order = [constants[key] for key in kernel.arg_names[num_arguments:]]
@@ -261,7 +277,7 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
 
 @functools.cache
 def _finalizer(device: torch.device, norm_type: int) -> Callable[..., None]:
-    return _launcher("finalize_pass", 1, 3, {"TYPE": norm_type})
+    return _launcher("finalize_pass", 1, 3, {"TYPE": norm_type}, TILES["norm"])
 
 
 def update(tables: DeviceTables) -> None:

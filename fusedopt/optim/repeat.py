@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from .. import _C, backends
 
 if TYPE_CHECKING:
     from .. import passes
+    from ..plan import DeviceTables
     from .base import FusedOptimizer
     from .plan import OptimizerPlan
 
@@ -20,28 +22,33 @@ __all__ = ["repetition_of"]
 def repetition_of(
     optimizer: FusedOptimizer, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...]
 ) -> _C.RepeatedStep | None:
-    """Of the step of these passes that has just been made, if it was on one GPU, without scalers or accumulation.
+    """Of the step of these passes that has just been made, if it was on one device, without scalers or accumulation.
 
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
     that one is different, asks for another backend, or because hooks or a profiler want to be told of it.
     """
-    if len(plan.tables) > 1 or plan.copies or scalars is not optimizer._scalars:
+    if len(plan.tables) > 1 or plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
         return None
     tables = plan.tables[0]
-    launches_of = getattr(tables.backend, "launches", None)
-    if launches_of is None or not _C.has_torch_functions() or not all(bucket.capacity for bucket in tables.buckets):
-        return None
-    hooks = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    launches = tables.backend.launches(tables, names) if hasattr(tables.backend, "launches") else None
     step = _C.RepeatedStep(
-        plan.watch,
-        scalars,
-        hooks,
-        torch.autograd._profiler_enabled,
-        torch._C._cuda_getCurrentRawStream,
-        tables.device.index,
-        optimizer._backend,
-        backends.context_backend,
+        watch=plan.watch,
+        hypers=list(tables.hypers.values()),
+        scalars=scalars,
+        hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
+        backend=optimizer._backend,
+        is_profiled=torch.autograd._profiler_enabled,
+        context_backend=backends.context_backend,
+        run_passes=torch.compiler.disable(partial(_run_passes, tables, names)) if launches is None else None,
     )
-    for launch in launches_of(tables, names):
-        step.add(*launch)
+    if launches is not None:
+        step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
+        for launch in launches:
+            step.add(*launch)
     return step
+
+
+def _run_passes(tables: DeviceTables, names: tuple[str, ...]) -> None:
+    tables.backend.begin(tables, names)
+    for name in names:
+        getattr(tables.backend, name)(tables)

@@ -22,11 +22,11 @@ def accumulate_tile(
     length,
     G: tl.constexpr,
     M: tl.constexpr,
-    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     V: tl.constexpr,
 ):
-    """One chunk. main: the address to write to; holds: whether it is added to."""
-    offsets = tile_offsets(CHUNK)
+    """One tile. main: the address to write to; holds: whether it is added to."""
+    offsets = tile_offsets(TILE)
     mask = mask_of(offsets, length, V)
     held = tl.where(holds, main, 0)
     raw, raw_main = load_grad(own, held, start, offsets, mask, G, M, V)
@@ -44,6 +44,7 @@ def accumulate_pass(
     G: tl.constexpr,
     M: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     V: tl.constexpr,
 ):
     """Gradients added to main gradients, or written there where these hold nothing; one program for each chunk."""
@@ -54,7 +55,12 @@ def accumulate_pass(
         main = field(tensors + tensor * TENSOR_SIZE, MAIN_GRAD, tl.int64)
         start = number * CHUNK
         length = length_of(numel, start, CHUNK)
-        if ((own | main | length) & 15) == 0:
-            accumulate_tile(args, own, main, holds, start, length, G, M, CHUNK, V)
-        else:
-            accumulate_tile(args, own, main, holds, start, length, G, M, CHUNK, 1)
+        is_aligned = ((own | main | length) & 15) == 0
+        first = length * 0
+        while first < length:
+            here, rest = start + first, tl.minimum(length - first, TILE)
+            if is_aligned:
+                accumulate_tile(args, own, main, holds, here, rest, G, M, TILE, V)
+            else:
+                accumulate_tile(args, own, main, holds, here, rest, G, M, TILE, 1)
+            first += TILE

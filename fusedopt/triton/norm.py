@@ -82,16 +82,16 @@ def norm_tile(
     G: tl.constexpr,
     M: tl.constexpr,
     TYPE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
-    """A chunk's part of the norm, double, and whether an element is inf or NaN, int32.
+    """A tile's part of the norm, double, and whether an element is inf or NaN, int32.
 
     Rows of 8 elements are added in float, everything else in double. A sum that has overflowed, or is so small that
     squares may have vanished, is done again in double: finite gradients never give an infinite norm.
     """
-    offsets = tile_offsets(CHUNK)
+    offsets = tile_offsets(TILE)
     mask = mask_of(offsets, length, V)
     stored, stored_main = load_grad(own, main, start, offsets, mask, G, M, V)
     inv_scale, limit, _ = scaling(args, tl.float64 if G == "float64" else tl.float32)
@@ -157,6 +157,7 @@ def norm_pass(
     M: tl.constexpr,
     TYPE: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
@@ -175,12 +176,17 @@ def norm_pass(
             own, main = own_of(word), main_of(field(args, ARGS_TENSORS, tl.int64), tensor, word, M)
             start = number * CHUNK
             length = length_of(numel, start, CHUNK)
-            if ((own | main | length) & 15) == 0:
-                part, found = norm_tile(args, own, main, start, length, G, M, TYPE, CHUNK, CLAMP, V)
-            else:
-                part, found = norm_tile(args, own, main, start, length, G, M, TYPE, CHUNK, CLAMP, 1)
-            sum = combine(sum, part, TYPE)
-            nonfinite += found
+            is_aligned = ((own | main | length) & 15) == 0
+            first = length * 0
+            while first < length:
+                here, rest = start + first, tl.minimum(length - first, TILE)
+                if is_aligned:
+                    part, found = norm_tile(args, own, main, here, rest, G, M, TYPE, TILE, CLAMP, V)
+                else:
+                    part, found = norm_tile(args, own, main, here, rest, G, M, TYPE, TILE, CLAMP, 1)
+                sum = combine(sum, part, TYPE)
+                nonfinite += found
+                first += TILE
         c += programs
     partials = field(args, ARGS_PARTIALS, tl.int64)
     own = partials + (field(args, ARGS_FIRST_PARTIAL, tl.int32) + program).to(tl.int64) * PARTIAL_SIZE

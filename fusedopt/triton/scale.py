@@ -19,12 +19,12 @@ def scale_tile(
     start,
     length,
     G: tl.constexpr,
-    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
-    """One chunk; whether an element is inf or NaN."""
-    offsets = tile_offsets(CHUNK)
+    """One tile; whether an element is inf or NaN."""
+    offsets = tile_offsets(TILE)
     mask = mask_of(offsets, length, V)
     where = at(grad_address, start, offsets, G, V)
     raw = decode(load(where, mask), G)
@@ -40,6 +40,7 @@ def scale_pass(
     grads: tl.int64,
     G: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
@@ -54,8 +55,14 @@ def scale_pass(
     if (grad != 0) & (nothing_to_do == 0):
         start = number * CHUNK
         length = length_of(numel, start, CHUNK)
-        if ((grad | length) & 15) == 0:
-            found = scale_tile(args, grad, start, length, G, CHUNK, CLAMP, V)
-        else:
-            found = scale_tile(args, grad, start, length, G, CHUNK, CLAMP, 1)
+        is_aligned = ((grad | length) & 15) == 0
+        found = 0
+        first = length * 0
+        while first < length:
+            here, rest = start + first, tl.minimum(length - first, TILE)
+            if is_aligned:
+                found += scale_tile(args, grad, here, rest, G, TILE, CLAMP, V)
+            else:
+                found += scale_tile(args, grad, here, rest, G, TILE, CLAMP, 1)
+            first += TILE
         tl.store(out.to(tl.pointer_type(tl.float32)), 1.0, mask=(out != 0) & (found > 0))

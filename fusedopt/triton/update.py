@@ -154,7 +154,6 @@ def update_tile(
     c7,
     c8,
     c9,
-    PREPARE: tl.constexpr,
     RULE: tl.constexpr,
     N: tl.constexpr,
     SECOND: tl.constexpr,
@@ -162,16 +161,11 @@ def update_tile(
     G: tl.constexpr,
     M: tl.constexpr,
     S: tl.constexpr,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
-    """One tile. Every load is issued before anything is computed. The names are those of ``update_pass``.
-
-    What ``prepare_program`` gives comes from the caller if a chunk is more than one tile; else it is computed here,
-    while loads are under way.
-    """
+    """One tile. Every load is issued before anything is computed. The names are those of ``update_pass``."""
     offsets = tile_offsets(TILE)
     mask = mask_of(offsets, length, V)
     READS_MAIN: tl.constexpr = (P != "bfloat16+master") and (P != "float16+master")
@@ -201,19 +195,10 @@ def update_tile(
 
     if skip == 0:
         x = decode_param(main, extra, P)
-        # fmt: off
-        if CHUNK == TILE:
-            inv, most, coef, own_weight, own_key, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9 = prepare_program(
-                args, entry, hyper, steps, PREPARE, S, x.dtype
-            )
-        else:
-            inv, most, coef, own_weight, own_key = inv_scale, limit, clip_coef, weight, key
-            d0, d1, d2, d3, d4, d5, d6, d7, d8, d9 = c0, c1, c2, c3, c4, c5, c6, c7, c8, c9
-        # fmt: on
-        g = decode_grad(grad, held, own, main_grad, own_weight, G, M)
-        g = unscale(g, inv, most, CLAMP) * coef
+        g = decode_grad(grad, held, own, main_grad, weight, G, M)
+        g = unscale(g, inv_scale, limit, CLAMP) * clip_coef
         if N == 0:
-            x = RULE(x, g, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            x = RULE(x, g, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
         if N > 0:
             s0 = decode_state(state0, unit0, S, SECOND & 1 != 0)
         if N > 1:
@@ -223,13 +208,13 @@ def update_tile(
         if N > 3:
             s3 = decode_state(state3, unit3, S, SECOND & 8 != 0)
         if N == 1:
-            x, s0 = RULE(x, g, s0, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            x, s0 = RULE(x, g, s0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
         if N == 2:
-            x, s0, s1 = RULE(x, g, s0, s1, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            x, s0, s1 = RULE(x, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
         if N == 3:
-            x, s0, s1, s2 = RULE(x, g, s0, s1, s2, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            x, s0, s1, s2 = RULE(x, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
         if N == 4:
-            x, s0, s1, s2, s3 = RULE(x, g, s0, s1, s2, s3, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
+            x, s0, s1, s2, s3 = RULE(x, g, s0, s1, s2, s3, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
 
         w0, w1, w2, w3, bits, noise = 0, 0, 0, 0, 0, 0
         number = (steps + 1.0).to(tl.int32).to(tl.uint32)
@@ -238,7 +223,7 @@ def update_tile(
             w0, w1, w2, w3 = draw(field(args, ARGS_SEED, tl.int64), tensor, number, start, TILE)
             bits = draw_bits(w0, w1, w2, w3, 0)
         if S == "int8":
-            noise = dither(own_key, number, start, TILE)
+            noise = dither(key, number, start, TILE)
 
         new_main, new_extra = encode_param(x, bits, P)
         tl.store(main_where, new_main, mask=mask)
@@ -277,34 +262,24 @@ def update_chunk(
     G: tl.constexpr,
     M: tl.constexpr,
     S: tl.constexpr,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
     """A chunk, tile by tile."""
-    if CHUNK == TILE:
+    inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = prepare_program(
+        args, entry, hyper, steps, PREPARE, S, tl.float64 if P == "float64" else tl.float32
+    )
+    first = length * 0
+    while first < length:
         # fmt: off
         update_tile(
-            args, entry, hyper, own, main_grad, start, length, steps, skip,
-            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-            PREPARE, RULE, N, SECOND, P, G, M, S, CHUNK, TILE, CLAMP, V,
+            args, entry, hyper, own, main_grad, start + first, tl.minimum(length - first, TILE), steps, skip,
+            inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9,
+            RULE, N, SECOND, P, G, M, S, TILE, CLAMP, V,
         )
         # fmt: on
-    else:
-        inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = prepare_program(
-            args, entry, hyper, steps, PREPARE, S, tl.float64 if P == "float64" else tl.float32
-        )
-        first = length * 0
-        while first < length:
-            # fmt: off
-            update_tile(
-                args, entry, hyper, own, main_grad, start + first, tl.minimum(length - first, TILE), steps, skip,
-                inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9,
-                PREPARE, RULE, N, SECOND, P, G, M, S, CHUNK, TILE, CLAMP, V,
-            )
-            # fmt: on
-            first += TILE
+        first += TILE
 
 
 @triton.jit
@@ -357,12 +332,12 @@ def update_pass(
         if ((addresses_of(entry, own | main_grad, N) | length) & 15) == 0:
             update_chunk(
                 args, entry, hyper, own, main_grad, start, length, steps, skip,
-                PREPARE, RULE, N, SECOND, P, G, M, S, CHUNK, TILE, CLAMP, V,
+                PREPARE, RULE, N, SECOND, P, G, M, S, TILE, CLAMP, V,
             )
         else:
             update_chunk(
                 args, entry, hyper, own, main_grad, start, length, steps, skip,
-                PREPARE, RULE, N, SECOND, P, G, M, S, CHUNK, TILE, CLAMP, 1,
+                PREPARE, RULE, N, SECOND, P, G, M, S, TILE, CLAMP, 1,
             )
         # fmt: on
         count_step(entry, steps, skip)

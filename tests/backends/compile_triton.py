@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedopt.backends.triton import _OPTIONS, NO_MAIN, _tile, update_constants
+from fusedopt.backends.triton import NO_MAIN, TILES, Tile, options_of, update_constants, update_tile
 from fusedopt.backends.triton import _vector as vector_of
 from fusedopt.specs import DTYPES, PARAM_FORMATS, RULES, STATE_FORMATS, TRITON_CHUNK
 from fusedopt.triton import kernels
@@ -59,7 +59,9 @@ def every_combination():
                         yield rule, param, grad, state
 
 
-def compile_kernel(kernel, constants: dict, registers: int | None = None) -> str:
+def compile_kernel(kernel, constants: dict, tile: Tile) -> str:
+    if "TILE" in kernel.arg_names:
+        constants = {**constants, "TILE": tile.elements}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: "i32" if name in ("finalize", "number") else "i64" for name in names}
     try:  # since Triton 3.3
@@ -68,19 +70,20 @@ def compile_kernel(kernel, constants: dict, registers: int | None = None) -> str
         source = ASTSource(kernel, signature={name: everything[name] for name in kernel.arg_names}, constexprs=by_place)
     except TypeError:
         source = ASTSource(kernel, signature=signature, constants=constants)
-    options = {**_OPTIONS, "maxnreg": registers} if registers else _OPTIONS
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options_of(tile)).asm["ptx"]
 
 
-def summary(ptx: str) -> dict:
-    """Bytes a thread moves by vector accesses; floating-point instructions that must, or must not, be there."""
+def summary(ptx: str, tile: Tile) -> dict:
+    """Of a thread: elements, bytes moved by vector accesses, floating-point instructions that may not be there."""
     moved = Counter()
     ours = re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.DOTALL)  # exact divisions use fma
     for kind, width, bits in re.findall(r"\b(ld|st)\.global[.:\w]*?\.v(\d)\.[bfu](\d+)", ptx):
         moved[kind] += int(width) * int(bits) // 8
-    wide = len(re.findall(r"\b(?:ld|st)\.global[.:\w]*?\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx))
+    wide = Counter(re.findall(r"\b(ld|st)\.global[.:\w]*?\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx))
     unwanted = re.findall(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)|\w+\.approx[.\w]*|\w+\.[.\w]*ftz[.\w]*", ours)
-    return {"loaded": moved["ld"], "stored": moved["st"], "wide": wide, "unwanted": sorted(set(unwanted))}
+    elements = tile.elements // (32 * tile.warps)
+    accesses = {"loaded": moved["ld"], "stored": moved["st"], "wide_loads": wide["ld"], "wide_stores": wide["st"]}
+    return {"elements": elements, **accesses, "unwanted": sorted(set(unwanted))}
 
 
 def main() -> None:
@@ -88,21 +91,23 @@ def main() -> None:
     for rule, param, grad, state, *main in [*(every_combination() if "all" in sys.argv else FEW), *ACCUMULATED]:
         spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
         constants = update_constants(RULES[rule], spec, form, grad, *main)
-        ptx = compile_kernel(kernels.update_pass, {**constants, "CLAMP": False}, _tile(form)[1])
-        found["/".join((rule, param, grad, state, *main))] = {"elements": _tile(form)[0] // 256, **summary(ptx)}
+        tile = update_tile(form)
+        ptx = compile_kernel(kernels.update_pass, {**constants, "CLAMP": False}, tile)
+        found["/".join((rule, param, grad, state, *main))] = summary(ptx, tile)
     for grad, main in [("float32", NO_MAIN), ("bfloat16", NO_MAIN), *PAIRS]:
         largest = max(DTYPES[name].size for name in (grad, main) if name != NO_MAIN)
         common = {"G": grad, "CHUNK": TRITON_CHUNK, "CLAMP": False, "V": vector_of(largest)}
         for norm_type in (0, 1, 2):
-            ptx = compile_kernel(kernels.norm_pass, {**common, "M": main, "TYPE": norm_type})
-            found[f"norm/{grad}/{main}/{norm_type}"] = summary(ptx)
+            ptx = compile_kernel(kernels.norm_pass, {**common, "M": main, "TYPE": norm_type}, TILES["norm"])
+            found[f"norm/{grad}/{main}/{norm_type}"] = summary(ptx, TILES["norm"])
         if main == NO_MAIN:
-            found[f"scale/{grad}/{main}"] = summary(compile_kernel(kernels.scale_pass, common))
+            ptx = compile_kernel(kernels.scale_pass, common, TILES["scale"])
+            found[f"scale/{grad}/{main}"] = summary(ptx, TILES["scale"])
         else:
             del common["CLAMP"]
-            ptx = compile_kernel(kernels.accumulate_pass, {**common, "M": main})
-            found[f"accumulate/{grad}/{main}"] = summary(ptx)
-    found["finalize"] = summary(compile_kernel(kernels.finalize_pass, {"TYPE": 0}))
+            ptx = compile_kernel(kernels.accumulate_pass, {**common, "M": main}, TILES["accumulate"])
+            found[f"accumulate/{grad}/{main}"] = summary(ptx, TILES["accumulate"])
+    found["finalize"] = summary(compile_kernel(kernels.finalize_pass, {"TYPE": 0}, TILES["norm"]), TILES["norm"])
     print(json.dumps({"triton": triton.__version__, "kernels": found}))
 
 

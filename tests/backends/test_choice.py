@@ -9,9 +9,9 @@ import format_cases
 import pytest
 import torch
 from cases import (
+    BY_RULE,
     CASES,
     DTYPES,
-    ONE_EACH,
     PARAM_LAYOUTS,
     assert_same_bits,
     hard_values,
@@ -258,11 +258,11 @@ def test_reference_backend(case, dtype, device):
 
 
 @pytest.mark.parametrize("combination", format_cases.COMBINATIONS, ids=str)
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
-def test_reference_backend_in_formats(case, combination, device):
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
+def test_reference_backend_in_formats(case, combination):
     options = {**combination.options, "min_8bit_size": 0}
     options |= {"seed": 2**63 + 5} if combination.is_random else {}
-    opts = reference_and_own(case.make, parameters([0, 9, 257, 4097], combination.dtype, device), **options)
+    opts = reference_and_own(case.make, parameters([0, 9, 257, 4097], combination.dtype), **options)
     for seed in range(3):
         for opt in opts:
             for i, p in enumerate(opt.param_groups[0]["params"]):

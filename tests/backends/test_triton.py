@@ -332,9 +332,10 @@ def test_clip_functions(dtype, device):
         results.append((halved, norm, [p.grad for p in params]))
     (ours, our_norm, our_grads), (theirs, their_norm, their_grads) = results
     assert_same_bits(ours, theirs)
+    # Norms may differ by two units of the compute type, hence coefficients by these and a rounding; products are rounded.
+    unit = 2.0**-52 if dtype == torch.float64 else 2.0**-23
     torch.testing.assert_close(our_norm, their_norm, rtol=2 * 2.0**-23, atol=0)
-    if torch.equal(our_norm, their_norm):
-        assert_same_bits(our_grads, their_grads)
+    torch.testing.assert_close(our_grads, their_grads, rtol=3 * unit + torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from bounds import assert_stepped, before_step
 from cases import (
+    BY_RULE,
     CASES,
     DTYPES,
     GRAD_LAYOUTS,
-    ONE_EACH,
     PARAM_LAYOUTS,
     SIZES,
     assert_same_bits,
@@ -45,7 +45,7 @@ def test_sizes_and_hard_values(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
 def test_layouts_of_parameters_and_gradients(case, dtype, device):
     """All pairs. Gradients move to other memory and alignment every step."""
     layouts = [(make, lay) for make in PARAM_LAYOUTS.values() for lay in GRAD_LAYOUTS.values()]
@@ -58,7 +58,7 @@ def test_layouts_of_parameters_and_gradients(case, dtype, device):
     assert_steps(case.make(params), case.rule, next_gradients)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
 def test_dtypes_and_groups_in_one_optimizer(case, device):
     """A group per learning rate and direction, dtypes alternating inside each; one group has no parameters."""
     params = [p for i, dtype in enumerate(DTYPES * 2) for p in parameters([5, 4099], dtype, device, seed=i)]
@@ -71,7 +71,7 @@ def test_dtypes_and_groups_in_one_optimizer(case, device):
     assert_steps(case.make(groups), case.rule, lambda step: set_gradients(params, step))
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
 def test_late_step(case, device):
     """Bias corrections of step 1,000,001 (both 1 to float32) and of a parameter at step 12, in one launch."""
     params = parameters([100, 4097], device=device)
@@ -83,7 +83,7 @@ def test_late_step(case, device):
     assert_steps(opt, case.rule, lambda step: set_gradients(params, step), steps=2)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
 def test_zero_learning_rate_moves_states_only(case, device):
     """What torch.distributed.checkpoint does to create states."""
     params = parameters([4097], device=device)
@@ -92,7 +92,7 @@ def test_zero_learning_rate_moves_states_only(case, device):
     assert torch.equal(params[0], parameters([4097], device=device)[0])
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
 def test_number_of_threads_does_not_matter(case):
     """The same bits from one, two, three and five threads."""
     default, results = torch.get_num_threads(), []

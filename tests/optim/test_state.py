@@ -22,7 +22,6 @@ from cases import (
 )
 
 import fusedopt
-from fusedopt import _C
 
 SIZES = [5, 0, 4097]
 ADDITIONS = {"max_grad_norm": 2.0, "norm_type": 1.0, "max_grad_value": 0.5, "nonfinite": "skip"}
@@ -469,16 +468,13 @@ def test_parameter_moved_to_another_group(device):
 
 
 def test_optimizer_that_its_parameter_refers_to_is_freed(device):
-    """The collector sees the whole cycle, with what repeats a step too, which only GPUs have by themselves."""
+    """The collector sees the whole cycle, with what repeats a step too."""
     params = parameters([5, 300], device=device)
     opt = fusedopt.AdamW(params)
     train(opt, params, 3)
-    plan = opt._plan
-    if plan.repetition is None:
-        observers = ((), torch.autograd._profiler_enabled, id)
-        plan.repetition = _C.RepeatedStep(plan.watch, plan.tables[0].hypers, opt._scalars, *observers, 0)
+    assert opt._plan.repetition is not None
     params[0].owner = opt
     gone = weakref.ref(opt)
-    del opt, params, plan
+    del opt, params
     gc.collect()
     assert gone() is None

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import ONE_EACH, ONE_EACH_WITH_PEER, WITH_PEER, normal, parameter, parameters, set_gradients, train
+from cases import BY_RULE, ONE_EACH_WITH_PEER, WITH_PEER, normal, parameter, parameters, set_gradients, train
 from parity import assert_same_numbers
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -257,7 +257,7 @@ def test_huge_gradients_overflow_as_in_torch(device):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@pytest.mark.parametrize("case", BY_RULE, ids=str)
 def test_trains_a_model(case, device):
     """Losses fall, and are torch's where torch has the optimizer. In float64: training amplifies every rounding."""
     losses = train_model(case.make, device)
