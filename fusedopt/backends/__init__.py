@@ -19,6 +19,13 @@
 ``scale(tables)``
     Gradients multiplied and clamped where they are.
 
+And, where a step that is like the one before can be made with less (``optim/repeat.py``), one of
+
+``launches(tables, passes)``
+    What it launches, for ``_C.RepeatedStep``; None if it is more than launches.
+``repeat(tables, passes)``
+    ``begin`` and the passes.
+
 Scalars of the step (``grad_scale``, ``found_inf`` …) stand in each bucket's ``args``.
 
 Which one runs on a device is decided by, in this order: the optimizer's ``backend=``; ``use_backend``; the environment

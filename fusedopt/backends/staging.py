@@ -1,7 +1,7 @@
 """How a step table gets from the host to the device: pinned buffers and asynchronous copies.
 
-In eager steps a ring of pinned buffers, each guarded by an event, feeds one table on the device; a table that is as it
-was the step before is not sent again. Under graph capture the copy becomes part of the graph and is repeated by each
+In eager steps a ring of pinned buffers, each half guarded by an event, feeds one table on the device; a table that is
+as it was the step before is not sent again. Under graph capture the copy becomes part of the graph and is repeated by each
 replay, from the buffer that the capture saw. So a capture gets a buffer and a table of its own, which nothing writes to
 afterwards: replays read what was captured, and eager steps in between do not disturb them, nor they those.
 """
@@ -15,7 +15,7 @@ from ..plan import Bucket
 
 __all__ = ["Staging"]
 
-_RING = 4  # steps that may be under way before the host waits
+_HALF = 8  # so many steps at least may be under way before the host waits
 _SPARE = 4  # for captures, during which memory can hardly be allocated
 
 
@@ -35,8 +35,8 @@ class Staging:
         self.spare: list[tuple[torch.Tensor, torch.Tensor]] = []
         if not self.on_host:
             module = torch.get_device_module(device)
-            self.ring = [self._pinned() for _ in range(_RING)]
-            self.events = [module.Event() for _ in range(_RING)]
+            self.ring = [self._pinned() for _ in range(2 * _HALF)]
+            self.events = [module.Event() for _ in range(2)]
             self.last = -1  # slot of the ring that holds what the device has; -1: none
             self.is_capturing = getattr(module, "is_current_stream_capturing", bool)
             self._stock()
@@ -57,12 +57,17 @@ class Staging:
             return self._capture(bucket)
         if len(self.spare) < _SPARE:
             self._stock()
-        slot = (self.last + 1) % _RING
-        self.events[slot].synchronize()  # of the copy that read it last; at once, unless the host is far ahead
+        slot = (self.last + 1) % len(self.ring)
+        half, place = divmod(slot, _HALF)
+        if place == 0:
+            self.events[
+                half
+            ].synchronize()  # of the copies that read this half last; unless the host is far ahead, at once
         previous = self.ring[self.last].data_ptr() if self.last >= 0 else 0
         if _C.pack_step(self.ring[slot].data_ptr(), previous, bucket.args, bucket.table, bucket.hypers):
             self.table.copy_(self.ring[slot], non_blocking=True)
-            self.events[slot].record()
+            if place == _HALF - 1:  # steps on other streams came before this one, or they would race for parameters
+                self.events[half].record()
             self.last = slot
         return self.table.data_ptr()
 

@@ -21,7 +21,18 @@ from ..specs import DTYPES, TRITON_CHUNK, TRITON_CHUNK_BLOCKED, ParamFormatSpec,
 from ..structs import Hyper, PassArgs
 from .staging import Staging
 
-__all__ = ["accumulate", "begin", "chunk", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+__all__ = [
+    "accumulate",
+    "begin",
+    "chunk",
+    "finalize_norm",
+    "norm",
+    "prepare",
+    "repeat",
+    "require_available",
+    "scale",
+    "update",
+]
 
 _OLDEST = (3, 2)
 _REMEDY = "install it with `pip install 'triton>=3.2'`, in the version that fits your torch"
@@ -163,9 +174,13 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
 def _current(device: torch.device) -> AbstractContextManager:
     """Makes the device the current one, which Triton launches on."""
     if device.type == "cpu":
-        return nullcontext()
-    module = torch.get_device_module(device)
-    return nullcontext() if module.current_device() == device.index else module.device(device)
+        return _NOTHING_TO_DO
+    module = _device_module(device.type)
+    return _NOTHING_TO_DO if module.current_device() == device.index else module.device(device)
+
+
+_NOTHING_TO_DO = nullcontext()
+_device_module = functools.cache(torch.get_device_module)
 
 
 # ---- launches -------------------------------------------------------------------------------------------------
@@ -261,11 +276,22 @@ def _grads(bucket: Bucket) -> int:
     return bucket.args.step_table + sizeof(PassArgs) + bucket.args.num_groups * sizeof(Hyper)
 
 
+def _arguments(name: str, bucket: Bucket) -> tuple[int, ...]:
+    """What a pass is launched with."""
+    args = bucket.args
+    if name in ("norm", "scale"):
+        return args.step_table, args.chunks, _grads(bucket)
+    return args.step_table, args.tensors, args.chunks, _grads(bucket)
+
+
+def _launch(name: str, tables: DeviceTables, *more: int) -> None:
+    for bucket in tables.buckets:
+        bucket.launches[name](*_arguments(name, bucket), *more)
+
+
 def norm(tables: DeviceTables, finalize: bool = True) -> None:
     with _current(tables.device):
-        for bucket in tables.buckets:
-            args = bucket.args
-            bucket.launches["norm"](args.step_table, args.chunks, _grads(bucket), int(finalize))
+        _launch("norm", tables, int(finalize))
 
 
 def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
@@ -282,20 +308,23 @@ def _finalizer(device: torch.device, norm_type: int) -> Callable[..., None]:
 
 def update(tables: DeviceTables) -> None:
     with _current(tables.device):
-        for bucket in tables.buckets:
-            args = bucket.args
-            bucket.launches["update"](args.step_table, args.tensors, args.chunks, _grads(bucket))
+        _launch("update", tables)
 
 
 def accumulate(tables: DeviceTables) -> None:
     with _current(tables.device):
-        for bucket in tables.buckets:
-            args = bucket.args
-            bucket.launches["accumulate"](args.step_table, args.tensors, args.chunks, _grads(bucket))
+        _launch("accumulate", tables)
 
 
 def scale(tables: DeviceTables) -> None:
     with _current(tables.device):
+        _launch("scale", tables)
+
+
+def repeat(tables: DeviceTables, passes: tuple[str, ...]) -> None:
+    """``begin`` and the passes, where nothing but gradients and hyper-parameters differs from the step before."""
+    with _current(tables.device):
         for bucket in tables.buckets:
-            args = bucket.args
-            bucket.launches["scale"](args.step_table, args.chunks, _grads(bucket))
+            bucket.args.step_table = bucket.staging.send(bucket)
+        for name in passes:
+            _launch(name, tables, *((1,) if name == "norm" else ()))

@@ -31,6 +31,7 @@ def repetition_of(
         return None
     tables = plan.tables[0]
     launches = tables.backend.launches(tables, names) if hasattr(tables.backend, "launches") else None
+    repeat = getattr(tables.backend, "repeat", _run_passes)
     step = _C.RepeatedStep(
         watch=plan.watch,
         hypers=list(tables.hypers.values()),
@@ -39,7 +40,7 @@ def repetition_of(
         backend=optimizer._backend,
         is_profiled=torch.autograd._profiler_enabled,
         context_backend=backends.context_backend,
-        run_passes=torch.compiler.disable(partial(_run_passes, tables, names)) if launches is None else None,
+        run_passes=torch.compiler.disable(partial(repeat, tables, names)) if launches is None else None,
     )
     if launches is not None:
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
@@ -49,6 +50,7 @@ def repetition_of(
 
 
 def _run_passes(tables: DeviceTables, names: tuple[str, ...]) -> None:
+    """For backends that have nothing quicker."""
     tables.backend.begin(tables, names)
     for name in names:
         getattr(tables.backend, name)(tables)

@@ -332,7 +332,7 @@ def test_clip_functions(dtype, device):
         results.append((halved, norm, [p.grad for p in params]))
     (ours, our_norm, our_grads), (theirs, their_norm, their_grads) = results
     assert_same_bits(ours, theirs)
-    # Norms may differ by two units of the compute type, hence coefficients by these and a rounding; products are rounded.
+    # Norms may differ by two units of the compute type, coefficients by these and a rounding; products are rounded.
     unit = 2.0**-52 if dtype == torch.float64 else 2.0**-23
     torch.testing.assert_close(our_norm, their_norm, rtol=2 * 2.0**-23, atol=0)
     torch.testing.assert_close(our_grads, their_grads, rtol=3 * unit + torch.finfo(dtype).eps, atol=0)

@@ -1,7 +1,4 @@
-"""Steps that are made like the one before: whatever changes between two of them is noticed.
-
-On a CPU every step takes the long way, so these tests compare with it on CUDA.
-"""
+"""Steps that are made like the one before: whatever changes between two of them is noticed."""
 
 import pytest
 import torch
@@ -10,13 +7,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fusedopt
 
-pytestmark = pytest.mark.gpu
-
 SIZES = [5, 0, 4097, 65537]
 
 
-def make(case, **options):
-    params = parameters(SIZES, device="cuda")
+def make(case, device, **options):
+    params = parameters(SIZES, device=device)
     opt = case.make([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}], **options)
     return params, opt
 
@@ -34,12 +29,12 @@ def repeats(opt):
 CHANGES = {
     "nothing": lambda params, opt: None,
     "lr": lambda params, opt: opt.param_groups[1].update(lr=0.5),
-    "tensor_lr": lambda params, opt: opt.param_groups[0].update(lr=torch.tensor(0.25, device="cuda")),
+    "tensor_lr": lambda params, opt: opt.param_groups[0].update(lr=torch.tensor(0.25, device=params[0].device)),
     "maximize": lambda params, opt: opt.param_groups[0].update(maximize=True),
     "max_grad_norm": lambda params, opt: setattr(opt, "max_grad_norm", 0.1),
     "norm_type": lambda params, opt: setattr(opt, "norm_type", 1.0),
     "no_norm": lambda params, opt: setattr(opt, "max_grad_norm", None),
-    "new_group": lambda params, opt: opt.add_param_group({"params": params.append(more()) or params[-1:]}),
+    "new_group": lambda params, opt: opt.add_param_group({"params": add_one(params)}),
     "checkpoint": lambda params, opt: opt.load_state_dict(opt.state_dict()),
     "swapped_data": lambda params, opt: setattr(params[2], "data", params[2].data.clone()),
     "replaced_state": lambda params, opt: replace_state(opt.state[params[3]]),
@@ -53,15 +48,16 @@ def replace_state(entry):
     entry[key] = entry[key].clone()
 
 
-def more():
-    return parameters([300], device="cuda", seed=9)[0]
+def add_one(params):
+    params.extend(added := parameters([300], device=params[0].device, seed=9))
+    return added
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
-def test_changes_between_steps(case, change):
-    params, opt = make(case, max_grad_norm=0.5)
-    expected_params, expected = make(case, max_grad_norm=0.5)
+def test_changes_between_steps(case, change, device):
+    params, opt = make(case, device, max_grad_norm=0.5)
+    expected_params, expected = make(case, device, max_grad_norm=0.5)
     long_way(expected)
     frozen = params[-1], expected_params[-1]
     for ps, one in ((params, opt), (expected_params, expected)):
@@ -76,10 +72,10 @@ def test_changes_between_steps(case, change):
     assert opt.last_step.step == 6
 
 
-def test_the_rule_changes_between_steps():
+def test_the_rule_changes_between_steps(device):
     """SGD with and without momentum, by group: each rule has its own kernels and its own row of hyper-parameters."""
-    params, opt = make(BY_NAME["sgd-l2"])
-    expected_params, expected = make(BY_NAME["sgd-l2"])
+    params, opt = make(BY_NAME["sgd-l2"], device)
+    expected_params, expected = make(BY_NAME["sgd-l2"], device)
     long_way(expected)
     for ps, one in ((params, opt), (expected_params, expected)):
         for step, momentum in enumerate((0.0, 0.9, 0.9, 0.0)):
@@ -91,37 +87,55 @@ def test_the_rule_changes_between_steps():
     assert_same_bits(memory(opt), memory(expected))
 
 
-def test_the_backend_changes_between_steps():
-    """By attribute and by context; asked for once more, the repetition of the first is not taken."""
-    params, opt = make(ONE_EACH[1])
-    expected_params, expected = make(ONE_EACH[1])
-    train(long_way(expected), expected_params, 6)
+def test_the_backend_changes_between_steps(device):
+    """By attribute and by context."""
+    params, opt = make(ONE_EACH[1], device)
+    expected_params, expected = make(ONE_EACH[1], device)
+    train(long_way(expected), expected_params, 8)
     train(opt, params, 2)
     assert repeats(opt)
     opt.backend = "reference"
-    train(opt, params, 1, first=2)
-    assert not repeats(opt)
+    train(opt, params, 2, first=2)
+    assert opt._plan.backend == "reference"
     opt.backend = None
-    train(opt, params, 2, first=3)
+    train(opt, params, 2, first=4)
+    assert opt._plan.backend is None
     with fusedopt.use_backend("reference"):
-        train(opt, params, 1, first=5)
-    assert not repeats(opt)
+        train(opt, params, 2, first=6)
+        assert opt._plan.backend == "reference"
     assert_same_bits(memory(opt), memory(expected))
 
 
-def test_scalers_between_steps():
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", ["nothing", "lr", "tensor_lr", "swapped_data", "no_norm"])
+def test_changes_between_steps_on_triton(change):
+    """Whose step tables travel through staging buffers."""
+    device = torch.device("cuda")
+    memories = []
+    for observe in (long_way, lambda opt: opt):
+        params, opt = make(ONE_EACH[1], device, backend="triton", max_grad_norm=0.5)
+        observe(opt)
+        train(opt, params, 3)
+        CHANGES[change](params, opt)
+        train(opt, params, 20, first=3)  # more than there are staging buffers
+        assert repeats(opt)
+        memories.append(memory(opt))
+    assert_same_bits(*memories)
+
+
+def test_scalers_between_steps(device):
     """A scaled step, and one that is skipped, among repeated ones."""
     case = ONE_EACH[1]
-    params, opt = make(case, max_grad_norm=0.5)
-    expected_params, expected = make(case, max_grad_norm=0.5)
+    params, opt = make(case, device, max_grad_norm=0.5)
+    expected_params, expected = make(case, device, max_grad_norm=0.5)
     long_way(expected)
     for ps, one in ((params, opt), (expected_params, expected)):
         train(one, ps, 2)
         set_gradients(ps, seed=2, scale=4.0)
-        one.grad_scale = torch.tensor(4.0, device="cuda")
+        one.grad_scale = torch.tensor(4.0, device=device)
         one.step()
         del one.grad_scale
-        one.found_inf = torch.ones((), device="cuda")
+        one.found_inf = torch.ones((), device=device)
         one.step()
         del one.found_inf
         train(one, ps, 2, first=3)
@@ -129,8 +143,8 @@ def test_scalers_between_steps():
     assert opt.skipped_steps.item() == expected.skipped_steps.item() == 1
 
 
-def test_hooks_and_profilers_are_told_of_every_step():
-    params, opt = make(ONE_EACH[1])
+def test_hooks_and_profilers_are_told_of_every_step(device):
+    params, opt = make(ONE_EACH[1], device)
     train(opt, params, 2)
     assert repeats(opt)
     called = []
@@ -149,8 +163,8 @@ def test_hooks_and_profilers_are_told_of_every_step():
     assert [e.count for e in profiler.key_averages() if e.key == "Optimizer.step#AdamW.step"] == [1]
 
 
-def test_autograd_notices_that_parameters_were_written():
-    param = torch.nn.Parameter(torch.ones(5, device="cuda"))
+def test_autograd_notices_that_parameters_were_written(device):
+    param = torch.nn.Parameter(torch.ones(5, device=device))
     opt = fusedopt.AdamW([param])
     for _ in range(3):
         param.grad = torch.ones_like(param)
@@ -163,9 +177,9 @@ def test_autograd_notices_that_parameters_were_written():
     assert param._version == version
 
 
-def test_accumulators_and_release_end_the_repetition():
-    params, opt = make(ONE_EACH[1])
-    expected_params, expected = make(ONE_EACH[1])
+def test_accumulators_and_release_end_the_repetition(device):
+    params, opt = make(ONE_EACH[1], device)
+    expected_params, expected = make(ONE_EACH[1], device)
     for ps, one in ((params, opt), (expected_params, expected)):
         train(one, ps, 2)
         accumulator = fusedopt.GradAccumulator(one)
@@ -180,10 +194,12 @@ def test_accumulators_and_release_end_the_repetition():
     assert_same_bits(memory(opt), memory(expected))
 
 
-def test_steps_on_several_streams_and_threads():
+@pytest.mark.gpu
+def test_steps_on_several_streams():
     """The stream is the current one of each step."""
-    params, opt = make(ONE_EACH[1])
-    expected_params, expected = make(ONE_EACH[1])
+    device = torch.device("cuda")
+    params, opt = make(ONE_EACH[1], device)
+    expected_params, expected = make(ONE_EACH[1], device)
     train(long_way(expected), expected_params, 5)
     for step in range(5):
         stream = torch.cuda.Stream()
