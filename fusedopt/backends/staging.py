@@ -1,9 +1,9 @@
 """How a step table gets from the host to the device: pinned buffers and asynchronous copies.
 
 In eager steps a ring of pinned buffers, each half guarded by an event, feeds one table on the device; a table that is
-as it was the step before is not sent again. Under graph capture the copy becomes part of the graph and is repeated by each
-replay, from the buffer that the capture saw. So a capture gets a buffer and a table of its own, which nothing writes to
-afterwards: replays read what was captured, and eager steps in between do not disturb them, nor they those.
+as it was the step before is not sent again. Under graph capture the copy becomes part of the graph and is repeated by
+each replay, from the buffer that the capture saw. So a capture gets a buffer and a table of its own, which nothing
+writes to afterwards: replays read what was captured, and eager steps in between do not disturb them, nor they those.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class Staging:
         slot = (self.last + 1) % len(self.ring)
         half, place = divmod(slot, _HALF)
         if place == 0:
-            self.events[
-                half
-            ].synchronize()  # of the copies that read this half last; unless the host is far ahead, at once
+            self.events[half].synchronize()  # of the copies that read it last; at once, unless the host is far ahead
         previous = self.ring[self.last].data_ptr() if self.last >= 0 else 0
         if _C.pack_step(self.ring[slot].data_ptr(), previous, bucket.args, bucket.table, bucket.hypers):
             self.table.copy_(self.ring[slot], non_blocking=True)
