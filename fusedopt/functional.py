@@ -4,8 +4,9 @@ All are in place, take one launch per dtype, wait for nothing, and write nothing
 captured in a graph once they have run with the same tensors outside of it.
 
 Common arguments:
-    params: tensors of dtype float32, bfloat16, float16 or float64, any shape and layout.
-    grads: as many tensors of the same shapes and devices, of any of these dtypes (float64 only with float64).
+    params: tensors of dtype float32, bfloat16, float16, float64, complex64 or complex128, any shape and layout.
+    grads: as many tensors of the same shapes and devices, of any of these dtypes (float64 and complex ones only with
+        themselves).
     exp_avgs, exp_avg_sqs: the moments; tensors of the parameters' shapes.
     steps: 0-dim float32 tensors on the parameters' devices: how many steps were taken; incremented.
     lr: per step; a float or a 0-dim tensor.
@@ -28,7 +29,7 @@ from torch.autograd.graph import increment_version
 
 from . import passes
 from .backends import for_device
-from .checks import check_clipping, check_dense, check_grad, check_hyperparameters
+from .checks import check_clipping, check_complex_clipping, check_dense, check_grad, check_hyperparameters
 from .plan import Bucket, TensorRow, is_dense, like_parameter, same_layout
 from .specs import PARAM_FORMATS, RULES, STATE_FORMATS, RuleSpec
 
@@ -271,6 +272,8 @@ def _apply(
     _check_lists(where, rule, params, grads, states, steps)
     check_hyperparameters(where, hyper)
     check_clipping(where, None, 2.0, scalars.max_grad_value, "propagate")
+    if any(param.is_complex() for param in params):
+        check_complex_clipping(where, scalars.max_grad_value, None)
     if not params:
         return
 
@@ -309,8 +312,8 @@ def _stage(
         device=param.device,
         grad_dtype=grad.dtype,
         rule=rule,
-        param_format=PARAM_FORMATS[_name(param.dtype)],
-        state_format=STATE_FORMATS[_name(states[0].dtype if states else param.dtype)],
+        param_format=PARAM_FORMATS[_name(param.dtype.to_real())],
+        state_format=STATE_FORMATS[_name((states[0] if states else param).dtype.to_real())],
         param=dense if dense.data_ptr() != param.data_ptr() else param,
         states=[state if same_layout(state, dense) else like_parameter(state, dense) for state in states],
         step=step,
@@ -364,6 +367,11 @@ def _check_state(where: str, state: torch.Tensor, param: torch.Tensor, first: to
         raise ValueError(
             f"{where} has shape {tuple(state.shape)} on {state.device}, expected the parameter's "
             f"{tuple(param.shape)} on {param.device}; create it with torch.zeros_like(param)"
+        )
+    if (state.is_complex() or param.is_complex()) and state.dtype != param.dtype:
+        raise ValueError(
+            f"{where} is {state.dtype} beside a parameter of {param.dtype}, expected the parameter's dtype; create it "
+            "with torch.zeros_like(param)"
         )
     if state.dtype != first.dtype or (state.dtype == torch.float64) != (param.dtype == torch.float64):
         raise ValueError(

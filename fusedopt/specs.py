@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "CPU_CHUNK",
+    "COMPLEX_DTYPES",
     "CUDA_CHUNK",
     "CUDA_CHUNK_BLOCKED",
     "DTYPES",
@@ -134,6 +135,9 @@ DTYPES: dict[str, DTypeSpec] = {
         DTypeSpec("float64", "Float64", 3, 8),
     )
 }
+
+COMPLEX_DTYPES = ("complex64", "complex128")
+"""Of tensors that kernels see as twice as many float32 or float64. In the watch their codes follow those above."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from .. import formats, passes
 from ..backends import check_name, for_device, wanted
-from ..checks import check_clipping, check_hyperparameters, check_params
+from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_params
 from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
@@ -363,6 +363,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run_passes(
         self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
     ) -> None:
+        if plan.has_complex:
+            check_complex_clipping(
+                f"{type(self).__name__}.step", scalars.max_grad_value, scalars.norm_type if "norm" in names else None
+            )
         passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
@@ -501,7 +505,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def master_params(self) -> list[torch.Tensor]:
         """The parameters to all the digits that are kept of them, in the order of the param groups.
 
-        New tensors, float32 (float64 for float64 parameters): what to save where bfloat16 weights are not enough.
+        New tensors, float32 (parameters of float64 and complex ones keep their dtype): what to save where bfloat16
+        weights are not enough.
         """
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         return [formats.decode_master(self.state.get(param, {}), param) for param in params]
@@ -517,7 +522,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = {}
         for index, entry in exported["state"].items():
             states = formats.decode_states(entry, rules[index]) if entry else {}
-            wide = {key: each if each.dtype == torch.float64 else each.float() for key, each in states.items()}
+            wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
             counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
             state[index] = {**counted, **wide}
         return {**exported, "state": state, "param_groups": groups}

@@ -118,6 +118,8 @@ class OptimizerPlan:
     """Of the last step, where the next one may be made like it."""
     alone: _Alone | None = None
     """Where the plan is for one parameter."""
+    has_complex: bool = False
+    """Whether a complex parameter has a gradient."""
 
     @classmethod
     def make(
@@ -188,6 +190,7 @@ class OptimizerPlan:
         groups, state = alone.found_in(optimizer) if alone else (optimizer.param_groups, optimizer.state)
         plan.watch.remember_state(state)
         plan.watch.remember_flags(optimizer.rule_keys, groups)
+        plan.has_complex = any(each.param.is_complex() for each in active)
         plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
         return plan
 
