@@ -281,12 +281,12 @@ def _apply(
         _stage(rule, param, grad, [tensors[i] for tensors in states], step)
         for i, (param, grad, step) in enumerate(zip(params, grads, steps))
     ]
-    tables, places = _tables.get([row for row, _ in staged])
-    _set_grads(places, [grad for _, grad in staged])
+    tables, places = _tables.get([row for row, _, _ in staged])
+    _set_grads(places, [grad for _, grad, _ in staged])
     passes.begin(tables, scalars, ("update",), [hyper])
     passes.run_update(tables)
-    for i, (row, _) in enumerate(staged):
-        for kept, used in zip((params[i], *(tensors[i] for tensors in states)), (row.param, *row.states)):
+    for i, (_, _, written) in enumerate(staged):
+        for kept, used in zip((params[i], *(tensors[i] for tensors in states)), written):
             if used is not kept:
                 kept.copy_(used)
     increment_version([*params, *(tensor for tensors in states for tensor in tensors)])
@@ -304,9 +304,13 @@ def _given(rule: str, key: str, tensors: Tensors | None) -> Tensors:
 
 def _stage(
     rule: RuleSpec, param: torch.Tensor, grad: torch.Tensor, states: Tensors, step: torch.Tensor
-) -> tuple[TensorRow, torch.Tensor]:
-    """The row of one parameter and its gradient, all in the layout of the (dense) parameter; copies where needed."""
-    dense = param.detach() if is_dense(param) else torch.empty_like(param, requires_grad=False).copy_(param)
+) -> tuple[TensorRow, torch.Tensor, Tensors]:
+    """The row of one parameter, its gradient, and the parameter and its states as written.
+
+    All in the layout of the (dense) parameter; copies where needed.
+    """
+    dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False).copy_(param)
+    written = [dense, *(state if same_layout(state, dense) else like_parameter(state, dense) for state in states)]
     row = TensorRow(
         numel=param.numel(),
         device=param.device,
@@ -314,11 +318,11 @@ def _stage(
         rule=rule,
         param_format=PARAM_FORMATS[_name(param.dtype.to_real())],
         state_format=STATE_FORMATS[_name((states[0] if states else param).dtype.to_real())],
-        param=dense if dense.data_ptr() != param.data_ptr() else param,
-        states=[state if same_layout(state, dense) else like_parameter(state, dense) for state in states],
+        param=dense,
+        states=written[1:],
         step=step,
     )
-    return row, grad if same_layout(grad, dense) else like_parameter(grad, dense)
+    return row, grad if same_layout(grad, dense) else like_parameter(grad, dense), written
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
-    "CPU_CHUNK",
     "COMPLEX_DTYPES",
+    "CPU_CHUNK",
     "CUDA_CHUNK",
     "CUDA_CHUNK_BLOCKED",
     "DTYPES",

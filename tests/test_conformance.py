@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from cases import WITH_PEER, assert_same_bits, memory, parameters, set_gradients, train
+from cases import WITH_PEER, assert_same_bits, memory, normal, parameter, parameters, parts, set_gradients, train
 from optim_db import ERRORS, INFOS, INPUTS, SCHEDULERS, Input
 from parity import assert_same_numbers, numbers
 
@@ -27,12 +27,13 @@ def test_every_class_is_there():
 # ---- inputs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("given", INPUTS, ids=str)
 def test_inputs(given, dtype, device):
     """20 steps; the fifth without gradients for one parameter."""
     results = []
-    for make in (given.in_dtype(dtype).ours, given.in_dtype(dtype).theirs):
+    given = given.in_dtype(dtype.to_real())
+    for make in (given.ours, given.theirs):
         opt = make(params := parameters(SIZES, dtype, device, seed=3))
         for step in range(20):
             set_gradients(params, seed=step)
@@ -41,6 +42,37 @@ def test_inputs(given, dtype, device):
             opt.step()
         results.append(opt)
     assert_same_numbers(*results, steps=20)
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_complex(given, flags, device):
+    """torch's tests of that name: a complex parameter goes where its view as real numbers goes, bit for bit, and where
+    its real and its imaginary part go as parameters of their own. With `fused`, which torch refuses, too."""
+    if not flags.keys() <= inspect.signature(getattr(fusedopt, given.name)).parameters.keys():
+        pytest.skip("no such argument, as in torch")
+    mixed = [
+        normal((20, 3), torch.complex64, device),
+        normal((7,), device=device),
+        normal((2, 3), torch.complex128, device),
+    ]
+    views = [part for tensor in mixed for part in ([tensor] if not tensor.is_complex() else [tensor.real, tensor.imag])]
+    whole, real, halves = ([parameter(t.clone()) for t in own] for own in (mixed, map(parts, mixed), views))
+    opts = [given.ours(own, **flags) for own in (whole, real, halves)]
+    for step in range(4):
+        set_gradients(whole, seed=step)
+        for p, q in zip(whole, real, strict=True):
+            q.grad = parts(p.grad)
+        grads = [part for p in whole for part in ([p.grad] if not p.is_complex() else [p.grad.real, p.grad.imag])]
+        for half, grad in zip(halves, grads, strict=True):
+            half.grad = grad
+        for opt in opts:
+            opt.step()
+    assert_same_bits([parts(p) for p in whole], [p.detach() for p in real])
+    joined = iter(halves)
+    for p in whole:
+        expected = torch.complex(next(joined), next(joined)) if p.is_complex() else next(joined)
+        assert_same_bits(p.detach(), expected.detach())
 
 
 @pytest.mark.parametrize("flag", ["foreach", "fused", "capturable"])
@@ -116,12 +148,10 @@ def test_error_inputs_for_gpus(name, device):
 
 @pytest.mark.parametrize("name", INFOS)
 def test_what_is_not_supported(name, device):
-    """The other deviations: differentiable steps, complex parameters, sparse gradients."""
+    """The other deviations: differentiable steps, sparse gradients."""
     cls = getattr(fusedopt, name)
     with pytest.raises(ValueError, match="differentiable"):
         cls(parameters([3], device=device), differentiable=True)
-    with pytest.raises(TypeError, match="complex64"):
-        cls([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64, device=device))])
     opt = cls(params := parameters([3], device=device))
     params[0].grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), device=device, check_invariants=True)
     with pytest.raises(RuntimeError, match="dense"):

@@ -65,7 +65,8 @@ bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
   };
   if (type(sample("float32", "cpu", 0)) != type(tensor)) return false;
   std::vector<py::object> others = {tensor.attr("to_sparse")()};
-  for (const char* dtype : {"float64", "bfloat16", "float16", "int32", "complex64"}) others.push_back(sample(dtype, "cpu", 0));
+  for (const char* dtype : {"float64", "bfloat16", "float16", "int32", "complex64"})
+    others.push_back(sample(dtype, "cpu", 0));
   others.push_back(sample("float32", "meta", 0));
   for (size_t i = 0; i < others.size(); ++i) {
     if (!words_of(others[i]) || type(others[i]) == type(tensor)) return false;

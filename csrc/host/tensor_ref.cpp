@@ -158,7 +158,8 @@ const TorchNames& torch_names() {
   return *names.get([] {
     const py::module_ torch = py::module_::import("torch");
     auto* made = new TorchNames;
-    const char* dtype_names[kNumTensorDTypes] = {"float32", "bfloat16", "float16", "float64", "complex64", "complex128"};
+    const char* dtype_names[kNumTensorDTypes] = {"float32", "bfloat16",  "float16",
+                                                 "float64", "complex64", "complex128"};
     for (int32 i = 0; i < kNumTensorDTypes; ++i) made->dtypes[i] = torch.attr(dtype_names[i]);
     made->strided = torch.attr("strided");
     return made;
