@@ -67,14 +67,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step takes one kernel launch per combination of formats, or two with clipping.
 
     Args:
-        params: tensors, named tensors, or param groups: dense leaf tensors of dtype float32, bfloat16, float16 or
-            float64, any shape and layout, any mixture of devices and dtypes.
+        params: tensors, named tensors, or param groups: dense leaf tensors of dtype float32, bfloat16, float16,
+            float64, complex64 or complex128, any shape and layout, any mixture of devices and dtypes. A complex one
+            takes the step of its ``torch.view_as_real``, without formats.
         defaults: the hyper-parameters of param groups that do not set their own.
 
     For the whole optimizer; attributes that may be changed between steps:
         max_grad_norm: clip the gradients' total norm to this; None for no clipping.
-        norm_type: order of that norm: 1, 2 or inf.
+        norm_type: order of that norm: 1, 2 or inf; with complex gradients 2.
         max_grad_value: clamp each unscaled gradient element to ± this, before the norm is taken; None for no clamping.
+            Not for complex gradients.
         nonfinite: what an inf or NaN gradient element does: "propagate" into the parameters, as torch.optim does, or
             "skip" the whole step, decided on the device.
 
@@ -95,7 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
-    first step and not None. They may be of any of the dtypes, float64 only with float64.
+    first step and not None. They may be of any of the real dtypes, float64 only with float64;
+    those of complex parameters are of the same dtype.
 
     Raises:
         ValueError, TypeError: bad hyper-parameters, options or parameters.
