@@ -6,7 +6,9 @@ What deviates is named here, with the row of docs/compatibility.md that gives th
 import copy
 import inspect
 import io
+import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -42,6 +44,72 @@ def test_inputs(given, dtype, device):
             opt.step()
         results.append(opt)
     assert_same_numbers(*results, steps=20)
+
+
+def coefficients(name, lr, betas, step):
+    """What torch's capturable steps make of their number, in double or, of a tensor `step`, in that tensor's dtype."""
+    if name not in ("Adam", "AdamW", "RAdam"):
+        return []
+    correction1, correction2 = (1 - beta**step for beta in betas)
+    if name != "RAdam":
+        return [lr / correction1, correction2**0.5]
+    rho_inf = 2 / (1 - betas[1]) - 1
+    rho = rho_inf - 2 * step * (betas[1] ** step) / correction2
+    if rho <= 5.0:
+        return [1 / correction1]
+    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+    return [1 / correction1, correction2**0.5, rect]
+
+
+def relative_error(given, step, device):
+    """By how much of itself torch's update may be wrong with coefficients from a float32 step.
+
+    It is a product and quotient of positive coefficients (and a sum with eps times one of them), whose errors are
+    computed here with torch's own operations. Four roundings to float32 come on top: of their product, of eps, of its
+    quotient by one, and one to spare.
+    """
+    lr, betas = given.kwargs.get("lr", 1e-3), given.kwargs.get("betas", (0.9, 0.999))
+    betas = [beta.squeeze() if isinstance(beta, torch.Tensor) else beta for beta in betas]
+    exact = coefficients(given.name, float(lr), [float(beta) for beta in betas], float(step))
+    rounded = coefficients(given.name, lr, betas, torch.tensor(float(step), device=device))
+    if len(rounded) != len(exact):
+        return math.inf  # RAdam, at the step from which it rectifies: each takes the other formula
+    factor = (1 + 2.0**-24) ** 4 if exact else 1.0
+    for a, b in zip(rounded, exact, strict=True):
+        factor *= max(float(a) / b, b / float(a))
+    return factor - 1
+
+
+@pytest.mark.parametrize("given", [given for given in INPUTS if given.kwargs.get("capturable")], ids=str)
+def test_capturable_in_float64(given, device, monkeypatch):
+    """torch makes the coefficients of a capturable step in float32; that is all that keeps float64 steps apart.
+
+    Each step begins with our numbers, so that errors neither add up nor come back through weight decay.
+    """
+    for name in ("adam", "radam", "rmsprop"):  # on CPUs torch's code would work, but refuses
+        module = sys.modules[f"torch.optim.{name}"]
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
+    given = given.in_dtype(torch.float64)
+    own, others = (parameters(SIZES, torch.float64, device, seed=3) for _ in range(2))
+    ours, theirs = given.ours(own), given.theirs_as_given(others)
+    group, unit = ours.param_groups[0], torch.finfo(torch.float64).eps / 2
+    for step in range(1, 21):
+        before = [p.detach().clone() for p in own]
+        for ps, opt in ((own, ours), (others, theirs)):
+            set_gradients(ps, seed=step)
+            opt.step()
+        error = relative_error(given, step, device)
+        for p, q, was in zip(own, others, before, strict=True):
+            update = (p - was).abs() + float(group["lr"]) * group[
+                "weight_decay"
+            ] * was.abs()  # before a decoupled decay
+            apart = (p - q).abs() - torch.where(update > 0, error * update, 0.0)
+            assert apart.numel() == 0 or apart.max() <= 16 * unit * p.abs().max()  # as assert_same_numbers
+            q.data.copy_(p)
+        assert_same_numbers(ours, theirs, steps=1)
+        for p, q in zip(own, others, strict=True):
+            for key, value in theirs.state[q].items():
+                value.copy_(ours.state[p][key])
 
 
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)

@@ -3,6 +3,8 @@
 On a CPU every step takes the long way, so these tests compare with it on CUDA.
 """
 
+import contextlib
+
 import pytest
 import torch
 from cases import BY_NAME, ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
@@ -106,6 +108,46 @@ def test_the_backend_changes_between_steps():
     with fusedopt.use_backend("reference"):
         train(opt, params, 1, first=5)
     assert not repeats(opt)
+    assert_same_bits(memory(opt), memory(expected))
+
+
+@contextlib.contextmanager
+def environment(monkeypatch, name):
+    with monkeypatch.context() as patch:
+        patch.setenv("FUSEDOPT_BACKEND", name)
+        yield
+
+
+@contextlib.contextmanager
+def overruled(monkeypatch):
+    """Inside of a context the environment does not count; that it does not, must be found out."""
+    with environment(monkeypatch, "triton"), fusedopt.use_backend("reference"):
+        yield
+
+
+def backends_of(opt):
+    return {tables.backend.__name__.rpartition(".")[2] for tables in opt._plan.tables}
+
+
+@pytest.mark.parametrize("choice", ["context", "environment", "overruled"])
+def test_another_choice_of_backend_is_noticed(choice, monkeypatch):
+    """In the middle of repeated steps, and when it is taken back."""
+    monkeypatch.delenv("FUSEDOPT_BACKEND", raising=False)
+    choices = {
+        "context": lambda: fusedopt.use_backend("reference"),
+        "environment": lambda: environment(monkeypatch, "reference"),
+        "overruled": lambda: overruled(monkeypatch),
+    }
+    params, opt = make(ONE_EACH[1])  # without a norm, of which backends may differ by a bit
+    expected_params, expected = make(ONE_EACH[1])
+    train(long_way(expected), expected_params, 12)
+    for turn in range(2):
+        train(opt, params, 3, first=6 * turn)
+        assert repeats(opt) and backends_of(opt) == {"cuda"}
+        with choices[choice]():
+            train(opt, params, 3, first=6 * turn + 3)
+            assert backends_of(opt) == {"reference"}
+    assert opt.last_step.step == 12
     assert_same_bits(memory(opt), memory(expected))
 
 
