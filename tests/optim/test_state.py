@@ -22,7 +22,7 @@ from cases import (
 )
 
 import fusedopt
-from fusedopt import _C, backends
+from fusedopt import _C
 
 SIZES = [5, 0, 4097]
 ADDITIONS = {"max_grad_norm": 2.0, "norm_type": 1.0, "max_grad_value": 0.5, "nonfinite": "skip"}
@@ -476,7 +476,7 @@ def test_optimizer_that_its_parameter_refers_to_is_freed(device):
     plan = opt._plan
     if plan.repetition is None:
         observers = ((), torch.autograd._profiler_enabled, id)
-        plan.repetition = _C.RepeatedStep(plan.watch, opt._scalars, *observers, 0, None, backends.context_backend)
+        plan.repetition = _C.RepeatedStep(plan.watch, plan.tables[0].hypers, opt._scalars, *observers, 0)
     params[0].owner = opt
     gone = weakref.ref(opt)
     del opt, params, plan
