@@ -79,6 +79,18 @@ def test_a_gradient_turns_into_its_conjugate(device):
     assert_same_bits([parts(param), grad], [real.detach(), kept])
 
 
+def test_a_parameter_of_which_memory_holds_the_negatives(device):
+    value = normal(SHAPE, device=device)
+    lazy, plain = parameter(torch._neg_view(-value)), parameter(value)
+    opt, expected = (fusedopt.AdamW([p], lr=0.1) for p in (lazy, plain))
+    for step in range(3):
+        for p, each in ((lazy, opt), (plain, expected)):
+            set_gradients([p], seed=step)
+            each.step()
+    assert lazy.is_neg()
+    assert_same_bits(parts(lazy), plain.detach())
+
+
 def test_gradient_whose_storage_was_swapped(device):
     def change(p, _):
         values = p.grad.clone()

@@ -207,6 +207,16 @@ def test_state_of_another_dtype_is_refused(device):
         assert_same_bits(parts(opt.state[params[0]][key]), parts(before["state"][0][key]))
 
 
+def test_version_counters(device):
+    params = complex_parameters(torch.complex64, device)
+    opt = fusedopt.AdamW(params)
+    train(opt, params, 2)
+    before = [p._version for p in params]
+    params[1].grad = None
+    opt.step()
+    assert [p._version - was for p, was in zip(params, before, strict=True)] == [1, 0, *[1] * (len(params) - 2)]
+
+
 def test_masters_and_memory(device):
     params = complex_parameters(torch.complex64, device)
     opt = fusedopt.AdamW(params)
