@@ -97,8 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
-    first step and not None. They may be of any of the real dtypes, float64 only with float64;
-    those of complex parameters are of the same dtype.
+    first step and not None. They may be of any of the dtypes, float64 only with float64, complex ones only with their
+    own.
 
     Raises:
         ValueError, TypeError: bad hyper-parameters, options or parameters.

@@ -119,7 +119,7 @@ class OptimizerPlan:
     alone: _Alone | None = None
     """Where the plan is for one parameter."""
     has_complex: bool = False
-    """Whether a complex parameter has a gradient."""
+    """Whether a complex parameter has had a gradient."""
 
     @classmethod
     def make(
