@@ -367,9 +367,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
     ) -> None:
         if plan.has_complex:
-            check_complex_clipping(
-                f"{type(self).__name__}.step", scalars.max_grad_value, scalars.norm_type if "norm" in names else None
-            )
+            self._check_complex()
         passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
@@ -379,6 +377,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = "norm" in names
+
+    def _check_complex(self) -> None:
+        """TypeError or ValueError where this step is to clip as complex gradients cannot be clipped."""
+        takes_norm = self._takes_norm or "_nonfinite_found" in self.__dict__
+        norm_type = self.norm_type if takes_norm else None
+        check_complex_clipping(f"{type(self).__name__}.step", self.max_grad_value, norm_type)
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""

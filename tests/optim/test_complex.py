@@ -374,10 +374,27 @@ def test_clipping_that_complex_gradients_do_not_have(options, error, pattern, de
         setattr(opt, key, value)
     with pytest.raises(error, match=pattern):
         opt.step()
+    fresh = fusedopt.AdamW(params, lr=0.1, **options)
+    with pytest.raises(error, match=pattern):
+        fresh.step()
+    assert not fresh.state
     assert_same_bits([parts(p) for p in params], before)
     for key in options:
         setattr(opt, key, 2.0 if key == "norm_type" else None)
     opt.step()
+    assert float(opt.state[params[0]]["step"]) == 2
+
+
+def test_scalers_take_a_norm(device):
+    params = complex_parameters(torch.complex64, device)
+    opt = fusedopt.AdamW(params, norm_type=1.0)
+    train(opt, params, 1)
+    scaler = fusedopt.GradScaler(device.type, init_scale=4.0)
+    scaler.scale(torch.ones((), device=device))
+    with pytest.raises(ValueError, match="norm_type=2"):
+        scaler.step(opt)
+    opt.norm_type = 2.0
+    scaler.step(opt)
     assert float(opt.state[params[0]]["step"]) == 2
 
 
