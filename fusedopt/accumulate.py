@@ -47,14 +47,15 @@ class GradAccumulator:
     Args:
         target: an optimizer of this library; or any other ``torch.optim.Optimizer`` or iterable of parameters, for
             which :meth:`grads` or :meth:`assign_grads` hand over the result and begin anew.
-        dtype: of main gradients, torch.float32 or torch.bfloat16; float64 parameters always have float64 ones.
+        dtype: of main gradients, torch.float32 or torch.bfloat16; float64 and complex parameters always have ones of
+            their own dtype.
         reduction: "mean" (weighted, over the micro-batches) or "sum", for losses that are divided already.
         hooks: fold each gradient in the backward pass as soon as it is complete, in launches of its own, so that only
             one ``.grad`` exists at a time. The last micro-batch is then folded too; :meth:`accumulate` after all
             others says where one ends.
 
     Raises:
-        TypeError: other dtypes; parameters that are not dense floating-point tensors.
+        TypeError: other dtypes; parameters that are not dense floating-point or complex tensors.
         ValueError: no parameters; one of them twice; an unknown reduction; an optimizer that has an accumulator.
     """
 
@@ -166,13 +167,15 @@ class GradAccumulator:
         if main is None:
             self._adopt([param])
             main = self._mains[param]
-        weight = self._weight
+        weight, total = self._weight, main.tensor
+        if grad.is_complex():  # a complex product may round otherwise than the pass
+            grad, total = torch.view_as_real(grad.resolve_conj()), torch.view_as_real(total)
         if isinstance(weight, torch.Tensor) or weight != 1.0:
             wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
             if isinstance(weight, torch.Tensor):
                 weight = weight.to(device=grad.device, dtype=wide, non_blocking=True).reshape(())
             grad = grad.to(wide) * weight
-        main.tensor.add_(grad) if main.held.value else main.tensor.copy_(grad)
+        total.add_(grad) if main.held.value else total.copy_(grad)
         main.held.value, self._open = True, True
         param.grad = None
 
@@ -446,5 +449,10 @@ def _checked_state(state: dict[str, Any], params: list[torch.Tensor]) -> dict[in
             raise ValueError(
                 f"{where}: got main_grads[{i}] of shape {tuple(getattr(grad, 'shape', ()))}, expected {expected}; load "
                 "the state of the same model"
+            )
+        if grad.is_complex() != params[i].is_complex():
+            raise ValueError(
+                f"{where}: got main_grads[{i}] of dtype {grad.dtype} for a parameter of {params[i].dtype}, expected "
+                "both complex or none; load the state of the same model"
             )
     return state["main_grads"]

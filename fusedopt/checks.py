@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .specs import DTYPES, NORM_TYPES
+from .specs import COMPLEX_DTYPES, DTYPES, NORM_TYPES
 
 __all__ = [
     "check_clipping",
+    "check_complex_clipping",
     "check_dense",
     "check_grad",
     "check_hyperparameters",
@@ -20,6 +21,7 @@ __all__ = [
     "overlaps",
 ]
 
+_DTYPES = (*DTYPES, *COMPLEX_DTYPES)
 NONFINITE = ("propagate", "skip")
 
 
@@ -87,6 +89,23 @@ def check_clipping(where: str, max_grad_norm: Any, norm_type: Any, max_grad_valu
         raise ValueError(f"{where}: got nonfinite={nonfinite!r}, expected one of {NONFINITE}; choose one of them")
 
 
+def check_complex_clipping(where: str, max_grad_value: float | None, norm_type: float | None) -> None:
+    """TypeError and ValueError for what complex gradients cannot have: limits, and norms other than of order 2.
+
+    Only that norm is the same of the numbers as of their real and imaginary parts. norm_type: None where none is taken.
+    """
+    if max_grad_value is not None:
+        raise TypeError(
+            f"{where}: got max_grad_value={max_grad_value} and complex gradients, expected real ones: complex numbers "
+            "have no order; pass torch.view_as_real of parameters or gradients to clamp real and imaginary parts"
+        )
+    if norm_type not in (None, 2.0):
+        raise ValueError(
+            f"{where}: got norm_type={norm_type} and complex gradients, expected norm_type=2; use that, or "
+            "torch.nn.utils for others"
+        )
+
+
 def overlaps(tensor: torch.Tensor) -> bool:
     """Whether two elements may share memory. Exact for every layout that indexing, transposing or expand can make."""
     span = 1  # of memory, in elements, that the dimensions so far reach
@@ -100,7 +119,7 @@ def overlaps(tensor: torch.Tensor) -> bool:
 
 
 def check_dense(where: str, tensor: Any, written: bool = True) -> None:
-    """A dense tensor of a supported floating-point dtype; if it is written, each element in memory of its own."""
+    """A dense tensor of a supported dtype; if it is written, each element in memory of its own."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(
             f"{where} is a {type(tensor).__name__}, expected a torch.Tensor; pass tensors such as model.parameters()"
@@ -108,8 +127,8 @@ def check_dense(where: str, tensor: Any, written: bool = True) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{where} has layout {tensor.layout}, expected a dense tensor; use torch.optim.SparseAdam")
     name = str(tensor.dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(DTYPES)}; leave it out or convert it")
+    if name not in _DTYPES:
+        raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(_DTYPES)}; leave it out or convert it")
     if tensor.numel() and not tensor.data_ptr():
         raise TypeError(
             f"{where} is a {type(tensor).__name__} on '{tensor.device}' without memory of its own, expected a plain "
@@ -143,15 +162,20 @@ def check_params(where: str, params: Iterable[Any]) -> None:
 
 
 def check_grad(where: str, grad: torch.Tensor, param: torch.Tensor) -> None:
-    """Dense, of a supported dtype, and of the parameter's shape and device."""
+    """Dense, of a supported dtype that fits the parameter's, and of the parameter's shape and device."""
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{where} has layout {grad.layout}, expected a dense gradient; "
             "use torch.optim.SparseAdam, or build the embedding with sparse=False"
         )
     name = str(grad.dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(DTYPES)}; convert it")
+    if name not in _DTYPES:
+        raise TypeError(f"{where} has dtype {name}, expected one of {', '.join(_DTYPES)}; convert it")
+    if (grad.is_complex() or param.is_complex()) and grad.dtype != param.dtype:
+        raise TypeError(
+            f"{where} has dtype {name}, expected the parameter's {str(param.dtype).removeprefix('torch.')}: complex "
+            "gradients and complex parameters go together; convert the gradient"
+        )
     if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
         raise TypeError(
             f"{where} has dtype {name}, expected {'float64' if param.dtype == torch.float64 else 'a lower precision'} "

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from . import passes
 from .backends import for_device
-from .checks import check_clipping, check_dense
+from .checks import check_clipping, check_complex_clipping, check_dense
 from .plan import DeviceTables, TensorRow, is_dense
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "unscale_grads_"]
@@ -32,12 +32,12 @@ def get_total_norm(
 
     Args:
         tensors: any shapes, layouts and supported dtypes.
-        norm_type: 1, 2 or inf.
+        norm_type: 1, 2 or inf; only 2 for complex tensors.
         error_if_nonfinite: raise RuntimeError if the norm is inf or NaN; this waits for the device.
         foreach: accepted for torch's sake.
 
     Returns:
-        0-dim tensor on the first tensor's device: float64 if any tensor is, else float32.
+        0-dim tensor on the first tensor's device: float64 if any tensor is that or complex128, else float32.
     """
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     check_clipping("get_total_norm", None, norm_type, None, "propagate")
@@ -65,13 +65,13 @@ def clip_grad_norm_(
     Args:
         parameters: whose ``.grad`` to clip; those without one are passed over.
         max_norm: > 0.
-        norm_type: 1, 2 or inf.
+        norm_type: 1, 2 or inf; only 2 for complex gradients.
         error_if_nonfinite: raise RuntimeError, before any gradient is written, if the norm is inf or NaN; this waits
             for the device.
         foreach: accepted for torch's sake.
 
     Returns:
-        The norm before clipping, 0-dim: float64 if any gradient is, else float32.
+        The norm before clipping, 0-dim: float64 if any gradient is that or complex128, else float32.
     """
     check_clipping("clip_grad_norm_", max_norm, norm_type, None, "propagate")
     grads = _grads(parameters)
@@ -89,7 +89,7 @@ def clip_grad_norm_(
 def clip_grad_value_(
     parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float, foreach: bool | None = None
 ) -> None:
-    """Clamps every gradient element to ± ``clip_value`` (> 0), in place. NaN stays NaN."""
+    """Clamps every gradient element to ± ``clip_value`` (> 0), in place. NaN stays NaN. TypeError for complex ones."""
     check_clipping("clip_grad_value_", None, 2.0, clip_value, "propagate")
     grads = _grads(parameters)
     if not grads:
@@ -153,6 +153,8 @@ def _begin(
     """Tables over the tensors, ready for the passes, and the dense tensors (copies of those with gaps) they hold."""
     for i, tensor in enumerate(tensors):
         check_dense(f"{where}: tensor {i}", tensor, written="scale" in which)
+    if any(tensor.is_complex() for tensor in tensors):
+        check_complex_clipping(where, scalars.max_grad_value, scalars.norm_type if "norm" in which else None)
     for device in {tensor.device for tensor in tensors}:
         for_device(device)
     dense = [t if is_dense(t) else torch.empty_like(t, requires_grad=False).copy_(t) for t in tensors]
@@ -168,7 +170,7 @@ def _take_norm(
 ) -> torch.Tensor:
     passes.norm(tables)
     control = next(table.control for table in tables if table.device == tensors[0].device)
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     total_norm = (control.total_norm64 if wide else control.total_norm).clone()
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(

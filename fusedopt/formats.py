@@ -92,14 +92,15 @@ def check_format_options(where: str, group: Mapping[str, Any], rule: RuleSpec) -
 
 def param_format(where: str, group: Mapping[str, Any], dtype: torch.dtype) -> ParamFormatSpec:
     """Of a parameter of this dtype in this group; ValueError if the group asks for what the dtype cannot have."""
-    name, master = _name(dtype), _option(group, "master_weights")
+    master = _option(group, "master_weights")
+    name = _name(dtype) if master else _name(dtype.to_real())
     if _option(group, "stochastic_rounding"):
         master, name = "stochastic_rounding", f"{name}+stochastic"
     elif master == "fp32":
         name = f"{name}+master"
     elif master is not None:
         name = master
-    if name not in PARAM_FORMATS or PARAM_FORMATS[name].dtype != _name(dtype):
+    if name not in PARAM_FORMATS or PARAM_FORMATS[name].dtype != _name(dtype.to_real()):
         fitting = "bfloat16 or float16" if master == "fp32" else "bfloat16"
         option = "stochastic_rounding=True" if master == "stochastic_rounding" else f"master_weights={master!r}"
         raise ValueError(
@@ -110,15 +111,15 @@ def param_format(where: str, group: Mapping[str, Any], dtype: torch.dtype) -> Pa
 
 
 def state_format(where: str, group: Mapping[str, Any], param: torch.Tensor) -> StateFormatSpec:
-    """Of the states of this parameter; ValueError for float64 with a lower precision."""
+    """Of the states of this parameter; ValueError for float64 with a lower precision, and for complex with any."""
     wanted, dtype = _option(group, "state_dtype"), _name(param.dtype)
-    if dtype == "float64":
+    if dtype == "float64" or param.is_complex():
         if wanted is not None:
             raise ValueError(
-                f"{where} has dtype float64 and state_dtype={wanted!r}, expected None; put it into a param group "
+                f"{where} has dtype {dtype} and state_dtype={wanted!r}, expected None; put it into a param group "
                 "without state_dtype"
             )
-        return STATE_FORMATS[dtype]
+        return STATE_FORMATS[_name(param.dtype.to_real())]
     by_default = "float32" if _option(group, "master_weights") else dtype
     name = by_default if wanted is None else _STATE_FORMATS[wanted]
     if STATE_FORMATS[name].blocked and param.numel() < _option(group, "min_8bit_size"):
@@ -160,6 +161,10 @@ def _present(entry: Mapping[str, Any], rule: RuleSpec) -> Iterator[tuple[str, st
     return ((key, moment) for key, moment in zip(rule.states, rule.moments) if entry.get(key) is not None)
 
 
+def _is_coded(state: torch.Tensor) -> bool:
+    return not (state.is_floating_point() or state.is_complex())
+
+
 def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule: RuleSpec) -> None:
     """ValueError unless a parameter's state, empty or complete, has shapes and dtypes of some format."""
     if not entry:
@@ -171,8 +176,9 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
             f"with the state of '{rule.name}'"
         )
     for key, moment in _present(entry, rule):
-        _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (*DTYPES, *STATE_FORMATS["int8"].dtypes))
-        if not entry[key].is_floating_point():
+        dtypes = (_name(param.dtype),) if param.is_complex() else (*DTYPES, *STATE_FORMATS["int8"].dtypes)
+        _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), dtypes)
+        if _is_coded(entry[key]):
             _check_tensor(f"{where}['{key}']", entry[key], tuple(param.shape), (STATE_FORMATS["int8"].dtype(moment),))
             scale = entry.get(scale_key(key))
             _check_tensor(f"{where}['{scale_key(key)}']", scale, scale_shape(param.numel()), ("float32",))
@@ -186,7 +192,7 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
         )
     present = [key for key, _ in _present(entry, rule)]
     floating = {entry[key].dtype for key in present if entry[key].is_floating_point()}
-    kinds = {entry[key].is_floating_point() for key in present}
+    kinds = {_is_coded(entry[key]) for key in present}
     wide = bool(present) and param.dtype == torch.float64
     if len(floating) > 1 or len(kinds) > 1 or (torch.float64 in floating) != wide:
         got = ", ".join(f"{key} in {_name(entry[key].dtype)}" for key in present)
@@ -282,11 +288,11 @@ def _encode_int8(values: torch.Tensor, moment: str) -> tuple[torch.Tensor, torch
 
 
 def decode_states(entry: Mapping[str, Any], rule: RuleSpec) -> dict[str, torch.Tensor]:
-    """The states of one parameter as plain floating-point tensors: float32 where they are in 8 bits."""
+    """The states of one parameter as plain tensors: float32 where they are in 8 bits."""
     decoded = {}
     for key, moment in _present(entry, rule):
         value = entry[key]
-        decoded[key] = value if value.is_floating_point() else _decode_int8(value, entry[scale_key(key)], moment)
+        decoded[key] = _decode_int8(value, entry[scale_key(key)], moment) if _is_coded(value) else value
     return decoded
 
 
@@ -295,9 +301,9 @@ def convert_states(entry: dict[str, Any], rule: RuleSpec, wanted: StateFormatSpe
     for key, moment in list(_present(entry, rule)):
         dtype = getattr(torch, wanted.dtype(moment))
         value = entry[key]
-        if value.dtype == dtype:
+        if value.dtype == dtype or value.is_complex():  # complex states are never converted
             continue
-        if not value.is_floating_point():
+        if _is_coded(value):
             value = _decode_int8(value, entry.pop(scale_key(key)), moment)
         if wanted.blocked:
             entry[key], entry[scale_key(key)] = _encode_int8(value, moment)
@@ -306,12 +312,16 @@ def convert_states(entry: dict[str, Any], rule: RuleSpec, wanted: StateFormatSpe
 
 
 def new_states(rule: RuleSpec, wanted: StateFormatSpec, param: torch.Tensor, value: float = 0.0) -> dict[str, Any]:
-    """The states that a parameter begins with: ``value`` everywhere, in the layout of the (dense) parameter."""
+    """The states that a parameter begins with: ``value`` everywhere, in the layout of the (dense) parameter.
+
+    A complex parameter's are complex, their real and imaginary parts ``value``.
+    """
     plain = STATE_FORMATS["float32"] if wanted.blocked and value else wanted  # 0 is 0 in every format
     entry = {}
     for key, moment in zip(rule.states, rule.moments):
-        dtype = getattr(torch, plain.dtype(moment))
-        entry[key] = torch.full_like(param, value, dtype=dtype, requires_grad=False)
+        dtype = param.dtype if param.is_complex() else getattr(torch, plain.dtype(moment))
+        filling = complex(value, value) if param.is_complex() else value
+        entry[key] = torch.full_like(param, filling, dtype=dtype, requires_grad=False)
         if plain.blocked:
             entry[scale_key(key)] = torch.zeros(scale_shape(param.numel()), device=param.device)
     convert_states(entry, rule, wanted)
@@ -331,13 +341,13 @@ def _from_word(word: torch.Tensor) -> torch.Tensor:
 
 
 def decode_master(entry: Mapping[str, Any], param: torch.Tensor) -> torch.Tensor:
-    """The value of a parameter to all its digits, in the parameter's shape: float32, or float64 where it is."""
+    """The value of a parameter to all its digits, in the parameter's shape: float32, or wider where it is."""
     if "master_param" in entry:
         return entry["master_param"].detach().clone()
     low = entry.get("param_remainder")
     param = param.detach()
     if low is None:
-        return param.to(torch.float64 if param.dtype == torch.float64 else torch.float32, copy=True)
+        return param.to(torch.promote_types(param.dtype, torch.float32), copy=True)
     low = low.to(torch.int64) * (1 if low.dtype == torch.int16 else 256)
     return _from_word((_word(param.float()) + low) % 2**32)
 

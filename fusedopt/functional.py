@@ -4,8 +4,9 @@ All are in place, take one launch per dtype, wait for nothing, and write nothing
 captured in a graph once they have run with the same tensors outside of it.
 
 Common arguments:
-    params: tensors of dtype float32, bfloat16, float16 or float64, any shape and layout.
-    grads: as many tensors of the same shapes and devices, of any of these dtypes (float64 only with float64).
+    params: tensors of dtype float32, bfloat16, float16, float64, complex64 or complex128, any shape and layout.
+    grads: as many tensors of the same shapes and devices, of any of these dtypes (float64 and complex ones only with
+        themselves).
     exp_avgs, exp_avg_sqs: the moments; tensors of the parameters' shapes.
     steps: 0-dim float32 tensors on the parameters' devices: how many steps were taken; incremented.
     lr: per step; a float or a 0-dim tensor.
@@ -28,7 +29,7 @@ from torch.autograd.graph import increment_version
 
 from . import passes
 from .backends import for_device
-from .checks import check_clipping, check_dense, check_grad, check_hyperparameters
+from .checks import check_clipping, check_complex_clipping, check_dense, check_grad, check_hyperparameters
 from .plan import Bucket, TensorRow, is_dense, like_parameter, same_layout
 from .specs import PARAM_FORMATS, RULES, STATE_FORMATS, RuleSpec
 
@@ -271,6 +272,8 @@ def _apply(
     _check_lists(where, rule, params, grads, states, steps)
     check_hyperparameters(where, hyper)
     check_clipping(where, None, 2.0, scalars.max_grad_value, "propagate")
+    if any(param.is_complex() for param in params):
+        check_complex_clipping(where, scalars.max_grad_value, None)
     if not params:
         return
 
@@ -278,12 +281,12 @@ def _apply(
         _stage(rule, param, grad, [tensors[i] for tensors in states], step)
         for i, (param, grad, step) in enumerate(zip(params, grads, steps))
     ]
-    tables, places = _tables.get([row for row, _ in staged])
-    _set_grads(places, [grad for _, grad in staged])
+    tables, places = _tables.get([row for row, _, _ in staged])
+    _set_grads(places, [grad for _, grad, _ in staged])
     passes.begin(tables, scalars, ("update",), [hyper])
     passes.run_update(tables)
-    for i, (row, _) in enumerate(staged):
-        for kept, used in zip((params[i], *(tensors[i] for tensors in states)), (row.param, *row.states)):
+    for i, (_, _, written) in enumerate(staged):
+        for kept, used in zip((params[i], *(tensors[i] for tensors in states)), written):
             if used is not kept:
                 kept.copy_(used)
     increment_version([*params, *(tensor for tensors in states for tensor in tensors)])
@@ -301,21 +304,25 @@ def _given(rule: str, key: str, tensors: Tensors | None) -> Tensors:
 
 def _stage(
     rule: RuleSpec, param: torch.Tensor, grad: torch.Tensor, states: Tensors, step: torch.Tensor
-) -> tuple[TensorRow, torch.Tensor]:
-    """The row of one parameter and its gradient, all in the layout of the (dense) parameter; copies where needed."""
-    dense = param.detach() if is_dense(param) else torch.empty_like(param, requires_grad=False).copy_(param)
+) -> tuple[TensorRow, torch.Tensor, Tensors]:
+    """The row of one parameter, its gradient, and the parameter and its states as written.
+
+    All in the layout of the (dense) parameter; copies where needed.
+    """
+    dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False).copy_(param)
+    written = [dense, *(state if same_layout(state, dense) else like_parameter(state, dense) for state in states)]
     row = TensorRow(
         numel=param.numel(),
         device=param.device,
         grad_dtype=grad.dtype,
         rule=rule,
-        param_format=PARAM_FORMATS[_name(param.dtype)],
-        state_format=STATE_FORMATS[_name(states[0].dtype if states else param.dtype)],
-        param=dense if dense.data_ptr() != param.data_ptr() else param,
-        states=[state if same_layout(state, dense) else like_parameter(state, dense) for state in states],
+        param_format=PARAM_FORMATS[_name(param.dtype.to_real())],
+        state_format=STATE_FORMATS[_name((states[0] if states else param).dtype.to_real())],
+        param=dense,
+        states=written[1:],
         step=step,
     )
-    return row, grad if same_layout(grad, dense) else like_parameter(grad, dense)
+    return row, grad if same_layout(grad, dense) else like_parameter(grad, dense), written
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -364,6 +371,11 @@ def _check_state(where: str, state: torch.Tensor, param: torch.Tensor, first: to
         raise ValueError(
             f"{where} has shape {tuple(state.shape)} on {state.device}, expected the parameter's "
             f"{tuple(param.shape)} on {param.device}; create it with torch.zeros_like(param)"
+        )
+    if (state.is_complex() or param.is_complex()) and state.dtype != param.dtype:
+        raise ValueError(
+            f"{where} is {state.dtype} beside a parameter of {param.dtype}, expected the parameter's dtype; create it "
+            "with torch.zeros_like(param)"
         )
     if state.dtype != first.dtype or (state.dtype == torch.float64) != (param.dtype == torch.float64):
         raise ValueError(

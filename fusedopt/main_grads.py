@@ -36,8 +36,8 @@ class MainGrad:
     def fits(self, param: torch.Tensor) -> bool:
         """Whether the parameter is as it was when this was made."""
         alike = self.tensor.shape == param.shape and self.strides == param.stride()
-        wide = (self.tensor.dtype == torch.float64) == (param.dtype == torch.float64)
-        return alike and wide and self.tensor.device == param.device
+        same_kind = _main_dtype(param, torch.float32) == _main_dtype(self.tensor, torch.float32)
+        return alike and same_kind and self.tensor.device == param.device
 
     def check(self, where: str, param: torch.Tensor) -> None:
         """ValueError where the parameter has changed while this holds something."""
@@ -52,29 +52,35 @@ class MainGrad:
             )
 
 
+def _main_dtype(param: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of the main gradient: that of float64 and complex parameters, else ``dtype``."""
+    return param.dtype if param.dtype == torch.float64 or param.is_complex() else dtype
+
+
 def make_main_grads(
     params: Iterable[torch.Tensor], dtype: torch.dtype, epoch: _C.Epoch
 ) -> dict[torch.Tensor, MainGrad]:
-    """Zeros in one buffer for each device and dtype: float64 for float64 parameters, else ``dtype``.
+    """Zeros, in one buffer of real numbers for each device and dtype: float64, float32 for complex64, else ``dtype``.
 
     epoch: of the accumulator; to advance it empties all of its main gradients.
     """
     by_buffer: dict[tuple[torch.device, torch.dtype], dict[torch.Tensor, None]] = {}
     for param in params:
-        wide = torch.float64 if param.dtype == torch.float64 else dtype
-        by_buffer.setdefault((param.device, wide), {})[param] = None
+        by_buffer.setdefault((param.device, _main_dtype(param, dtype).to_real()), {})[param] = None
     made = {}
     for (device, wide), own in by_buffer.items():
         step = _ALIGNMENT // wide.itemsize
         starts = [0]
         for param in own:
-            starts.append(starts[-1] + -(-param.numel() // step) * step)
+            numel = 2 * param.numel() if param.is_complex() else param.numel()
+            starts.append(starts[-1] + -(-numel // step) * step)
         buffer = torch.zeros(starts[-1], dtype=wide, device=device)
-        for param, start in zip(own, starts):
+        for param, start, end in zip(own, starts, starts[1:]):
             strides = torch.empty_like(param, device="meta").stride()
-            made[param] = MainGrad(
-                buffer, buffer.as_strided(param.shape, strides, start), param.stride(), _C.Held(epoch)
-            )
+            part = buffer[start:end]
+            if param.is_complex():
+                part = torch.view_as_complex(part.view(-1, 2))
+            made[param] = MainGrad(buffer, part.as_strided(param.shape, strides), param.stride(), _C.Held(epoch))
     return made
 
 

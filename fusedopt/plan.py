@@ -16,7 +16,7 @@ import torch
 
 from . import _C
 from .control import Control
-from .specs import DTYPES, ParamFormatSpec, RuleSpec, StateFormatSpec
+from .specs import COMPLEX_DTYPES, DTYPES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
 __all__ = [
     "Bucket",
@@ -30,15 +30,23 @@ __all__ = [
 ]
 
 _CODES = {getattr(torch, name): spec.code for name, spec in DTYPES.items()}
+_CODES |= {getattr(torch, name): code for code, name in enumerate(COMPLEX_DTYPES, len(DTYPES))}
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The C++ code of a supported floating-point dtype; KeyError for others."""
+    """The C++ code of a supported dtype; KeyError for others. Kernels know those of real numbers only."""
     return _CODES[dtype]
 
 
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether memory holds the conjugates or the negatives of the elements, as after ``conj()``."""
+    return tensor.is_neg() or tensor.is_conj()
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their span of memory, each exactly once, in whatever order of dimensions."""
+    """Whether the elements fill their span of memory, each exactly once and as it is, in any order of dimensions."""
+    if _is_lazy(tensor):
+        return False
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
         if stride != expected:
@@ -48,7 +56,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def same_layout(tensor: torch.Tensor, dense: torch.Tensor) -> bool:
-    """Whether ``tensor``, of the same shape as ``dense``, has its elements in the same order in memory."""
+    """Whether ``tensor``, of the same shape as ``dense``, has its elements in the same order in memory, as they are."""
+    if _is_lazy(tensor):
+        return False
     return all(a == b for a, b, n in zip(tensor.stride(), dense.stride(), dense.shape) if n > 1) or not dense.numel()
 
 
@@ -63,7 +73,11 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 @dataclass
 class TensorRow:
-    """One tensor of a pass. ``param`` is dense; None, like its formats, where a pass only reads gradients."""
+    """One tensor of a pass. ``param`` is dense; None, like its formats, where a pass only reads gradients.
+
+    A complex tensor becomes what kernels see of it: as torch.optim treats it, real numbers, twice as many, in the same
+    memory. Then all tensors given must be complex, and formats those of real numbers.
+    """
 
     numel: int
     device: torch.device
@@ -84,6 +98,15 @@ class TensorRow:
     group: int = 0
     id: int = 0
     """Of the parameter in its optimizer, for random numbers."""
+
+    def __post_init__(self) -> None:
+        if self.grad_dtype.is_complex:
+            self.numel *= 2
+            self.grad_dtype = self.grad_dtype.to_real()
+            self.states = [torch.view_as_real(state) for state in self.states]
+            self.param, self.main_grad = (
+                None if tensor is None else torch.view_as_real(tensor) for tensor in (self.param, self.main_grad)
+            )
 
     @property
     def key(self) -> tuple:

@@ -40,6 +40,7 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: called twice or after ``step``; gradients that are not in ``.grad``, which it could not reach.
             ValueError: float16 gradients.
+            NotImplementedError: complex gradients.
         """
         if self._enabled and isinstance(optimizer, FusedOptimizer):
             _require_plain_grads(optimizer)
@@ -113,6 +114,11 @@ def _require_plain_grads(optimizer: FusedOptimizer) -> None:
             "without unscale_, and let the optimizer clip with max_grad_norm"
         )
     for group in optimizer.param_groups:
+        if any(param.grad is not None and param.grad.is_complex() for param in group["params"]):
+            raise NotImplementedError(
+                f"{where}: got complex gradients, expected real ones, which alone torch's kernel unscales; call "
+                "scaler.step(optimizer) without unscale_, and let the optimizer clip with max_grad_norm"
+            )
         if any(getattr(param, "main_grad", None) is not None for param in group["params"]):
             raise RuntimeError(
                 f"{where}: got parameters with a main_grad, expected gradients in .grad alone; call "

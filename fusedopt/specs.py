@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "COMPLEX_DTYPES",
     "CPU_CHUNK",
     "CUDA_CHUNK",
     "CUDA_CHUNK_BLOCKED",
@@ -134,6 +135,9 @@ DTYPES: dict[str, DTypeSpec] = {
         DTypeSpec("float64", "Float64", 3, 8),
     )
 }
+
+COMPLEX_DTYPES = ("complex64", "complex128")
+"""Of tensors that kernels see as twice as many float32 or float64. In the watch their codes follow those above."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 def normal(shape, dtype=torch.float32, device="cpu", seed=0) -> Tensor:
-    """Standard normal values, the same on every device."""
+    """Standard normal values, or real and imaginary parts, the same on every device."""
+    if dtype.is_complex:
+        return torch.view_as_complex(normal((*shape, 2), dtype.to_real(), device, seed))
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype).to(device)
 
 
@@ -224,8 +226,15 @@ def train(opt, params, steps, first=0, scale=1.0) -> None:
 # ---- bits ---------------------------------------------------------------------------------------------------------
 
 
+def parts(t: Tensor) -> Tensor:
+    """Real and imaginary parts in a last dimension of their own, where `t` is complex: what kernels see of it."""
+    t = t.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
 def bits(t: Tensor) -> Tensor:
-    """The elements of `t` as integers, on the CPU."""
+    """The elements of `t`, or their parts, as integers, on the CPU."""
+    t = parts(t)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     return t.detach().cpu().contiguous().view(integer)
 
@@ -237,6 +246,7 @@ def assert_same_bits(actual, expected) -> None:
     assert len(actual) == len(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert (a.dtype, a.shape) == (e.dtype, e.shape), f"tensor {i}"
+        a, e = parts(a), parts(e)
         different = (bits(a) != bits(e)).reshape(-1).nonzero().flatten().tolist()
         assert not different, (
             f"tensor {i}: {len(different)} of {a.numel()} elements differ, first at {different[0]}: "

@@ -40,11 +40,13 @@ class Input:
         return getattr(fusedopt, self.name)(params, **self.copied(), **extra)
 
     def theirs(self, params) -> torch.optim.Optimizer:
-        """torch's, one operation after the other; on a CPU it does not know `capturable`."""
-        kwargs = self.copied()
-        if any(p.device.type == "cpu" for p in params):
-            kwargs.pop("capturable", None)
+        """torch's, one operation after the other, with coefficients in double: that is, not `capturable`."""
+        kwargs = {key: value for key, value in self.copied().items() if key != "capturable"}
         return getattr(torch.optim, self.name)(params, **kwargs, foreach=False)
+
+    def theirs_as_given(self, params) -> torch.optim.Optimizer:
+        """The same, `capturable` too where it says so: then coefficients are in float32, as the tensor `step` is."""
+        return getattr(torch.optim, self.name)(params, **self.copied(), foreach=False)
 
     def in_dtype(self, dtype: torch.dtype) -> "Input":
         """With tensors of that dtype, in which torch computes with them; here they are read as doubles."""

@@ -6,11 +6,13 @@ What deviates is named here, with the row of docs/compatibility.md that gives th
 import copy
 import inspect
 import io
+import math
 import pickle
+import sys
 
 import pytest
 import torch
-from cases import WITH_PEER, assert_same_bits, memory, parameters, set_gradients, train
+from cases import WITH_PEER, assert_same_bits, memory, normal, parameter, parameters, parts, set_gradients, train
 from optim_db import ERRORS, INFOS, INPUTS, SCHEDULERS, Input
 from parity import assert_same_numbers, numbers
 
@@ -27,12 +29,13 @@ def test_every_class_is_there():
 # ---- inputs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("given", INPUTS, ids=str)
 def test_inputs(given, dtype, device):
     """20 steps; the fifth without gradients for one parameter."""
     results = []
-    for make in (given.in_dtype(dtype).ours, given.in_dtype(dtype).theirs):
+    given = given.in_dtype(dtype.to_real())
+    for make in (given.ours, given.theirs):
         opt = make(params := parameters(SIZES, dtype, device, seed=3))
         for step in range(20):
             set_gradients(params, seed=step)
@@ -41,6 +44,102 @@ def test_inputs(given, dtype, device):
             opt.step()
         results.append(opt)
     assert_same_numbers(*results, steps=20)
+
+
+def coefficients(name, lr, betas, step):
+    """What torch's capturable steps make of their number, in double or, of a tensor `step`, in that tensor's dtype."""
+    if name not in ("Adam", "AdamW", "RAdam"):
+        return []
+    correction1, correction2 = (1 - beta**step for beta in betas)
+    if name != "RAdam":
+        return [lr / correction1, correction2**0.5]
+    rho_inf = 2 / (1 - betas[1]) - 1
+    rho = rho_inf - 2 * step * (betas[1] ** step) / correction2
+    if rho <= 5.0:
+        return [1 / correction1]
+    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+    return [1 / correction1, correction2**0.5, rect]
+
+
+def relative_error(given, step, device):
+    """By how much of itself torch's update may be wrong with coefficients from a float32 step.
+
+    It is a product and quotient of positive coefficients (and a sum with eps times one of them), whose errors are
+    computed here with torch's own operations. Four roundings to float32 come on top: of their product, of eps, of its
+    quotient by one, and one to spare.
+    """
+    lr, betas = given.kwargs.get("lr", 1e-3), given.kwargs.get("betas", (0.9, 0.999))
+    betas = [beta.squeeze() if isinstance(beta, torch.Tensor) else beta for beta in betas]
+    exact = coefficients(given.name, float(lr), [float(beta) for beta in betas], float(step))
+    rounded = coefficients(given.name, lr, betas, torch.tensor(float(step), device=device))
+    if len(rounded) != len(exact):
+        return math.inf  # RAdam, at the step from which it rectifies: each takes the other formula
+    factor = (1 + 2.0**-24) ** 4 if exact else 1.0
+    for a, b in zip(rounded, exact, strict=True):
+        factor *= max(float(a) / b, b / float(a))
+    return factor - 1
+
+
+@pytest.mark.parametrize("given", [given for given in INPUTS if given.kwargs.get("capturable")], ids=str)
+def test_capturable_in_float64(given, device, monkeypatch):
+    """torch makes the coefficients of a capturable step in float32; that is all that keeps float64 steps apart.
+
+    Each step begins with our numbers, so that errors neither add up nor come back through weight decay.
+    """
+    for name in ("adam", "radam", "rmsprop"):  # on CPUs torch's code would work, but refuses
+        module = sys.modules[f"torch.optim.{name}"]
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
+    given = given.in_dtype(torch.float64)
+    own, others = (parameters(SIZES, torch.float64, device, seed=3) for _ in range(2))
+    ours, theirs = given.ours(own), given.theirs_as_given(others)
+    group, unit = ours.param_groups[0], torch.finfo(torch.float64).eps / 2
+    decay = float(group["lr"]) * group["weight_decay"]
+    for step in range(1, 21):
+        before = [p.detach().clone() for p in own]
+        for ps, opt in ((own, ours), (others, theirs)):
+            set_gradients(ps, seed=step)
+            opt.step()
+        error = relative_error(given, step, device)
+        for p, q, was in zip(own, others, before, strict=True):
+            update = (p - was).abs() + decay * was.abs()  # at most: the decay may be a part of the difference
+            apart = (p - q).abs() - torch.where(update > 0, error * update, 0.0)
+            assert apart.numel() == 0 or apart.max() <= 16 * unit * p.abs().max()  # as assert_same_numbers
+            q.data.copy_(p)
+        assert_same_numbers(ours, theirs, steps=1)
+        for p, q in zip(own, others, strict=True):
+            for key, value in theirs.state[q].items():
+                value.copy_(ours.state[p][key])
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_complex(given, flags, device):
+    """torch's tests of that name: a complex parameter goes where its view as real numbers goes, bit for bit, and where
+    its real and its imaginary part go as parameters of their own. With `fused`, which torch refuses, too."""
+    if not flags.keys() <= inspect.signature(getattr(fusedopt, given.name)).parameters.keys():
+        pytest.skip("no such argument, as in torch")
+    mixed = [
+        normal((20, 3), torch.complex64, device),
+        normal((7,), device=device),
+        normal((2, 3), torch.complex128, device),
+    ]
+    views = [part for tensor in mixed for part in ([tensor] if not tensor.is_complex() else [tensor.real, tensor.imag])]
+    whole, real, halves = ([parameter(t.clone()) for t in own] for own in (mixed, map(parts, mixed), views))
+    opts = [given.ours(own, **flags) for own in (whole, real, halves)]
+    for step in range(4):
+        set_gradients(whole, seed=step)
+        for p, q in zip(whole, real, strict=True):
+            q.grad = parts(p.grad)
+        grads = [part for p in whole for part in ([p.grad] if not p.is_complex() else [p.grad.real, p.grad.imag])]
+        for half, grad in zip(halves, grads, strict=True):
+            half.grad = grad
+        for opt in opts:
+            opt.step()
+    assert_same_bits([parts(p) for p in whole], [p.detach() for p in real])
+    joined = iter(halves)
+    for p in whole:
+        expected = torch.complex(next(joined), next(joined)) if p.is_complex() else next(joined)
+        assert_same_bits(p.detach(), expected.detach())
 
 
 @pytest.mark.parametrize("flag", ["foreach", "fused", "capturable"])
@@ -116,12 +215,10 @@ def test_error_inputs_for_gpus(name, device):
 
 @pytest.mark.parametrize("name", INFOS)
 def test_what_is_not_supported(name, device):
-    """The other deviations: differentiable steps, complex parameters, sparse gradients."""
+    """The other deviations: differentiable steps, sparse gradients."""
     cls = getattr(fusedopt, name)
     with pytest.raises(ValueError, match="differentiable"):
         cls(parameters([3], device=device), differentiable=True)
-    with pytest.raises(TypeError, match="complex64"):
-        cls([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64, device=device))])
     opt = cls(params := parameters([3], device=device))
     params[0].grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), device=device, check_invariants=True)
     with pytest.raises(RuntimeError, match="dense"):

@@ -15,7 +15,8 @@ from cases import CASES, parameters, set_gradients
 import fusedopt
 from fusedopt import _C, functional, reference, structs
 from fusedopt.control import Control
-from fusedopt.specs import DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
+from fusedopt.plan import dtype_code
+from fusedopt.specs import COMPLEX_DTYPES, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CSRC = ROOT / "fusedopt", ROOT / "csrc"
@@ -262,6 +263,7 @@ def constant(path: str, name: str) -> int:
 def test_dtypes_agree_with_cxx():
     assert enumerators("DType") == {f"k{spec.cpp}": spec.code for spec in DTYPES.values()}
     assert constant("core/structs.h", "kNumDTypes") == len(DTYPES)
+    assert [dtype_code(getattr(torch, name)) for name in COMPLEX_DTYPES] == [len(DTYPES), len(DTYPES) + 1]
     formats = (CSRC / "formats/plain.h").read_text()
     assert all(re.search(rf"^struct {spec.cpp} {{", formats, re.MULTILINE) for spec in DTYPES.values())
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)

@@ -65,7 +65,8 @@ bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
   };
   if (type(sample("float32", "cpu", 0)) != type(tensor)) return false;
   std::vector<py::object> others = {tensor.attr("to_sparse")()};
-  for (const char* dtype : {"float64", "bfloat16", "float16", "int32"}) others.push_back(sample(dtype, "cpu", 0));
+  for (const char* dtype : {"float64", "bfloat16", "float16", "int32", "complex64"})
+    others.push_back(sample(dtype, "cpu", 0));
   others.push_back(sample("float32", "meta", 0));
   for (size_t i = 0; i < others.size(); ++i) {
     if (!words_of(others[i]) || type(others[i]) == type(tensor)) return false;
@@ -73,6 +74,12 @@ bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
       if (type(others[i]) == type(others[j])) return false;
   }
   return true;
+}
+
+// By which a view of the tensor, made by this function of torch, differs from it.
+uint64 lazy_key(const TensorLayout& layout, const py::object& tensor, const char* view_function) {
+  const py::object view = py::module_::import("torch").attr(view_function)(tensor);
+  return words_of(view)[layout.type + 1] & ~words_of(tensor)[layout.type + 1];
 }
 
 bool find_layout(TensorLayout& layout) {
@@ -85,9 +92,10 @@ bool find_layout(TensorLayout& layout) {
     layout.type = layout.storage_offset + 2;
     if (!find_storage(layout, tensor, other) || !find_object(layout, tensor, other)) return false;
     if (!tells_apart(layout, tensor)) return false;
-    const py::object negative = py::module_::import("torch").attr("_neg_view")(tensor);
-    layout.negative = words_of(negative)[layout.type + 1] & ~words_of(tensor)[layout.type + 1];
-    return layout.negative != 0;
+    const uint64 negative = lazy_key(layout, tensor, "_neg_view");
+    const uint64 conjugate = lazy_key(layout, sample("complex64", "cpu", 0), "_conj");
+    layout.lazy = negative | conjugate;
+    return negative != 0 && conjugate != 0;
   } catch (py::error_already_set&) {
     return false;
   }

@@ -18,8 +18,8 @@ struct TensorLayout {
   int storage_offset;  // in elements
   int type;            // two words: dtype, device and flags; dispatch keys, which tell dense from other tensors
   // Of a c10::StorageImpl.
-  int data;         // the memory, then who owns it
-  uint64 negative;  // the dispatch key of tensors whose elements are the negatives of what memory holds
+  int data;     // the memory, then who owns it
+  uint64 lazy;  // the dispatch keys of tensors whose elements are the negatives or the conjugates of what memory holds
 };
 
 constexpr int kInlineDims = 5;

@@ -34,7 +34,7 @@ struct TorchFunctions {
   int32 (*delete_tensor)(Tensor*);
   const Tensor& (*grad)(const void* impl);  // c10::TensorImpl::grad() const
   void (*bump_version)(const Tensor&);      // torch::autograd::impl::bump_version(at::Tensor const&)
-  int32 dtypes[kNumDTypes];
+  int32 dtypes[kNumTensorDTypes];
   int32 strided;
   const void* undefined;  // the one c10::TensorImpl of all undefined tensors
 };
@@ -70,6 +70,8 @@ bool find_all(TorchFunctions& f) {
          find_code(f.dtypes[int32(DType::kBFloat16)], "aoti_torch_dtype_bfloat16") &&
          find_code(f.dtypes[int32(DType::kFloat16)], "aoti_torch_dtype_float16") &&
          find_code(f.dtypes[int32(DType::kFloat64)], "aoti_torch_dtype_float64") &&
+         find_code(f.dtypes[kComplex64], "aoti_torch_dtype_complex64") &&
+         find_code(f.dtypes[kComplex128], "aoti_torch_dtype_complex128") &&
          find_code(f.strided, "aoti_torch_layout_strided");
 }
 
@@ -98,7 +100,7 @@ bool read_through(const TorchFunctions& f, Tensor* tensor, TensorInfo& info) {
       f.get_device_type(tensor, &info.device_type) != 0 || f.get_device_index(tensor, &info.device_index) != 0)
     return false;
   info.dtype = kUnsupportedDType;
-  for (int32 i = 0; i < kNumDTypes; ++i)
+  for (int32 i = 0; i < kNumTensorDTypes; ++i)
     if (dtype == f.dtypes[i]) info.dtype = i;
   info.ndim = int32(ndim);
   info.shape = shape;
@@ -147,7 +149,7 @@ const TorchFunctions* torch_functions() {
 // ---- Python attributes --------------------------------------------------------------------------------------
 
 struct TorchNames {
-  py::object dtypes[kNumDTypes];
+  py::object dtypes[kNumTensorDTypes];
   py::object strided;
 };
 
@@ -156,8 +158,9 @@ const TorchNames& torch_names() {
   return *names.get([] {
     const py::module_ torch = py::module_::import("torch");
     auto* made = new TorchNames;
-    const char* dtype_names[kNumDTypes] = {"float32", "bfloat16", "float16", "float64"};
-    for (int32 i = 0; i < kNumDTypes; ++i) made->dtypes[i] = torch.attr(dtype_names[i]);
+    const char* dtype_names[kNumTensorDTypes] = {"float32", "bfloat16",  "float16",
+                                                 "float64", "complex64", "complex128"};
+    for (int32 i = 0; i < kNumTensorDTypes; ++i) made->dtypes[i] = torch.attr(dtype_names[i]);
     made->strided = torch.attr("strided");
     return made;
   });
@@ -171,7 +174,7 @@ bool read_attributes(py::handle tensor, TensorInfo& info) {
     info.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uint64>());
     info.dtype = kUnsupportedDType;
     const py::object dtype = tensor.attr("dtype");
-    for (int32 i = 0; i < kNumDTypes; ++i)
+    for (int32 i = 0; i < kNumTensorDTypes; ++i)
       if (dtype.is(names.dtypes[i])) info.dtype = i;
     const py::object device = tensor.attr("device");
     const bool cuda = tensor.attr("is_cuda").cast<bool>();
@@ -258,14 +261,15 @@ GradLook TensorRef::look_of(const void* found) {
   return {{words[layout->type], words[layout->type + 1]}};
 }
 
-bool TensorRef::is_negative(const void* found) {
+bool TensorRef::may_be_lazy(const void* found, int32 dtype) {
   const TensorLayout* layout = tensor_layout();
-  return layout && (static_cast<const uint64*>(found)[layout->type + 1] & layout->negative);
+  if (!layout || !found) return dtype == kComplex64 || dtype == kComplex128;
+  return static_cast<const uint64*>(found)[layout->type + 1] & layout->lazy;
 }
 
 const void* TensorRef::address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
                                        const int64* shape, const int64* strides) {
-  constexpr uint64 kSizes[kNumDTypes] = {4, 2, 2, 8};
+  constexpr uint64 kSizes[kNumTensorDTypes] = {4, 2, 2, 8, 8, 16};
   const TensorLayout* layout = tensor_layout();
   const uint64* storage = storage_memory(layout, found);
   if (!storage || storage[0] == 0 || look.type[1] == 0 || ndim > kInlineDims) return nullptr;

@@ -39,11 +39,13 @@ class Once {
 };
 
 constexpr int32 kUnsupportedDType = -1;
+// Of tensors that kernels see as twice as many real numbers. Codes shared with fusedopt/specs.py (COMPLEX_DTYPES).
+constexpr int32 kComplex64 = kNumDTypes, kComplex128 = kNumDTypes + 1, kNumTensorDTypes = kNumDTypes + 2;
 
 // What a tensor's memory looks like. shape and strides are borrowed: valid until the tensor or the reader changes.
 struct TensorInfo {
   void* data;
-  int32 dtype;        // a DType, or kUnsupportedDType
+  int32 dtype;        // a DType, a complex one, or kUnsupportedDType
   int32 device_type;  // torch's codes: 0 CPU, 1 CUDA
   int32 device_index;
   int32 ndim;
@@ -97,8 +99,8 @@ class TensorRef {
   static const void* address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
                                      const int64* shape, const int64* strides);
   static GradLook look_of(const void* found);
-  // Whether memory holds the negatives of its elements, as far as that can be told.
-  static bool is_negative(const void* found);
+  // Whether memory holds the negatives or the conjugates of its elements. Where that cannot be told: complex ones may.
+  static bool may_be_lazy(const void* found, int32 dtype);
   // Hints, in this order and some tensors ahead: fetch the tensor's memory, then what it points to.
   void prefetch() const { prefetch_tensor(impl_); }
   void prefetch_storage() const { prefetch_storage_of(impl_); }

@@ -191,8 +191,8 @@ bool Watch::read_grad(size_t index, const void* found) {
   if (!row.table || grad.dtype != row.grad_dtype || grad.device_type != row.device_type ||
       grad.device_index != row.device_index || !same_shape(grad, row.ndim, shape))
     return false;
-  const bool negative = !row.main_grad && found && TensorRef::is_negative(found);
-  const bool direct = same_strides(grad, shape + row.ndim) && !negative;
+  const bool lazy = TensorRef::may_be_lazy(row.main_grad ? row.main_grad->impl() : found, grad.dtype);
+  const bool direct = same_strides(grad, shape + row.ndim) && !lazy;
   if (direct && grad.data && has_torch_functions()) row.look = TensorRef::look_of(found);
   row.table->set_grad(row.slot, direct ? gradient_address(grad) : nullptr, holds);
   relayout_[index] = !direct;

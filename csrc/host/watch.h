@@ -38,7 +38,8 @@ class Held {
 class Watch {
  public:
   // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense
-  // copy of it). table, slot: where its gradient pointer goes; table is None while it never had a gradient.
+  // copy of it; complex where the parameter is, whatever kernels make of it). grad_dtype: see TensorInfo. table, slot:
+  // where its gradient pointer goes; table is None while it never had a gradient.
   // has_main_grad: whether param has an attribute main_grad, which is its gradient unless it is None. held: of the
   // accumulator's main gradient for param; null where there is none.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,

@@ -10,7 +10,7 @@ import torch
 
 from .. import formats, passes
 from ..backends import check_name, for_device, wanted
-from ..checks import check_clipping, check_hyperparameters, check_params
+from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_params
 from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
@@ -67,14 +67,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step takes one kernel launch per combination of formats, or two with clipping.
 
     Args:
-        params: tensors, named tensors, or param groups: dense leaf tensors of dtype float32, bfloat16, float16 or
-            float64, any shape and layout, any mixture of devices and dtypes.
+        params: tensors, named tensors, or param groups: dense leaf tensors of dtype float32, bfloat16, float16,
+            float64, complex64 or complex128, any shape and layout, any mixture of devices and dtypes. A complex one
+            takes the step of its ``torch.view_as_real``, without formats.
         defaults: the hyper-parameters of param groups that do not set their own.
 
     For the whole optimizer; attributes that may be changed between steps:
         max_grad_norm: clip the gradients' total norm to this; None for no clipping.
-        norm_type: order of that norm: 1, 2 or inf.
+        norm_type: order of that norm: 1, 2 or inf; with complex gradients 2.
         max_grad_value: clamp each unscaled gradient element to ± this, before the norm is taken; None for no clamping.
+            Not for complex gradients.
         nonfinite: what an inf or NaN gradient element does: "propagate" into the parameters, as torch.optim does, or
             "skip" the whole step, decided on the device.
 
@@ -95,7 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
-    first step and not None. They may be of any of the dtypes, float64 only with float64.
+    first step and not None. They may be of any of the dtypes, float64 only with float64, complex ones only with their
+    own.
 
     Raises:
         ValueError, TypeError: bad hyper-parameters, options or parameters.
@@ -363,6 +366,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run_passes(
         self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
     ) -> None:
+        if plan.has_complex:
+            self._check_complex()
         passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
@@ -372,6 +377,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = "norm" in names
+
+    def _check_complex(self) -> None:
+        """TypeError or ValueError where this step is to clip as complex gradients cannot be clipped."""
+        takes_norm = self._takes_norm or "_nonfinite_found" in self.__dict__
+        norm_type = self.norm_type if takes_norm else None
+        check_complex_clipping(f"{type(self).__name__}.step", self.max_grad_value, norm_type)
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
@@ -501,7 +512,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def master_params(self) -> list[torch.Tensor]:
         """The parameters to all the digits that are kept of them, in the order of the param groups.
 
-        New tensors, float32 (float64 for float64 parameters): what to save where bfloat16 weights are not enough.
+        New tensors, float32 (parameters of float64 and complex ones keep their dtype): what to save where bfloat16
+        weights are not enough.
         """
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         return [formats.decode_master(self.state.get(param, {}), param) for param in params]
@@ -517,7 +529,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = {}
         for index, entry in exported["state"].items():
             states = formats.decode_states(entry, rules[index]) if entry else {}
-            wide = {key: each if each.dtype == torch.float64 else each.float() for key, each in states.items()}
+            wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
             counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
             state[index] = {**counted, **wide}
         return {**exported, "state": state, "param_groups": groups}

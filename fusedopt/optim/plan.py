@@ -118,6 +118,8 @@ class OptimizerPlan:
     """Of the last step, where the next one may be made like it."""
     alone: _Alone | None = None
     """Where the plan is for one parameter."""
+    has_complex: bool = False
+    """Whether a complex parameter has had a gradient."""
 
     @classmethod
     def make(
@@ -133,7 +135,8 @@ class OptimizerPlan:
         rules: name of each param group's rule. backend: as ``for_device``. only: the one parameter of the optimizer
         that the plan is for; by default all.
 
-        Raises as ``check_grad`` and ``check_param``, and RuntimeError under graph capture; state is as it was then.
+        Raises as ``check_grad``, ``check_param`` and ``check_complex_clipping``, and RuntimeError under graph capture;
+        state is as it was then.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             # A replay would copy the tables again, from memory that is gone.
@@ -147,6 +150,8 @@ class OptimizerPlan:
                 f"{type(optimizer).__name__}: got a parameter that is in no param group any more, expected one of this "
                 "optimizer's; remove() the release of gradients before its parameters are changed"
             )
+        if any(each.grad_dtype is not None and each.grad_dtype.is_complex for each in tracked):
+            optimizer._check_complex()
         for each in tracked:
             if each.grad_dtype is not None:
                 _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
@@ -188,6 +193,7 @@ class OptimizerPlan:
         groups, state = alone.found_in(optimizer) if alone else (optimizer.param_groups, optimizer.state)
         plan.watch.remember_state(state)
         plan.watch.remember_flags(optimizer.rule_keys, groups)
+        plan.has_complex = any(each.param.is_complex() for each in active)
         plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
         return plan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_same_bits, normal, parameter, set_gradients
+from cases import assert_same_bits, normal, parameter, parts, set_gradients
 
 import fusedopt
 from fusedopt import _C
@@ -62,6 +62,33 @@ def test_gradients_of_another_kind(layout, device):
         p.grad = GRADIENTS[layout](p.grad).resolve_neg().clone(memory_format=torch.contiguous_format)
 
     assert_same_bits(run(change, device), run(materialise, device))
+
+
+def test_a_gradient_turns_into_its_conjugate(device):
+    """The same address, shape and strides. Told or not, values count."""
+    param = parameter(normal(SHAPE, torch.complex64, device))
+    real = parameter(parts(param).clone())
+    opt, expected = (fusedopt.AdamW([p], lr=0.1) for p in (param, real))
+    grad = normal(SHAPE, torch.complex64, device, seed=1)
+    kept = grad.clone()
+    for step in range(6):
+        param.grad = (grad, grad.conj(), torch._neg_view(grad))[step % 3]
+        real.grad = parts(param.grad).clone()
+        opt.step()
+        expected.step()
+    assert_same_bits([parts(param), grad], [real.detach(), kept])
+
+
+def test_a_parameter_of_which_memory_holds_the_negatives(device):
+    value = normal(SHAPE, device=device)
+    lazy, plain = parameter(torch._neg_view(-value)), parameter(value)
+    opt, expected = (fusedopt.AdamW([p], lr=0.1) for p in (lazy, plain))
+    for step in range(3):
+        for p, each in ((lazy, opt), (plain, expected)):
+            set_gradients([p], seed=step)
+            each.step()
+    assert lazy.is_neg()
+    assert_same_bits(parts(lazy), plain.detach())
 
 
 def test_gradient_whose_storage_was_swapped(device):
