@@ -127,6 +127,10 @@ def prepare(tables: DeviceTables) -> None:
         args.first_partial = i * most
         # The last launch adds all up. Partial sums of programs that a small bucket lacks are zero from the start.
         args.num_partials = most * len(tables.buckets) if i + 1 == len(tables.buckets) else 0
+        if bucket.norms:
+            norms = torch.zeros(bucket.num_chunks * bucket.norms, dtype=torch.float64, device=tables.device)
+            bucket.device_memory.append(norms)
+            args.norms = norms.data_ptr()
 
 
 def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
@@ -141,7 +145,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
                 if bucket.staging is None or bucket.staging.size < size:
                     bucket.staging = Staging(tables.device, size)
                     bucket.step_table = bucket.staging.table
-                bucket.launches = {name: _prepare_launch(name, tables, bucket) for name in passes}
+                bucket.launches = {name: _prepare_launch(name, tables, bucket) for name in bucket.phases(passes)}
                 bucket.launches_key = key
         for bucket in tables.buckets:
             args = bucket.args
@@ -174,8 +178,8 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
     if name == "scale":
         return _launcher("scale_pass", programs, 3, constants | {"V": _vector(DTYPES[grad].size)})
     param, state = bucket.param_format, bucket.state_format
-    constants |= update_constants(bucket.rule, param, state, grad, main)
-    return _launcher("update_pass", programs, 4, constants, _tile(state)[1])
+    constants |= update_constants(bucket.rule, param, state, grad, main, name)
+    return _launcher(f"{name}_pass", programs, 4, constants, _tile(state)[1])
 
 
 NO_MAIN = "none"
@@ -183,19 +187,27 @@ NO_MAIN = "none"
 
 
 def update_constants(
-    rule: RuleSpec, param: ParamFormatSpec, state: StateFormatSpec, grad: str, main: str = NO_MAIN
+    rule: RuleSpec,
+    param: ParamFormatSpec,
+    state: StateFormatSpec,
+    grad: str,
+    main: str = NO_MAIN,
+    name: str = "update",
 ) -> dict[str, Any]:
-    """The constants of ``update_pass`` that the rule and the formats decide."""
-    from ..triton.rules import RULES
+    """The constants of ``update_pass``, or ``measure_pass``, that the rule and the formats decide."""
+    from ..triton.rules import PHASES, RULES
 
     sizes = [DTYPES[param.dtype].size, DTYPES[grad].size]
     sizes += [_SIZES[param.extra[1]]] if param.extra else []
     sizes += [_SIZES[state.dtype(moment)] for moment in rule.moments]
     sizes += [] if main == NO_MAIN else [DTYPES[main].size]
     prepare_rule, update_rule = RULES[rule.name]
+    measure_rule, scale_rule = PHASES.get(rule.name, (None, None))
     return {
         "PREPARE": prepare_rule,
-        "RULE": update_rule,
+        "RULE": measure_rule if name == "measure" else update_rule,
+        "SCALE": scale_rule,
+        "NORMS": rule.norms,
         "CHUNK": chunk(state),
         "TILE": _tile(state)[0],
         "N": len(rule.states),
@@ -268,7 +280,8 @@ def update(tables: DeviceTables) -> None:
     with _current(tables.device):
         for bucket in tables.buckets:
             args = bucket.args
-            bucket.launches["update"](args.step_table, args.tensors, args.chunks, _grads(bucket))
+            for name in bucket.phases(("update",)):
+                bucket.launches[name](args.step_table, args.tensors, args.chunks, _grads(bucket))
 
 
 def accumulate(tables: DeviceTables) -> None:
