@@ -358,9 +358,9 @@ def update_pass(
 ):
     """Load, transform the gradient, apply the rule, store; one program for each chunk.
 
-    PREPARE, RULE, and of NORMS norms SCALE: of ``rules.py``, with N states; bit k of SECOND: state k is a second moment. P, G, M, S: parameter
-    format, dtypes of gradients and main gradients, state format. TILE: elements that are loaded at once. CLAMP: whether
-    there is a max_grad_value. V: elements of one access.
+    PREPARE, RULE: of ``rules.py``, with N states; bit k of SECOND: state k is a second moment. SCALE: of a rule of two
+    phases, of NORMS norms. P, G, M, S: parameter format, dtypes of gradients and main gradients, state format. TILE:
+    elements that are loaded at once. CLAMP: whether there is a max_grad_value. V: elements of one access.
     """
     skip = must_skip(args)
     if tl.program_id(0) == 0:
