@@ -34,6 +34,7 @@ __all__ = [
     "get_cubin",
     "has_nvrtc",
     "require_compiler",
+    "with_measuring",
 ]
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -128,7 +129,7 @@ def measure_kernel(rule: str, *arguments, **keywords) -> KernelSpec:
     return replace(update_kernel(rule, *arguments, **keywords), template="measure_pass")
 
 
-def _passes(updates: Iterable[KernelSpec]) -> list[KernelSpec]:
+def with_measuring(updates: Iterable[KernelSpec]) -> list[KernelSpec]:
     """Update kernels, each once, with the measure kernels of those whose rules have two phases."""
     measured = {spec.cpp for spec in RULES.values() if spec.norms}
     unique = list(dict.fromkeys(updates))
@@ -182,7 +183,7 @@ def combinations() -> list[tuple[str, str, str]]:
 def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
     """The update passes of a rule for every combination of formats, and its measure passes if it has two phases."""
     latency_bound = [formats for formats in combinations() if formats[0] == "float32"]
-    return _passes(
+    return with_measuring(
         [
             *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
             *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
@@ -200,7 +201,7 @@ def _mains(dtype: str) -> tuple[str, ...]:
 
 def accumulation_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
     """As ``update_kernels`` where gradients are accumulated, for every dtype of main gradients."""
-    return _passes(
+    return with_measuring(
         update_kernel(rule, param, grad, state, table_bytes, latency_bound, main)
         for param, grad, state in combinations()
         for latency_bound in ((False, True) if param == "float32" else (False,))
@@ -243,7 +244,7 @@ def common_kernels(table_sizes: tuple[int, ...] = TABLE_SIZES) -> list[KernelSpe
         kernels += gradient_kernels(size)
         for rule in RULES:
             updates = [update_kernel(rule, dtype, dtype, dtype, size) for dtype in DTYPES]
-            kernels += _passes([*updates, update_kernel(rule, "float32", "float32", "float32", size, True)])
+            kernels += with_measuring([*updates, update_kernel(rule, "float32", "float32", "float32", size, True)])
     return kernels
 
 

@@ -50,6 +50,20 @@ def measure_tile(
     start,
     length,
     steps,
+    inv_scale,
+    limit,
+    clip_coef,
+    weight,
+    c0,
+    c1,
+    c2,
+    c3,
+    c4,
+    c5,
+    c6,
+    c7,
+    c8,
+    c9,
     PREPARE: tl.constexpr,
     RULE: tl.constexpr,
     N: tl.constexpr,
@@ -58,11 +72,14 @@ def measure_tile(
     G: tl.constexpr,
     M: tl.constexpr,
     S: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Sums of one tile. Every load is issued before anything is computed."""
+    """Sums of one tile. As in ``update_tile`` every load is issued before anything is computed, and what
+    ``prepare_program`` gives comes from the caller if a chunk is more than one tile.
+    """
     offsets = tile_offsets(TILE)
     mask = mask_of(offsets, length, V)
     READS_MAIN: tl.constexpr = (P != "bfloat16+master") and (P != "float16+master")
@@ -86,10 +103,14 @@ def measure_tile(
         _, state3, _, unit3 = load_state(entry, 3, start, offsets, mask, length, S, TILE, V)
 
     x = decode_param(main, extra, P)
-    inv_scale, limit, coef, weight, _, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = prepare_program(
-        args, entry, hyper, steps, PREPARE, PREPARE, 0, "float32", x.dtype
-    )
-    g = unscale(decode_grad(grad, held, own, main_grad, weight, G, M), inv_scale, limit, CLAMP) * coef
+    if CHUNK == TILE:
+        inv, most, coef, own_weight, _, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9 = prepare_program(
+            args, entry, hyper, steps, PREPARE, PREPARE, 0, "float32", x.dtype
+        )
+    else:
+        inv, most, coef, own_weight = inv_scale, limit, clip_coef, weight
+        d0, d1, d2, d3, d4, d5, d6, d7, d8, d9 = c0, c1, c2, c3, c4, c5, c6, c7, c8, c9
+    g = unscale(decode_grad(grad, held, own, main_grad, own_weight, G, M), inv, most, CLAMP) * coef
     if N > 0:
         s0 = decode_state(state0, unit0, S, SECOND & 1 != 0)
     if N > 1:
@@ -99,15 +120,15 @@ def measure_tile(
     if N > 3:
         s3 = decode_state(state3, unit3, S, SECOND & 8 != 0)
     if N == 0:
-        first, second = RULE(x, g, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
+        first, second = RULE(x, g, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
     if N == 1:
-        first, second = RULE(x, g, s0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
+        first, second = RULE(x, g, s0, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
     if N == 2:
-        first, second = RULE(x, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
+        first, second = RULE(x, g, s0, s1, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
     if N == 3:
-        first, second = RULE(x, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
+        first, second = RULE(x, g, s0, s1, s2, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
     if N == 4:
-        first, second = RULE(x, g, s0, s1, s2, s3, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
+        first, second = RULE(x, g, s0, s1, s2, s3, d0, d1, d2, d3, d4, d5, d6, d7, d8, d9)
     return sum_of_squares(first, mask), sum_of_squares(second, mask)
 
 
@@ -136,16 +157,30 @@ def measure_chunk(
 ):
     """Sums of a chunk, tile by tile."""
     sum0, sum1 = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
-    for tile in tl.static_range(CHUNK // TILE):
-        if tile * TILE < length:
+    if CHUNK == TILE:
+        # fmt: off
+        sum0, sum1 = measure_tile(
+            args, entry, hyper, own, main_grad, start, length, steps,
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            PREPARE, RULE, N, SECOND, P, G, M, S, CHUNK, TILE, CLAMP, V,
+        )
+        # fmt: on
+    else:
+        inv_scale, limit, clip_coef, weight, _, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = prepare_program(
+            args, entry, hyper, steps, PREPARE, PREPARE, 0, "float32", tl.float64 if P == "float64" else tl.float32
+        )
+        first = length * 0
+        while first < length:
             # fmt: off
             part0, part1 = measure_tile(
-                args, entry, hyper, own, main_grad, start + tile * TILE, tl.minimum(length - tile * TILE, TILE), steps,
-                PREPARE, RULE, N, SECOND, P, G, M, S, TILE, CLAMP, V,
+                args, entry, hyper, own, main_grad, start + first, tl.minimum(length - first, TILE), steps,
+                inv_scale, limit, clip_coef, weight, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9,
+                PREPARE, RULE, N, SECOND, P, G, M, S, CHUNK, TILE, CLAMP, V,
             )
             # fmt: on
             sum0 += part0
             sum1 += part1
+            first += TILE
     return sum0, sum1
 
 
