@@ -31,11 +31,11 @@ def compile_all(tmp_path, *arguments):
 def check(kernels):
     for name, kernel in kernels.items():
         assert kernel["unwanted"] == [], name
-        rule, *formats = name.split("/")
-        if rule in RULES:
-            check_update(name, kernel, RULES[rule], *formats)
-        elif rule != "finalize":
-            check_stream(name, kernel, rule, *(DTYPES[key].size for key in formats[:2] if key in DTYPES))
+        kind, *formats = name.split("/")
+        if kind in ("measure", "update"):
+            check_update(name, kernel, kind, RULES[formats[0]], *formats[1:])
+        elif kind != "finalize":
+            check_stream(name, kernel, kind, *(DTYPES[key].size for key in formats[:2] if key in DTYPES))
 
 
 def check_stream(name, kernel, kind, grad, main=0):
@@ -50,10 +50,10 @@ def check_stream(name, kernel, kind, grad, main=0):
     assert kernel["wide"] * 16 == PER_THREAD * sum(wide), name
 
 
-def check_update(name, kernel, rule, param, grad, state, main=None):
+def check_update(name, kernel, kind, rule, param, grad, state, main=None):
     """Every stream of an aligned chunk goes by vectors, of 16 bytes where its elements are the largest.
 
-    Only four single bytes are one word, which no vector access is.
+    Only four single bytes are one word, which no vector access is. The measure pass reads the same and stores nothing.
     """
     spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
     kept = [DTYPES[spec.dtype].size, *([_SIZES[spec.extra[1]]] if spec.extra else [])]
@@ -61,11 +61,12 @@ def check_update(name, kernel, rule, param, grad, state, main=None):
     read = [*(kept[1:] if param.endswith("+master") else kept), DTYPES[grad].size]
     read += [DTYPES[main].size] if main else []
     vector = min(8, 16 // max(*read, *kept))
-    by_vectors = [[size for size in sizes if size * vector > 4] for sizes in (read, kept)]
+    written = kept if kind == "update" else []
+    by_vectors = [[size for size in sizes if size * vector > 4] for sizes in (read, written)]
     elements = kernel["elements"]  # of a thread
     assert kernel["loaded"] == elements * sum(by_vectors[0]), name
     assert kernel["stored"] == elements * sum(by_vectors[1]), name
-    wide = [size for size in [*read, *kept] if size * vector == 16]
+    wide = [size for size in [*read, *written] if size * vector == 16]
     assert wide and kernel["wide"] == elements // vector * len(wide), name
 
 
