@@ -341,29 +341,46 @@ class TensorBlocks {
   Noise noise_;
 };
 
+// What both phases of an update need to know of a chunk.
+template <class T>
+struct RuleOnChunk {
+  RuleOnChunk(const UpdateJob& job, const Chunk& chunk, const GradientTransform<T>& given)
+      : tensor(job.table.tensors[chunk.tensor]),
+        hyper(job.hypers[tensor.group]),
+        rule(rule_row(job.rule)),
+        functions(rule_functions(rule, T())),
+        span(span_of(chunk, job.table)),
+        step(double(*tensor.step) + 1.0),
+        transform(given) {
+    if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
+    functions.prepare(hyper, step, coefficients);
+  }
+
+  const TensorEntry& tensor;
+  const Hyper& hyper;
+  const RuleRow& rule;
+  const RuleFunctions<T>& functions;
+  Span span;
+  double step;
+  GradientTransform<T> transform;
+  Coefficients coefficients;
+};
+
 template <class T>
 void update_chunk(const UpdateJob& job, const Chunk& chunk) {
-  GradientTransform<T> transform = gradient_transform<T>(job.scaling);
+  const GradientTransform<T> transform = gradient_transform<T>(job.scaling);
   GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
   if (!grad.source().any()) return;
-  const TensorEntry& tensor = job.table.tensors[chunk.tensor];
-  const Hyper& hyper = job.hypers[tensor.group];
-  const RuleRow& rule = rule_row(job.rule);
-  if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
-  const Span span = span_of(chunk, job.table);
-  const RuleFunctions<T>& functions = rule_functions(rule, T());
-  const double step = double(*tensor.step) + 1.0;
-  Coefficients coefficients;
-  functions.prepare(hyper, step, coefficients);
-  if (rule.norms) functions.scale(hyper, job.norms[chunk.tensor].value, coefficients);
+  RuleOnChunk<T> on(job, chunk, transform);
+  if (on.rule.norms) on.functions.scale(on.hyper, job.norms[chunk.tensor].value, on.coefficients);
 
-  TensorBlocks<T> blocks(job, tensor, {job.seed, tensor.id, uint32(step)});
-  for (int64 i = span.begin; i < span.end; i += kBlock) {
-    const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
+  TensorBlocks<T> blocks(job, on.tensor, {job.seed, on.tensor.id, uint32(on.step)});
+  for (int64 i = on.span.begin; i < on.span.end; i += kBlock) {
+    const int64 n = on.span.end - i < kBlock ? on.span.end - i : kBlock;
     T* const param = blocks.param(i, n);
     T* states[kMaxStates];
-    for (int k = 0; k < rule.states; ++k) states[k] = blocks.state(k, i, n);
-    functions.apply(param, grad.at(i, n), states, n, coefficients, transform);
+    for (int k = 0; k < on.rule.states; ++k) states[k] = blocks.state(k, i, n);
+    on.functions.apply(param, grad.at(i, n), states, n, on.coefficients, on.transform);
     blocks.commit(i, n, param, states);
   }
 }
@@ -386,28 +403,21 @@ double sum_of_squares(const T* x, int64 n) {
 template <class T>
 TensorNorms measure_chunk(const UpdateJob& job, const Chunk& chunk) {
   TensorNorms sums = {};
-  GradientTransform<T> transform = gradient_transform<T>(job.scaling);
+  const GradientTransform<T> transform = gradient_transform<T>(job.scaling);
   GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
   if (!grad.source().any()) return sums;
-  const TensorEntry& tensor = job.table.tensors[chunk.tensor];
-  const Hyper& hyper = job.hypers[tensor.group];
-  const RuleRow& rule = rule_row(job.rule);
-  if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
-  const Span span = span_of(chunk, job.table);
-  const RuleFunctions<T>& functions = rule_functions(rule, T());
-  Coefficients coefficients;
-  functions.prepare(hyper, double(*tensor.step) + 1.0, coefficients);
+  const RuleOnChunk<T> on(job, chunk, transform);
 
-  TensorBlocks<T> blocks(job, tensor, {});
+  TensorBlocks<T> blocks(job, on.tensor, {});
   alignas(64) T buffers[kMaxNorms][kBlock];
   T* const terms[kMaxNorms] = {buffers[0], buffers[1]};
-  for (int64 i = span.begin; i < span.end; i += kBlock) {
-    const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
+  for (int64 i = on.span.begin; i < on.span.end; i += kBlock) {
+    const int64 n = on.span.end - i < kBlock ? on.span.end - i : kBlock;
     const T* const param = blocks.param(i, n);
     const T* states[kMaxStates];
-    for (int k = 0; k < rule.states; ++k) states[k] = blocks.state(k, i, n);
-    functions.measure(param, grad.at(i, n), states, n, coefficients, transform, terms);
-    for (int k = 0; k < rule.norms; ++k) sums.value[k] += sum_of_squares(terms[k], n);
+    for (int k = 0; k < on.rule.states; ++k) states[k] = blocks.state(k, i, n);
+    on.functions.measure(param, grad.at(i, n), states, n, on.coefficients, on.transform, terms);
+    for (int k = 0; k < on.rule.norms; ++k) sums.value[k] += sum_of_squares(terms[k], n);
   }
   return sums;
 }

@@ -93,8 +93,8 @@ struct Measure {
   }
 };
 
-// Puts the chunk's sums into its row. The last of a tensor's blocks to come here adds the rows of all, always in the same
-// order, and puts the roots into the first one.
+// Puts the chunk's sums into its row. The last of a tensor's blocks to come here adds the rows of all, always in the
+// same order, and puts the roots into the first one.
 template <class Rule>
 __device__ __forceinline__ void finish_measure(const PassArgs& args, const Chunk& chunk, TensorEntry& tensor,
                                                const double (&sums)[kNorms<Rule>]) {

@@ -133,7 +133,7 @@ def compile_all(kernels, arch) -> None:
 
 TABLES = {"small": nvrtc.SMALL_TABLE, "medium": nvrtc.MEDIUM_TABLE, "large": nvrtc.LARGE_TABLE, "device": 0}
 
-# All kernels for all architectures would take an hour: five times some 1,600, a third of a second each. A kernel is
+# All kernels for all architectures would take an hour: five times some 1,800, a third of a second each. A kernel is
 # made of formats, rules and tables, each written once, so it is enough that each of them meets each architecture. Every
 # kernel is compiled for one, in turn; these for all of them:
 EVERYWHERE = ("adamw", "lion")  # in all formats of parameters and states; other rules in plain ones

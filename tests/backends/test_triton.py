@@ -93,7 +93,7 @@ def test_rules(case, dtype, device):
 
 
 FORMATS = [(BY_NAME["adamw-decay"], c) for c in format_cases.COMBINATIONS]
-FORMATS += [(case, c) for case in (BY_NAME["adam-l2"], BY_NAME["lion-decay"]) for c in format_cases.FEW]
+FORMATS += [(case, c) for case in map(BY_NAME.get, ("adam-l2", "lion-decay", "lamb-decay")) for c in format_cases.FEW]
 
 
 @pytest.mark.parametrize(("case", "combination"), FORMATS, ids=str)
