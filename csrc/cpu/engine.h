@@ -392,8 +392,10 @@ constexpr int kSumLanes = 16;  // partial sums, in an order that no instruction 
 template <class T>
 double sum_of_squares(const T* x, int64 n) {
   alignas(64) double lanes[kSumLanes] = {};
-  for (int64 i = 0; i < n; i += kSumLanes)
-    for (int64 l = 0; l < (n - i < kSumLanes ? n - i : kSumLanes); ++l) lanes[l] += double(x[i + l]) * double(x[i + l]);
+  int64 i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int l = 0; l < kSumLanes; ++l) lanes[l] += double(x[i + l]) * double(x[i + l]);
+  for (int l = 0; i + l < n; ++l) lanes[l] += double(x[i + l]) * double(x[i + l]);
   for (int width = kSumLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   return lanes[0];

@@ -202,7 +202,7 @@ def update_constants(
     sizes += [_SIZES[state.dtype(moment)] for moment in rule.moments]
     sizes += [] if main == NO_MAIN else [DTYPES[main].size]
     prepare_rule, update_rule = RULES[rule.name]
-    measure_rule, scale_rule = PHASES.get(rule.name, (None, None))
+    measure_rule, scale_rule = PHASES.get(rule.name, (update_rule, prepare_rule))  # neither is called without norms
     return {
         "PREPARE": prepare_rule,
         "RULE": measure_rule if name == "measure" else update_rule,
