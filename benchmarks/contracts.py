@@ -45,6 +45,16 @@ HYPER = {
     "lion": {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 1e-2},
     "adamw_amsgrad": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
     "radam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "decoupled_weight_decay": True},
+    "lamb": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "weight_decay": 1e-2,
+        "bias_correction": True,
+        "adam_w_mode": True,
+        "grad_averaging": True,
+        "use_nvlamb": False,
+    },
     "sgd": {"lr": 1e-2, "weight_decay": 1e-2},
     "sgd_momentum": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-2, "nesterov": False},
     "rmsprop": {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8, "weight_decay": 1e-2, "momentum": 0.0},
@@ -57,12 +67,13 @@ CLASSES = {
     "lion": "Lion",
     "adamw_amsgrad": "AdamW",
     "radam": "RAdam",
+    "lamb": "LAMB",
     "sgd": "SGD",
     "sgd_momentum": "SGD",
     "rmsprop": "RMSprop",
     "adagrad": "Adagrad",
 }
-"""Of fusedopt and, but for Lion, of torch."""
+"""Of fusedopt and, but for Lion and LAMB, of torch."""
 
 CHOSEN = {"adamw_amsgrad": {"amsgrad": True}}
 """Arguments that choose the rule, where hyper-parameters do not."""
@@ -128,15 +139,17 @@ class Case:
     def bytes_per_param(self) -> int:
         """The fewest bytes an element must move through memory: every tensor of a pass read or written once.
 
-        A parameter with a full master beside it is only written. Of 8-bit states the codes are counted, not the scales
-        (4 bytes for 256 of them, read and written: 1/32 of a byte a state).
+        A parameter with a full master beside it is only written. Rules of two phases read everything once more. Of
+        8-bit states the codes are counted, not the scales (4 bytes for 256 of them, read and written: 1/32 of a byte a
+        state).
         """
         param = torch.empty(_LARGE, dtype=self.layout.dtype, device="meta")
         kept = sum(dtype.itemsize for dtype in self.at_rest(param).values())
         reads = kept if "master_param" in self.at_rest(param) else kept + param.itemsize
         writes = kept + param.itemsize
         gradient_reads = 2 if self.clips else 1  # the norm must be known before the first element is updated
-        return reads + writes + gradient_reads * param.itemsize
+        measured = reads + param.itemsize if self.rule.norms else 0
+        return measured + reads + writes + gradient_reads * param.itemsize
 
 
 @dataclass(frozen=True)
@@ -379,7 +392,7 @@ def other_backends(device: torch.device) -> list[str]:
 
 
 def libraries(case: Case, device: torch.device) -> list[str]:
-    """Those of fusedopt and torch that offer the case. torch has no Lion, and no formats but the parameter's dtype."""
+    """Those of fusedopt and torch that offer the case. torch has no Lion, no LAMB, no formats but plain ones."""
     names = [library for library, contract in BUILDERS if contract == case.contract]
     return [name for name in names if name == "fusedopt" or _torch_offers(name, case, device)]
 

@@ -89,6 +89,9 @@ RULE_VARIANTS = [
     ("radam", "fp32", "clip_step"),
     ("adamw_amsgrad", "fp32", "step"),
     ("adamw_amsgrad", "fp32", "clip_step"),
+    ("lamb", "fp32", "step"),
+    ("lamb", "fp32", "clip_step"),
+    ("lamb", "bf16+split16", "step"),
 ]
 
 VARIANTS = {"tail": TAIL_VARIANTS, "formats": FORMAT_VARIANTS, "rules": RULE_VARIANTS}

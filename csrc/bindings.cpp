@@ -39,6 +39,7 @@ py::list rules() {
                          py::arg("states") = py::str(baseline::Rule::kStateNames).attr("split")(), \
                          py::arg("num_states") = int(baseline::Rule::kStates),                     \
                          py::arg("moments") = moments<baseline::Rule>(),                           \
+                         py::arg("norms") = int(kNorms<baseline::Rule>),                           \
                          py::arg("hyper") = py::str(baseline::Rule::kHyperNames).attr("split")()));
   FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)
 #undef FUSEDOPT_ROW
@@ -86,7 +87,8 @@ void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param
                          rule,
                          args.seed,
                          hypers.rows().data(),
-                         args.scaling};
+                         args.scaling,
+                         nullptr};
   const bool skip = nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf);
   cpu_update(job, table.chunks(), int64(table.entries().size()), skip, threads);
   if (args.lead && args.control) {
@@ -194,6 +196,7 @@ void bind_pass_args(py::module_& m) {
       .FUSEDOPT_ADDRESS("step_table", step_table)
       .FUSEDOPT_ADDRESS("control", control)
       .FUSEDOPT_ADDRESS("partials", partials)
+      .FUSEDOPT_ADDRESS("norms", norms)
       .def_property_readonly("norm_type", [](const PassArgs& args) { return int32(args.norm.type); })
       .def_property_readonly("max_grad_value", [](const PassArgs& args) { return args.scaling.max_grad_value; })
       .FUSEDOPT_VALUE("seed", seed)

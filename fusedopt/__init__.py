@@ -8,12 +8,13 @@ from . import backends, functional
 from .accumulate import GradAccumulator
 from .backends import use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
-from .optim import SGD, SGDW, Adagrad, Adam, AdamW, FusedOptimizer, Lion, RAdam, RMSprop, StepMetrics
+from .optim import LAMB, SGD, SGDW, Adagrad, Adam, AdamW, FusedOptimizer, Lion, RAdam, RMSprop, StepMetrics
 from .scaler import GradScaler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAMB",
     "SGD",
     "SGDW",
     "Adagrad",

@@ -33,7 +33,7 @@ from .checks import check_clipping, check_complex_clipping, check_dense, check_g
 from .plan import Bucket, TensorRow, is_dense, like_parameter, same_layout
 from .specs import PARAM_FORMATS, RULES, STATE_FORMATS, RuleSpec
 
-__all__ = ["adagrad_", "adam_", "adamw_", "lion_", "radam_", "rmsprop_", "sgd_", "sgdw_"]
+__all__ = ["adagrad_", "adam_", "adamw_", "lamb_", "lion_", "radam_", "rmsprop_", "sgd_", "sgdw_"]
 
 Tensors = Sequence[torch.Tensor]
 Scalar = torch.Tensor | float
@@ -251,6 +251,38 @@ def radam_(
     states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
     hyper["decoupled_weight_decay"] = decoupled_weight_decay
     _apply("radam", params, grads, states, steps, hyper, scalars)
+
+
+def lamb_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    *,
+    lr: Scalar,
+    bias_correction: bool = True,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    adam_w_mode: bool = True,
+    grad_averaging: bool = True,
+    use_nvlamb: bool = False,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+    clip_coef: Scalar | None = None,
+    max_grad_value: float | None = None,
+) -> None:
+    """One step of :class:`fusedopt.LAMB` (You et al., 2020). Arguments and errors: see the module.
+
+    Takes two launches per dtype. Norms are those of each tensor of ``params``.
+    """
+    hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+    hyper |= dict(bias_correction=bias_correction, adam_w_mode=adam_w_mode)
+    hyper |= dict(grad_averaging=grad_averaging, use_nvlamb=use_nvlamb)
+    scalars = passes.StepScalars(grad_scale, found_inf, clip_coef, max_grad_value)
+    _apply("lamb", params, grads, {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}, steps, hyper, scalars)
 
 
 # ---- one step -----------------------------------------------------------------------------------------------

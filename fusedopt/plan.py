@@ -152,6 +152,17 @@ class Bucket:
     staging: Any = None
     """Triton: ``backends.staging.Staging``, how the step table reaches the device."""
 
+    @property
+    def norms(self) -> int:
+        """Of each tensor, that its rule needs before the update; 0 for rules of one phase."""
+        return 0 if self.rule is None else self.rule.norms
+
+    def phases(self, passes: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of kernels, in their order: an update of a rule of two phases begins with "measure"."""
+        if not self.norms or "update" not in passes:
+            return passes
+        return tuple(phase for name in passes for phase in (("measure", name) if name == "update" else (name,)))
+
 
 class DeviceTables:
     """All buckets of one device, with the hyper-parameters and the results of its passes."""

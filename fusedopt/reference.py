@@ -3,7 +3,8 @@
 This is the judge of every backend, so it shares no code with them and imports torch only. Results are returned before
 they are rounded to a storage dtype; `ulp` and `round_to` say what that rounding does.
 
-The rules use nothing but arithmetic operators and the methods `sqrt`, `sign`, `clamp` and `maximum` of their operands,
+The rules use nothing but arithmetic operators and the methods `sqrt`, `sign`, `clamp`, `maximum` and `norm` of their
+operands, and compare norms with 0,
 so they can also be evaluated on other number-like types (the tests do so with numbers that carry a bound on their
 rounding error).
 """
@@ -174,6 +175,42 @@ def radam(param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_deca
     return param - lr * r * (1 - beta2**step) ** 0.5 * m_hat / (v.sqrt() + eps), states
 
 
+def lamb(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    *,
+    step,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    bias_correction,
+    adam_w_mode,
+    grad_averaging,
+    use_nvlamb,
+):
+    """LAMB (You et al. 2020, Algorithm 2, https://arxiv.org/abs/1904.00962), with the options of apex's FusedLAMB.
+
+    Not elementwise: `param` must be one tensor of the model. A trust ratio of norms that are NaN is NaN.
+    """
+    beta1, beta2 = betas
+    if weight_decay and not adam_w_mode:
+        grad = grad + weight_decay * param
+    m = beta1 * exp_avg + (1 - beta1 if grad_averaging else 1) * grad
+    v = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    m_hat, v_hat = (m / (1 - beta1**step), v / (1 - beta2**step)) if bias_correction else (m, v)
+    update = m_hat / (v_hat.sqrt() + eps)
+    if weight_decay and adam_w_mode:
+        update = update + weight_decay * param
+    states = {"exp_avg": m, "exp_avg_sq": v}
+    param_norm, update_norm = param.norm(), update.norm()
+    if not (weight_decay or use_nvlamb) or param_norm == 0 or update_norm == 0:
+        return param - lr * update, states
+    return param - lr * (param_norm / update_norm) * update, states
+
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 RULES = {
     rule.__name__: rule
@@ -193,6 +230,7 @@ RULES = {
         rmsprop_centered_momentum,
         adagrad,
         radam,
+        lamb,
     )
 }
 STATES = {
@@ -211,6 +249,7 @@ STATES = {
     "rmsprop_centered_momentum": ("square_avg", "momentum_buffer", "grad_avg"),
     "adagrad": ("sum",),
     "radam": _MOMENTS,
+    "lamb": _MOMENTS,
 }
 
 

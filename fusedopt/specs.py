@@ -46,6 +46,8 @@ class RuleSpec:
     """(hyper-parameter, param group key, index into the key's tuple or -1), in the order of ``kHyperNames``."""
     index: int
     """Position in ``csrc/rules/all.h``."""
+    norms: int = 0
+    """How many norms over the tensor its update needs: ``kNorms`` of a rule of two phases, else 0."""
     torch_counts: bool = True
     """Whether torch's state has ``step``, and all states from the first step on. SGD has neither: a buffer appears when
     momentum does. Such states may lack both here; ``step`` then counts from the buffer on."""
@@ -72,6 +74,12 @@ _MEAN = {"grad_avg": "first"}
 _ADAGRAD_HYPER = (_LR, ("lr_decay", "lr_decay", -1), _WEIGHT_DECAY, _EPS)
 _RADAM_HYPER = (*_ADAM_HYPER, ("decoupled_weight_decay", "decoupled_weight_decay", -1))
 
+_LAMB_FLAGS = ("bias_correction", "adam_w_mode", "grad_averaging", "use_nvlamb")
+_LAMB_HYPER = (*_ADAM_HYPER, *((name, name, -1) for name in _LAMB_FLAGS))
+
+_NORMS = {"lamb": 2}
+"""Of the rules of two phases, by name."""
+
 # name, family, C++ struct, states with their moments, hyper-parameters; in the order of csrc/rules/all.h
 _ROWS = (
     ("adam", "adam", "Adam", _ADAM, _ADAM_HYPER),
@@ -95,6 +103,7 @@ _ROWS = (
     ),
     ("adagrad", "adagrad", "Adagrad", {"sum": "second"}, _ADAGRAD_HYPER),
     ("radam", "radam", "RAdam", _ADAM, _RADAM_HYPER),
+    ("lamb", "lamb", "Lamb", _ADAM, _LAMB_HYPER),
 )
 
 RULES: dict[str, RuleSpec] = {
@@ -106,6 +115,7 @@ RULES: dict[str, RuleSpec] = {
         tuple(states.values()),
         hyper,
         index,
+        norms=_NORMS.get(name, 0),
         torch_counts=not family.startswith("sgd"),
     )
     for index, (name, family, cpp, states, hyper) in enumerate(_ROWS)

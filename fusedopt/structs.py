@@ -10,7 +10,7 @@ from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_u
 
 __all__ = ["Chunk", "Control", "Hyper", "NormOptions", "Partial", "PassArgs", "Scaling", "TensorEntry", "rows"]
 
-_MAX_STATES, _MAX_HYPER = 4, 8  # kMaxStates, kMaxHyper
+_MAX_STATES, _MAX_HYPER = 4, 10  # kMaxStates, kMaxHyper
 
 # Pointers are unsigned 64-bit integers here: addresses, of whatever device.
 
@@ -105,6 +105,7 @@ class PassArgs(Structure):
         ("step_table", c_uint64),
         ("control", c_uint64),
         ("partials", c_uint64),
+        ("norms", c_uint64),
         ("scaling", Scaling),
         ("norm_found_inf", c_uint64),
         ("nonfinite_out", c_uint64),

@@ -33,7 +33,7 @@ SCALAR_ERROR = 1000 * 2.0**-53
 RADAM_ERROR = 1000**2 * 2.0**-53
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Bounded:
     """`value` (float64) and a bound on the error with which `compute` arithmetic knows it."""
 
@@ -94,6 +94,22 @@ class Bounded:
     def sqrt(self):
         low, high = (self.value - self.error).clamp(min=0).sqrt(), (self.value + self.error).sqrt()
         return self._rounded(self.value.sqrt(), high - low)
+
+    def norm(self):
+        """Of a tensor. It moves by no more than the norm of the errors.
+
+        An engine sums squares in double, in whatever order: each term meets one rounding of the square and at most
+        n - 1 of additions, so the sum is off by n * 2^-53 of it to first order, and the norm by half of that and the
+        root's own rounding. `value`, in float64 too, is off by as much.
+        """
+        value = torch.linalg.vector_norm(self.value)
+        return Bounded(
+            value, torch.linalg.vector_norm(self.error) + (self.value.numel() + 2) * 2.0**-53 * value, self.compute
+        )
+
+    def __eq__(self, number):
+        """Whether the value is this number; where it is 0 by cancellation, the error says so."""
+        return self.value == number
 
     def sign(self):
         """Known where the error cannot reach or leave zero, else anything from -1 to 1."""
@@ -201,7 +217,8 @@ def assert_stepped(opt, rule: str, records: list[Before], **transform) -> None:
     assert records, "no parameter has a gradient: nothing was tested"
     alike = {}
     for r in records:
-        alike.setdefault((r.param.dtype, r.step, r.maximize, tuple(r.hyper.items())), []).append(r)
+        own = id(r.tensor) if specs.RULES[rule].norms else 0
+        alike.setdefault((r.param.dtype, r.step, r.maximize, tuple(r.hyper.items()), own), []).append(r)
     for group in alike.values():
         _assert_values(opt, rule, group, transform)
     for r in records:
@@ -228,7 +245,10 @@ def concatenated(grads: list) -> Tensor | Bounded:
 
 
 def _assert_values(opt, rule: str, records: list[Before], transform: dict) -> None:
-    """Records of one dtype, step and set of hyper-parameters, end to end in one tensor: the rules are elementwise."""
+    """Records of one dtype, step and set of hyper-parameters, end to end in one tensor.
+
+    Rules are elementwise, but for those of two phases, whose tensors come one by one.
+    """
     names, first = reference.STATES[rule], records[0]
     states = {name: _flat(r.states[name] for r in records) for name in names}
     param, grad = _flat(r.param for r in records), concatenated([r.grad for r in records])

@@ -33,6 +33,7 @@ def test_first_steps_by_hand():
     assert states["exp_avg"].item() == pytest.approx(-0.094, rel=1e-13)
 
 
+LAMB = {**HYPER, "bias_correction": True, "adam_w_mode": True, "grad_averaging": True, "use_nvlamb": False}
 P, G = 2.0, 0.5
 L2 = 0.7  # G + 0.1 * P
 RMS = {"lr": 0.01, "alpha": 0.9, "eps": 0.1, "weight_decay": 0.1, "momentum": 0.5}
@@ -112,6 +113,31 @@ BY_HAND = [
         {**HYPER, "decoupled_weight_decay": True},
         P * 0.999 - 1e-2 * 0.275 / 0.19,
         {"exp_avg": 0.275, "exp_avg_sq": 0.0124},
+    ),
+    # of one number the update is the parameter's magnitude with the update's sign, whatever the moments
+    (
+        "lamb",
+        2,
+        {"exp_avg": 0.25, "exp_avg_sq": 0.01},
+        LAMB,
+        P - 1e-2 * P,
+        {"exp_avg": 0.275, "exp_avg_sq": 0.0124},
+    ),
+    (
+        "lamb",
+        2,
+        {"exp_avg": 0.25, "exp_avg_sq": 0.01},
+        {**LAMB, "weight_decay": 0.0, "bias_correction": False, "grad_averaging": False},
+        P - 1e-2 * 0.725 / (math.sqrt(0.0124) + 1e-4),
+        {"exp_avg": 0.725, "exp_avg_sq": 0.0124},
+    ),
+    (
+        "lamb",
+        2,
+        {"exp_avg": 0.25, "exp_avg_sq": 0.01},
+        {**LAMB, "adam_w_mode": False},
+        P - 1e-2 * P,
+        {"exp_avg": 0.295, "exp_avg_sq": 0.0148},
     ),
 ]
 

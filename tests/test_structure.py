@@ -178,10 +178,17 @@ def test_every_package_is_installed():
 
 
 def test_specs_agree_with_cxx_rules():
-    keys = ("struct_name", "name", "states", "moments", "hyper")
+    keys = ("struct_name", "name", "states", "moments", "norms", "hyper")
     found = [[row[key] for key in keys] for row in _C.rules()]
     expected = [
-        [spec.cpp, spec.name, list(spec.states), list(spec.moments), [hyper for hyper, _, _ in spec.hyper]]
+        [
+            spec.cpp,
+            spec.name,
+            list(spec.states),
+            list(spec.moments),
+            spec.norms,
+            [hyper for hyper, _, _ in spec.hyper],
+        ]
         for spec in sorted(RULES.values(), key=lambda spec: spec.index)
     ]
     assert found == expected
@@ -324,6 +331,7 @@ def test_norm_types_agree_with_cxx():
 def test_rows_hold_every_rule():
     assert max(len(spec.states) for spec in RULES.values()) <= constant("core/structs.h", "kMaxStates")
     assert max(len(spec.hyper) for spec in RULES.values()) <= constant("core/structs.h", "kMaxHyper")
+    assert max(spec.norms for spec in RULES.values()) <= constant("core/structs.h", "kMaxNorms")
 
 
 def test_thread_block_agrees_with_the_kernels():
@@ -415,7 +423,7 @@ def test_structs_read_what_the_extension_packs():
     hypers.pack([{"lr": 0.5, "betas": (0.25, 0.75)}, {"lr": 1, "betas": (0.0, 0.125), "maximize": True}])
     hypers.set_lr_address(1, 13, True)
     table.set_grad(0, 17)
-    for name in ("tensors", "chunks", "step_table", "control", "partials", "seed"):
+    for name in ("tensors", "chunks", "step_table", "control", "partials", "norms", "seed"):
         setattr(args, name, 100 + len(name))
     for name in ("num_groups", "num_chunks", "lead", "first_partial", "num_partials", "finalize"):
         setattr(args, name, 200 + len(name))
@@ -425,7 +433,7 @@ def test_structs_read_what_the_extension_packs():
     assert _C.pack_step(buffer.data_ptr(), 0, args, table, hypers)
     packed = bytes(buffer.tolist())
     read = structs.rows(structs.PassArgs, packed[:size])[0]
-    for name in ("tensors", "chunks", "step_table", "control", "partials", "seed"):
+    for name in ("tensors", "chunks", "step_table", "control", "partials", "norms", "seed"):
         assert getattr(read, name) == 100 + len(name)
     for name in ("num_groups", "num_chunks", "lead", "first_partial", "num_partials", "finalize"):
         assert getattr(read, name) == 200 + len(name)
@@ -435,10 +443,11 @@ def test_structs_read_what_the_extension_packs():
     assert (scaling.grad_weight_at, scaling.grad_divisor_at) == (26, 27)
     assert (read.norm_found_inf, read.nonfinite_out) == (24, 25)
     assert (norm.max_norm, norm.type, norm.skip_nonfinite) == (1.5, 2, 1)
-    rows = structs.rows(structs.Hyper, packed[size : size + 160])
+    end = size + 2 * ctypes.sizeof(structs.Hyper)
+    rows = structs.rows(structs.Hyper, packed[size:end])
     assert [list(row.value)[:2] for row in rows] == [[0.5, 0.75], [1.0, 0.125]]
     assert [(row.lr, row.lr_is_double, row.maximize) for row in rows][1] == (13, 1, 1)
-    assert int.from_bytes(packed[size + 160 :], "little") == 17
+    assert int.from_bytes(packed[end:], "little") == 17
     assert not _C.pack_step(0, buffer.data_ptr(), args, table, hypers)  # nothing new: nothing written
 
 

@@ -27,7 +27,8 @@ enum class StateFormat : int32 { kFloat32, kBFloat16, kFloat16, kFloat64, kInt8,
 constexpr int32 kNumStateFormats = 6;
 
 constexpr int32 kMaxStates = 4;
-constexpr int32 kMaxHyper = 8;
+constexpr int32 kMaxHyper = 10;
+constexpr int32 kMaxNorms = 2;  // of rules of two phases
 
 // One row per parameter: everything that stays the same from step to step.
 struct TensorEntry {
@@ -61,7 +62,7 @@ struct Hyper {
   uint32 lr_is_double;  // what `lr` points to: a double, else a float
   uint32 maximize;
 };
-static_assert(sizeof(Hyper) == 80, "travels in kernel parameters");
+static_assert(sizeof(Hyper) == 96, "travels in kernel parameters");
 
 // Results of a step on one device. Its fields are what opt.grad_norm and friends are views of.
 struct Control {

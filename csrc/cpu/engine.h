@@ -9,8 +9,8 @@
 
 #include "../core/gradient.h"
 #include "../formats/state.h"
-#include "../rules/all.h"
 #include "jobs.h"
+#include "rule_table.h"
 
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
@@ -274,65 +274,6 @@ inline const StateFunctions<T>& state_functions(StateFormat format) {
 
 // ---- update -------------------------------------------------------------------------------------------
 
-// Room for any rule's coefficients, which are prepared once per chunk.
-struct Coefficients {
-  alignas(64) unsigned char bytes[256];
-};
-
-template <class T>
-struct RuleFunctions {
-  void (*prepare)(const Hyper& hyper, double step, Coefficients& coefficients);
-  void (*apply)(T* param, const T* grad, T* const* states, int64 n, const Coefficients& coefficients,
-                const GradientTransform<T>& transform);
-};
-
-template <class Rule, class T>
-void prepare_rule(const Hyper& hyper, double step, Coefficients& coefficients) {
-  const auto prepared = Rule::template prepare<T>(hyper.value, step);
-  static_assert(sizeof(prepared) <= sizeof(coefficients), "make Coefficients larger");
-  __builtin_memcpy(coefficients.bytes, &prepared, sizeof(prepared));
-}
-
-template <class Rule, class T>
-void apply_rule(T* __restrict param, const T* __restrict grad, T* const* states, int64 n, const Coefficients& stored,
-                const GradientTransform<T>& given) {
-  const GradientTransform<T> transform = given;
-  typename Rule::template Coefficients<T> coefficients;
-  __builtin_memcpy(&coefficients, stored.bytes, sizeof(coefficients));
-  T* state[kSlots<Rule>];
-  for (int k = 0; k < Rule::kStates; ++k) state[k] = states[k];
-#pragma GCC ivdep
-  for (int64 i = 0; i < n; ++i) {
-    T s[kSlots<Rule>];
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];
-    T p = param[i];
-    Rule::template update<T>(p, transform(grad[i]), s, coefficients);
-    param[i] = p;
-    for (int k = 0; k < Rule::kStates; ++k) state[k][i] = s[k];
-  }
-}
-
-struct RuleRow {
-  int states;
-  Moment (*moment)(int state);
-  RuleFunctions<float> in_float;
-  RuleFunctions<double> in_double;
-};
-
-inline const RuleRow& rule_row(int32 rule) {
-#define FUSEDOPT_ROW(Rule)                                 \
-  {Rule::kStates,                                          \
-   &Rule::moment,                                          \
-   {&prepare_rule<Rule, float>, &apply_rule<Rule, float>}, \
-   {&prepare_rule<Rule, double>, &apply_rule<Rule, double>}},
-  static const RuleRow table[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
-#undef FUSEDOPT_ROW
-  return table[rule];
-}
-
-inline const RuleFunctions<float>& rule_functions(const RuleRow& row, float) { return row.in_float; }
-inline const RuleFunctions<double>& rule_functions(const RuleRow& row, double) { return row.in_double; }
-
 struct Span {
   int64 begin, end;
 };
@@ -400,30 +341,87 @@ class TensorBlocks {
   Noise noise_;
 };
 
+// What both phases of an update need to know of a chunk.
+template <class T>
+struct RuleOnChunk {
+  RuleOnChunk(const UpdateJob& job, const Chunk& chunk, const GradientTransform<T>& given)
+      : tensor(job.table.tensors[chunk.tensor]),
+        hyper(job.hypers[tensor.group]),
+        rule(rule_row(job.rule)),
+        functions(rule_functions(rule, T())),
+        span(span_of(chunk, job.table)),
+        step(double(*tensor.step) + 1.0),
+        transform(given) {
+    if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
+    functions.prepare(hyper, step, coefficients);
+  }
+
+  const TensorEntry& tensor;
+  const Hyper& hyper;
+  const RuleRow& rule;
+  const RuleFunctions<T>& functions;
+  Span span;
+  double step;
+  GradientTransform<T> transform;
+  Coefficients coefficients;
+};
+
 template <class T>
 void update_chunk(const UpdateJob& job, const Chunk& chunk) {
-  GradientTransform<T> transform = gradient_transform<T>(job.scaling);
+  const GradientTransform<T> transform = gradient_transform<T>(job.scaling);
   GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
   if (!grad.source().any()) return;
-  const TensorEntry& tensor = job.table.tensors[chunk.tensor];
-  const Hyper& hyper = job.hypers[tensor.group];
-  const RuleRow& rule = rule_row(job.rule);
-  if (hyper.maximize) transform.clip_coef = -transform.clip_coef;
-  const Span span = span_of(chunk, job.table);
-  const RuleFunctions<T>& functions = rule_functions(rule, T());
-  const double step = double(*tensor.step) + 1.0;
-  Coefficients coefficients;
-  functions.prepare(hyper, step, coefficients);
+  RuleOnChunk<T> on(job, chunk, transform);
+  if (on.rule.norms) on.functions.scale(on.hyper, job.norms[chunk.tensor].value, on.coefficients);
 
-  TensorBlocks<T> blocks(job, tensor, {job.seed, tensor.id, uint32(step)});
-  for (int64 i = span.begin; i < span.end; i += kBlock) {
-    const int64 n = span.end - i < kBlock ? span.end - i : kBlock;
+  TensorBlocks<T> blocks(job, on.tensor, {job.seed, on.tensor.id, uint32(on.step)});
+  for (int64 i = on.span.begin; i < on.span.end; i += kBlock) {
+    const int64 n = on.span.end - i < kBlock ? on.span.end - i : kBlock;
     T* const param = blocks.param(i, n);
     T* states[kMaxStates];
-    for (int k = 0; k < rule.states; ++k) states[k] = blocks.state(k, i, n);
-    functions.apply(param, grad.at(i, n), states, n, coefficients, transform);
+    for (int k = 0; k < on.rule.states; ++k) states[k] = blocks.state(k, i, n);
+    on.functions.apply(param, grad.at(i, n), states, n, on.coefficients, on.transform);
     blocks.commit(i, n, param, states);
   }
+}
+
+// ---- measure ------------------------------------------------------------------------------------------
+
+constexpr int kSumLanes = 16;  // partial sums, in an order that no instruction set changes
+
+template <class T>
+double sum_of_squares(const T* x, int64 n) {
+  alignas(64) double lanes[kSumLanes] = {};
+  int64 i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int l = 0; l < kSumLanes; ++l) lanes[l] += double(x[i + l]) * double(x[i + l]);
+  for (int l = 0; i + l < n; ++l) lanes[l] += double(x[i + l]) * double(x[i + l]);
+  for (int width = kSumLanes / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  return lanes[0];
+}
+
+// The first phase of a rule of two: Σ x² of its terms. Writes nothing.
+template <class T>
+TensorNorms measure_chunk(const UpdateJob& job, const Chunk& chunk) {
+  TensorNorms sums = {};
+  const GradientTransform<T> transform = gradient_transform<T>(job.scaling);
+  GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
+  if (!grad.source().any()) return sums;
+  const RuleOnChunk<T> on(job, chunk, transform);
+
+  TensorBlocks<T> blocks(job, on.tensor, {});
+  alignas(64) T buffers[kMaxNorms][kBlock];
+  T* const terms[kMaxNorms] = {buffers[0], buffers[1]};
+  for (int64 i = on.span.begin; i < on.span.end; i += kBlock) {
+    const int64 n = on.span.end - i < kBlock ? on.span.end - i : kBlock;
+    const T* const param = blocks.param(i, n);
+    const T* states[kMaxStates];
+    for (int k = 0; k < on.rule.states; ++k) states[k] = blocks.state(k, i, n);
+    on.functions.measure(param, grad.at(i, n), states, n, on.coefficients, on.transform, terms);
+    for (int k = 0; k < on.rule.norms; ++k) sums.value[k] += sum_of_squares(terms[k], n);
+  }
+  return sums;
 }
 
 // ---- norm ---------------------------------------------------------------------------------------------
@@ -554,6 +552,11 @@ void scale_chunk(const ScaleJob& job, const Chunk& chunk) {
 
 inline void update(const UpdateJob& job, const Chunk& chunk) {
   job.param_format == ParamFormat::kFloat64 ? update_chunk<double>(job, chunk) : update_chunk<float>(job, chunk);
+}
+
+inline TensorNorms measure(const UpdateJob& job, const Chunk& chunk) {
+  return job.param_format == ParamFormat::kFloat64 ? measure_chunk<double>(job, chunk)
+                                                   : measure_chunk<float>(job, chunk);
 }
 
 inline NormPartial norm(const NormJob& job, const Chunk& chunk) {

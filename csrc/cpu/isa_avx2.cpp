@@ -4,7 +4,8 @@
 namespace fusedopt {
 
 const CpuEngine& engine_avx2() {
-  static constexpr CpuEngine engine = {"avx2", &avx2::update, &avx2::norm, &avx2::accumulate, &avx2::scale};
+  static constexpr CpuEngine engine = {"avx2",      &avx2::update,     &avx2::measure,
+                                       &avx2::norm, &avx2::accumulate, &avx2::scale};
   return engine;
 }
 

@@ -4,8 +4,8 @@
 namespace fusedopt {
 
 const CpuEngine& engine_baseline() {
-  static constexpr CpuEngine engine = {"baseline", &baseline::update, &baseline::norm, &baseline::accumulate,
-                                       &baseline::scale};
+  static constexpr CpuEngine engine = {"baseline",      &baseline::update,     &baseline::measure,
+                                       &baseline::norm, &baseline::accumulate, &baseline::scale};
   return engine;
 }
 

@@ -14,6 +14,11 @@ struct GradTable {
   int64 chunk_size;
 };
 
+// Of one tensor, for a rule of two phases; or of a part of it, Σ x².
+struct TensorNorms {
+  double value[kMaxNorms];
+};
+
 struct UpdateJob {
   GradTable table;
   ParamFormat param_format;
@@ -22,6 +27,7 @@ struct UpdateJob {
   uint64 seed;  // of random numbers
   const Hyper* hypers;
   Scaling scaling;
+  const TensorNorms* norms;  // by tensor; null in the measure pass, and for rules of one phase
 };
 
 struct NormJob {
@@ -51,6 +57,7 @@ struct NormPartial {
 struct CpuEngine {
   const char* isa;
   void (*update)(const UpdateJob&, const Chunk&);
+  TensorNorms (*measure)(const UpdateJob&, const Chunk&);
   NormPartial (*norm)(const NormJob&, const Chunk&);
   void (*accumulate)(const AccumulateJob&, const Chunk&);
   void (*scale)(const ScaleJob&, const Chunk&);

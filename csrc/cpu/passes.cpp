@@ -6,7 +6,9 @@
 #include <string>
 
 #include "../core/gradient.h"
+#include "../core/norms.h"
 #include "../host/threads.h"
+#include "../rules/all.h"
 
 namespace fusedopt {
 namespace {
@@ -38,6 +40,25 @@ const CpuEngine& choose_engine() {
                               " (what this processor supports)");
 }
 
+int norms_of(int32 rule) {
+#define FUSEDOPT_ROW(Rule) kNorms<baseline::Rule>,
+  static constexpr int table[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
+#undef FUSEDOPT_ROW
+  return table[rule];
+}
+
+// The first phase of a rule of two: the norms of each tensor, their parts added in chunk order.
+std::vector<TensorNorms> measure(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, int threads) {
+  const CpuEngine& engine = cpu_engine();
+  std::vector<TensorNorms> parts(chunks.size()), norms(static_cast<size_t>(tensors), TensorNorms{});
+  parallel_for(threads, int64(chunks.size()), [&](int64 i) { parts[i] = engine.measure(job, chunks[i]); });
+  for (size_t i = 0; i < chunks.size(); ++i)
+    for (int k = 0; k < kMaxNorms; ++k) norms[chunks[i].tensor].value[k] += parts[i].value[k];
+  for (TensorNorms& each : norms)
+    for (double& value : each.value) value = baseline::square_root(value);
+  return norms;
+}
+
 }  // namespace
 
 const CpuEngine& cpu_engine() {
@@ -45,9 +66,15 @@ const CpuEngine& cpu_engine() {
   return engine;
 }
 
-void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads) {
+void cpu_update(const UpdateJob& given, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads) {
   if (skip) return;
   const CpuEngine& engine = cpu_engine();
+  UpdateJob job = given;
+  std::vector<TensorNorms> norms;
+  if (norms_of(job.rule) > 0) {
+    norms = measure(job, chunks, tensors, threads);
+    job.norms = norms.data();
+  }
   // Backwards: a norm pass before this one left the last gradients in the cache.
   const int64 last = int64(chunks.size()) - 1;
   parallel_for(threads, last + 1, [&](int64 i) { engine.update(job, chunks[last - i]); });

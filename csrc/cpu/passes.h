@@ -10,7 +10,8 @@ namespace fusedopt {
 // The best engine that this processor supports, or the one that FUSEDOPT_CPU_ISA names.
 const CpuEngine& cpu_engine();
 
-// Skips if found_inf says so; otherwise updates every tensor that has a gradient and counts its step.
+// Skips if told so; otherwise updates every tensor that has a gradient and counts its step. Of a rule of two phases it
+// makes both.
 void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads);
 
 // Adds the table's gradients to (sum, nonfinite), in chunk order whatever the number of threads.

@@ -4,6 +4,7 @@
 // memory has as much in flight as the registers can hold.
 #pragma once
 
+#include "../core/norms.h"
 #include "../formats/state.h"
 #include "../rules/all.h"
 #include "gradients.cuh"
@@ -36,14 +37,19 @@ struct BlockPlan {
   float step;  // taken before this one
   bool skip;
 
+  // norms: the tensor's, for the second phase of a rule of two; else null.
   template <bool kNoise, class Table>
-  __device__ __forceinline__ void prepare(const PassArgs& args, const Table& table, const TensorEntry& tensor) {
+  __device__ __forceinline__ void prepare(const PassArgs& args, const Table& table, const TensorEntry& tensor,
+                                          [[maybe_unused]] const double* norms = nullptr) {
     if (kNoise && threadIdx.x == 64) {
       random = {args.seed, tensor.id, uint32(*static_cast<volatile float*>(tensor.step)) + 1};
       dither = dither_key(random);
     } else if (threadIdx.x == 0) {
       step = *static_cast<volatile float*>(tensor.step);
-      coefficients = Rule::template prepare<T>(hyper_of(args, table, tensor.group).value, double(step) + 1.0);
+      const Hyper hyper = hyper_of(args, table, tensor.group);
+      coefficients = Rule::template prepare<T>(hyper.value, double(step) + 1.0);
+      if constexpr (kNorms<Rule> > 0)
+        if (norms) Rule::template scale<T>(coefficients, hyper.value, norms);
     } else if (threadIdx.x == 32) {
       skip = must_skip(args);
       transform = gradient_transform<T>(args.scaling);
@@ -51,6 +57,12 @@ struct BlockPlan {
     }
   }
 };
+
+// Where the norms of a chunk's tensor stand: in the row of the tensor's first chunk. Of rules of two phases.
+template <class Rule>
+__device__ __forceinline__ double* norms_row(const PassArgs& args, const Chunk& chunk) {
+  return args.norms + int64(blockIdx.x - chunk.index) * kNorms<Rule>;
+}
 
 // A tensor's step is counted by the last of its blocks to have read it. Called by one thread.
 __device__ __forceinline__ void count_step(TensorEntry& tensor, float step, int blocks, bool skip) {
@@ -258,12 +270,13 @@ struct Update {
     }
   }
 
+  // A vector of every stream as numbers, the gradient transformed.
   template <int N>
-  static __device__ __forceinline__ void update(Vector<typename P::Main, N>& main, Vector<typename P::Extra, N>& extra,
-                                                const GradVector<G, M, N>& grad, const GradSource& source,
-                                                Vector<S, N>* const (&state)[kSlots], float (&unit)[kSlots],
-                                                const Noise& noise, const Plan& plan) {
-    T p[N], g[N], s[kSlots][N];
+  static __device__ __forceinline__ void decode_all(const Vector<typename P::Main, N>& main,
+                                                    const Vector<typename P::Extra, N>& extra,
+                                                    const GradVector<G, M, N>& grad, const GradSource& source,
+                                                    Vector<S, N>* const (&state)[kSlots], const float (&unit)[kSlots],
+                                                    const Plan& plan, T (&p)[N], T (&g)[N], T (&s)[kSlots][N]) {
 #pragma unroll
     for (int e = 0; e < N; ++e) p[e] = P::decode(main.get(e), extra.get(e));
     decode(grad, source, plan.transform.weight, g);
@@ -272,6 +285,15 @@ struct Update {
     const bool clamps = plan.transform.clamps();
 #pragma unroll
     for (int e = 0; e < N; ++e) g[e] = clamps ? plan.transform(g[e]) : plan.transform.without_clamp(g[e]);
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void update(Vector<typename P::Main, N>& main, Vector<typename P::Extra, N>& extra,
+                                                const GradVector<G, M, N>& grad, const GradSource& source,
+                                                Vector<S, N>* const (&state)[kSlots], float (&unit)[kSlots],
+                                                const Noise& noise, const Plan& plan) {
+    T p[N], g[N], s[kSlots][N];
+    decode_all(main, extra, grad, source, state, unit, plan, p, g, s);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       T own[kSlots];
@@ -408,7 +430,8 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
   else
     pass.load_part(registers, 0);
   if (Pass::kPipelined && whole > 1) pass.prefetch(1);
-  shared_plan.template prepare<Pass::kNoise>(args, table, tensor);
+  const double* const norms = kNorms<Rule> > 0 ? norms_row<Rule>(args, chunk) : nullptr;
+  shared_plan.template prepare<Pass::kNoise>(args, table, tensor, norms);
   __syncthreads();
   const auto& plan = shared_plan;
   if (threadIdx.x == 0) {

@@ -5,6 +5,7 @@
 #include "adam.h"
 #include "adamw.h"
 #include "amsgrad.h"
+#include "lamb.h"
 #include "lion.h"
 #include "radam.h"
 #include "rmsprop.h"
@@ -21,4 +22,4 @@
   X(Sgdw)                         \
   X(SgdwMomentum)                 \
   X(Rmsprop)                      \
-  X(RmspropMomentum) X(RmspropCentered) X(RmspropCenteredMomentum) X(Adagrad) X(RAdam)
+  X(RmspropMomentum) X(RmspropCentered) X(RmspropCenteredMomentum) X(Adagrad) X(RAdam) X(Lamb)

@@ -15,7 +15,8 @@
 ``finalize_norm(tables, gathered)``
     The end of the norm from the shares of several devices, float64 of shape (devices, 2).
 ``update(tables)``
-    The rule, for every tensor with a gradient, and the step counters.
+    The rule, for every tensor with a gradient, and the step counters. Of a rule of two phases it measures the tensors
+    first: ``Bucket.phases`` names the kernels.
 ``scale(tables)``
     Gradients multiplied and clamped where they are.
 

@@ -96,6 +96,10 @@ def prepare(tables: DeviceTables) -> None:
         args.control = tables.control.address
         args.num_chunks = bucket.num_chunks
         args.lead = int(i == 0)
+        if bucket.norms:
+            norms = torch.zeros(bucket.num_chunks * bucket.norms, dtype=torch.float64, device=tables.device)
+            bucket.device_memory.append(norms)
+            args.norms = norms.data_ptr()
 
 
 def _prepare_norm(tables: DeviceTables) -> None:
@@ -134,7 +138,7 @@ def _choose_kernels(tables: DeviceTables, bucket: Bucket, passes: tuple[str, ...
     needed = bucket.table.packed_bytes(tables.num_groups)
     bucket.args.num_groups = tables.num_groups
     bucket.capacity = next((size for size in device.table_sizes if size >= needed), 0)
-    kernels = {name: _kernel(name, tables, bucket) for name in passes}
+    kernels = {name: _kernel(name, tables, bucket) for name in bucket.phases(passes)}
     norm_blocks = min(device.multiprocessors * _NORM_BLOCKS_PER_SM[_latency_bound(bucket)], bucket.num_chunks)
     bucket.launches = {
         name: (
@@ -158,7 +162,8 @@ def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec
         return nvrtc.scale_kernel(grad, bucket.capacity)
     param, state = bucket.param_format.name, bucket.state_format.name
     low = param == "float32" and _latency_bound(bucket)
-    return nvrtc.update_kernel(bucket.rule.name, param, grad, state, bucket.capacity, low, main)
+    make = nvrtc.measure_kernel if name == "measure" else nvrtc.update_kernel
+    return make(bucket.rule.name, param, grad, state, bucket.capacity, low, main)
 
 
 def _latency_bound(bucket: Bucket) -> bool:
@@ -191,8 +196,9 @@ def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple] | Non
         return None
     return [
         (bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
-        for name in passes
+        for step in passes
         for bucket in tables.buckets
+        for name in bucket.phases((step,))
     ]
 
 
@@ -213,7 +219,8 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
 
 def update(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
-        _launch("update", bucket, tables)
+        for name in bucket.phases(("update",)):
+            _launch(name, bucket, tables)
 
 
 def accumulate(tables: DeviceTables) -> None:

@@ -16,7 +16,8 @@ import os
 import tempfile
 import threading
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..specs import CUDA_CHUNK, CUDA_CHUNK_BLOCKED, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_FORMATS
@@ -33,6 +34,7 @@ __all__ = [
     "get_cubin",
     "has_nvrtc",
     "require_compiler",
+    "with_measuring",
 ]
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -66,7 +68,7 @@ class KernelSpec:
 
     def _blocks(self) -> str:
         """Blocks per multiprocessor that the compiler must leave registers for."""
-        if self.template == "update_pass":
+        if self.template in ("update_pass", "measure_pass"):
             return f"Update<{', '.join(self.arguments)}>::kBlocksPerMultiprocessor"
         return f"FUSEDOPT_NORM_BLOCKS({self.arguments[-1]})" if self.template == "norm_pass" else "1"
 
@@ -122,6 +124,18 @@ def update_kernel(
     return KernelSpec("update_pass", (RULES[rule].cpp, *formats, _tuning(latency_bound)), table_bytes, chunk)
 
 
+def measure_kernel(rule: str, *arguments, **keywords) -> KernelSpec:
+    """The measure pass of a rule of two phases. Arguments: as ``update_kernel``."""
+    return replace(update_kernel(rule, *arguments, **keywords), template="measure_pass")
+
+
+def with_measuring(updates: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """Update kernels, each once, with the measure kernels of those whose rules have two phases."""
+    measured = {spec.cpp for spec in RULES.values() if spec.norms}
+    unique = list(dict.fromkeys(updates))
+    return unique + [replace(each, template="measure_pass") for each in unique if each.arguments[0] in measured]
+
+
 def norm_kernel(
     grad: str,
     norm_type: float,
@@ -167,13 +181,14 @@ def combinations() -> list[tuple[str, str, str]]:
 
 
 def update_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
-    """The update passes of a rule for every combination of formats."""
+    """The update passes of a rule for every combination of formats, and its measure passes if it has two phases."""
     latency_bound = [formats for formats in combinations() if formats[0] == "float32"]
-    kernels = [
-        *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
-        *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
-    ]
-    return list(dict.fromkeys(kernels))
+    return with_measuring(
+        [
+            *(update_kernel(rule, *formats, table_bytes) for formats in combinations()),
+            *(update_kernel(rule, *formats, table_bytes, True) for formats in latency_bound),
+        ]
+    )
 
 
 MAIN_DTYPES = ("float32", "bfloat16")
@@ -185,14 +200,13 @@ def _mains(dtype: str) -> tuple[str, ...]:
 
 
 def accumulation_kernels(rule: str, table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
-    """The update passes of a rule where gradients are accumulated, for every dtype of main gradients."""
-    kernels = [
+    """As ``update_kernels`` where gradients are accumulated, for every dtype of main gradients."""
+    return with_measuring(
         update_kernel(rule, param, grad, state, table_bytes, latency_bound, main)
         for param, grad, state in combinations()
         for latency_bound in ((False, True) if param == "float32" else (False,))
         for main in _mains(param)
-    ]
-    return list(dict.fromkeys(kernels))
+    )
 
 
 def accumulated_gradient_kernels(table_bytes: int = SMALL_TABLE) -> list[KernelSpec]:
@@ -229,8 +243,8 @@ def common_kernels(table_sizes: tuple[int, ...] = TABLE_SIZES) -> list[KernelSpe
     for size in table_sizes:
         kernels += gradient_kernels(size)
         for rule in RULES:
-            kernels += [update_kernel(rule, dtype, dtype, dtype, size) for dtype in DTYPES]
-            kernels.append(update_kernel(rule, "float32", "float32", "float32", size, True))
+            updates = [update_kernel(rule, dtype, dtype, dtype, size) for dtype in DTYPES]
+            kernels += with_measuring([*updates, update_kernel(rule, "float32", "float32", "float32", size, True)])
     return kernels
 
 

@@ -123,6 +123,29 @@ def radam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hype
     return decayed - t(lr / (1.0 - beta1_t) * scale) * (m / denom), m, v
 
 
+# ---- LAMB -------------------------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor) -> float:
+    """Squares and sum in double."""
+    return math.sqrt(x.double().square().sum().item())
+
+
+def lamb(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int):
+    lr, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode, grad_averaging, use_nvlamb = hyper[:9]
+    t = _rounder(param)
+    beta1_t, beta2_t = powers(beta1, beta2, step) if bias_correction else (0.0, 0.0)
+    grad = _with_decay(grad, param, 0.0 if adam_w_mode else weight_decay)
+    m = t(beta1) * exp_avg + t(1.0 - beta1 if grad_averaging else 1.0) * grad
+    v = t(beta2) * exp_avg_sq + t(1.0 - beta2) * grad * grad
+    denom = square_root(v) / t(math.sqrt(1.0 - beta2_t)) + t(eps)
+    update = t(1.0 / (1.0 - beta1_t)) * (m / denom)
+    update = _with_decay(update, param, weight_decay if adam_w_mode else 0.0)
+    param_norm, update_norm = _norm(param), _norm(update)
+    adapts = (weight_decay or use_nvlamb) and param_norm != 0.0 and update_norm != 0.0
+    return param - t(lr * (param_norm / update_norm if adapts else 1.0)) * update, m, v
+
+
 # ---- Lion -------------------------------------------------------------------------------------------------------
 
 
@@ -252,5 +275,6 @@ RULES = {
     "rmsprop_centered_momentum": rmsprop_centered_momentum,
     "adagrad": adagrad,
     "radam": radam,
+    "lamb": lamb,
 }
 """By name, as ``fusedopt.specs.RULES``."""

@@ -150,6 +150,10 @@ def prepare(tables: DeviceTables) -> None:
         args.first_partial = i * most
         # The last launch adds all up. Partial sums of programs that a small bucket lacks are zero from the start.
         args.num_partials = most * len(tables.buckets) if i + 1 == len(tables.buckets) else 0
+        if bucket.norms:
+            norms = torch.zeros(bucket.num_chunks * bucket.norms, dtype=torch.float64, device=tables.device)
+            bucket.device_memory.append(norms)
+            args.norms = norms.data_ptr()
 
 
 def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
@@ -164,7 +168,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
                 if bucket.staging is None or bucket.staging.size < size:
                     bucket.staging = Staging(tables.device, size)
                     bucket.step_table = bucket.staging.table
-                bucket.launches = {name: _prepare_launch(name, tables, bucket) for name in passes}
+                bucket.launches = {name: _prepare_launch(name, tables, bucket) for name in bucket.phases(passes)}
                 bucket.launches_key = key
         for bucket in tables.buckets:
             args = bucket.args
@@ -201,8 +205,8 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
         return _launcher("norm_pass", min(_norm_programs(tables.device), programs), 4, constants, tile)
     if name == "scale":
         return _launcher("scale_pass", programs, 3, constants | {"V": _vector(DTYPES[grad].size)}, tile)
-    constants |= update_constants(bucket.rule, bucket.param_format, bucket.state_format, grad, main)
-    return _launcher("update_pass", programs, 4, constants, tile)
+    constants |= update_constants(bucket.rule, bucket.param_format, bucket.state_format, grad, main, name)
+    return _launcher(f"{name}_pass", programs, 4, constants, tile)
 
 
 NO_MAIN = "none"
@@ -210,19 +214,27 @@ NO_MAIN = "none"
 
 
 def update_constants(
-    rule: RuleSpec, param: ParamFormatSpec, state: StateFormatSpec, grad: str, main: str = NO_MAIN
+    rule: RuleSpec,
+    param: ParamFormatSpec,
+    state: StateFormatSpec,
+    grad: str,
+    main: str = NO_MAIN,
+    name: str = "update",
 ) -> dict[str, Any]:
-    """The constants of ``update_pass`` that the rule and the formats decide."""
-    from ..triton.rules import RULES
+    """The constants of ``update_pass``, or ``measure_pass``, that the rule and the formats decide."""
+    from ..triton.rules import PHASES, RULES
 
     sizes = [DTYPES[param.dtype].size, DTYPES[grad].size]
     sizes += [_SIZES[param.extra[1]]] if param.extra else []
     sizes += [_SIZES[state.dtype(moment)] for moment in rule.moments]
     sizes += [] if main == NO_MAIN else [DTYPES[main].size]
     prepare_rule, update_rule = RULES[rule.name]
+    measure_rule, scale_rule = PHASES.get(rule.name, (update_rule, prepare_rule))  # neither is called without norms
     return {
         "PREPARE": prepare_rule,
-        "RULE": update_rule,
+        "RULE": measure_rule if name == "measure" else update_rule,
+        "SCALE": scale_rule,
+        "NORMS": rule.norms,
         "CHUNK": chunk(state),
         "N": len(rule.states),
         "SECOND": sum(1 << k for k, moment in enumerate(rule.moments) if moment == "second"),
@@ -286,7 +298,8 @@ def _arguments(name: str, bucket: Bucket) -> tuple[int, ...]:
 
 def _launch(name: str, tables: DeviceTables, *more: int) -> None:
     for bucket in tables.buckets:
-        bucket.launches[name](*_arguments(name, bucket), *more)
+        for phase in bucket.phases((name,)):
+            bucket.launches[phase](*_arguments(phase, bucket), *more)
 
 
 def norm(tables: DeviceTables, finalize: bool = True) -> None:

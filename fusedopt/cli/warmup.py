@@ -15,7 +15,7 @@ __all__ = ["warmup"]
 def _matches(kernel: nvrtc.KernelSpec, rules: tuple[str, ...], dtypes: tuple[str, ...]) -> bool:
     wanted_rules = {RULES[name].cpp for name in rules} or {spec.cpp for spec in RULES.values()}
     wanted_formats = {DTYPES[name].cpp for name in dtypes} or {spec.cpp for spec in DTYPES.values()}
-    if kernel.template == "update_pass" and kernel.arguments[0] not in wanted_rules:
+    if kernel.template in ("update_pass", "measure_pass") and kernel.arguments[0] not in wanted_rules:
         return False
     formats = {argument for argument in kernel.arguments if argument in {spec.cpp for spec in DTYPES.values()}}
     return formats <= wanted_formats

@@ -4,6 +4,7 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
 from .base import FusedOptimizer
+from .lamb import LAMB
 from .lion import Lion
 from .metrics import StepMetrics
 from .radam import RAdam
@@ -11,4 +12,16 @@ from .rmsprop import RMSprop
 from .sgd import SGD
 from .sgdw import SGDW
 
-__all__ = ["SGD", "SGDW", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "Lion", "RAdam", "RMSprop", "StepMetrics"]
+__all__ = [
+    "LAMB",
+    "SGD",
+    "SGDW",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Lion",
+    "RAdam",
+    "RMSprop",
+    "StepMetrics",
+]

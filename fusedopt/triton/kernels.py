@@ -6,8 +6,9 @@ Integers that change from step to step are never specialised on.
 """
 
 from .accumulate import accumulate_pass
+from .measure import measure_pass
 from .norm import finalize_pass, norm_pass
 from .scale import scale_pass
 from .update import update_pass
 
-__all__ = ["accumulate_pass", "finalize_pass", "norm_pass", "scale_pass", "update_pass"]
+__all__ = ["accumulate_pass", "finalize_pass", "measure_pass", "norm_pass", "scale_pass", "update_pass"]

@@ -14,6 +14,11 @@ Triton 3.2 cannot hand on tuples. The second is the update:
 Tiles are in the compute type, float32 or float64. Nothing here knows of pointers to tensors, dtypes at rest, scales,
 clipping.
 
+A rule of two phases (``csrc/core/norms.h``) has two more functions:
+
+    measure(<the arguments of rule>) -> a term for each norm
+    scale(hyper, lr, <each norm>) -> the last coefficient, for the second phase; a double
+
 A new rule: its functions here and its row in ``RULES``.
 """
 
@@ -24,7 +29,7 @@ import triton.language as tl
 
 from .target import divide, divide_root, square_root
 
-__all__ = ["RULES"]
+__all__ = ["PHASES", "RULES"]
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------
@@ -175,6 +180,64 @@ def radam(
     exp_avg, exp_avg_sq = average(exp_avg, exp_avg_sq, grad, beta1, one_minus_beta1, beta2, one_minus_beta2)
     denom = tl.where(rectified != 0.0, square_root(exp_avg_sq) + eps, 1.0)
     return param * decay - step_size * divide(exp_avg, denom), exp_avg, exp_avg_sq  # theta_t
+
+
+# ---- LAMB -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_lamb(hyper, lr, step, TYPE: tl.constexpr):
+    beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
+    eps, weight_decay = tl.load(hyper + 3), tl.load(hyper + 4)
+    corrects, decouples = tl.load(hyper + 5) != 0.0, tl.load(hyper + 6) != 0.0
+    averages = tl.load(hyper + 7) != 0.0
+    beta1_t, beta2_t = powers(beta1, beta2, step.to(tl.int32))
+    return (
+        beta1.to(TYPE),
+        tl.where(averages, 1.0 - beta1, 1.0).to(TYPE),  # beta3
+        beta2.to(TYPE),
+        (1.0 - beta2).to(TYPE),
+        tl.where(corrects, 1.0 / (1.0 - beta1_t), 1.0).to(TYPE),
+        tl.where(corrects, tl.sqrt(1.0 - beta2_t), 1.0).to(TYPE),
+        eps.to(TYPE),
+        tl.where(decouples, 0.0, weight_decay).to(TYPE),  # lambda (coupled)
+        tl.where(decouples, weight_decay, 0.0).to(TYPE),  # lambda (in the update)
+        (lr * 0.0).to(TYPE),  # scale_lamb's
+    )
+
+
+@triton.jit
+def scale_lamb(hyper, lr, param_norm, update_norm):
+    """eta * trust ratio, which is 1 where a norm is 0, and, but for NVLAMB, where nothing decays."""
+    adapts = (tl.load(hyper + 4) != 0.0) | (tl.load(hyper + 8) != 0.0)
+    known = (param_norm != 0.0) & (update_norm != 0.0)  # NaN is passed on
+    trust = param_norm / tl.where(update_norm != 0.0, update_norm, 1.0)
+    return lr * tl.where(adapts & known, trust, 1.0)
+
+
+@triton.jit
+def lamb_direction(
+    param, grad, exp_avg, exp_avg_sq, beta1, beta3, beta2, one_minus_beta2, correction1, root, eps, coupled, decoupled
+):
+    """u_t, and the moments."""
+    grad = with_decay(grad, param, coupled)
+    exp_avg, exp_avg_sq = average(exp_avg, exp_avg_sq, grad, beta1, beta3, beta2, one_minus_beta2)
+    reciprocal = (1.0 / root.to(tl.float64)).to(root.dtype)
+    denom = divide_root(square_root(exp_avg_sq), root, reciprocal) + eps  # sqrt(v_hat) + eps
+    return with_decay(correction1 * divide(exp_avg, denom), param, decoupled), exp_avg, exp_avg_sq
+
+
+@triton.jit
+def measure_lamb(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7, c8, rate):
+    update, exp_avg, exp_avg_sq = lamb_direction(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7, c8)
+    return param, update
+
+
+@triton.jit
+def lamb(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7, c8, rate):
+    """LAMB (You et al., ICLR 2020, https://arxiv.org/abs/1904.00962, algorithm 2), as apex.optimizers.FusedLAMB."""
+    update, exp_avg, exp_avg_sq = lamb_direction(param, grad, exp_avg, exp_avg_sq, c0, c1, c2, c3, c4, c5, c6, c7, c8)
+    return param - rate * update, exp_avg, exp_avg_sq  # x_t
 
 
 # ---- Lion -----------------------------------------------------------------------------------------------------
@@ -395,5 +458,9 @@ RULES = {
     "rmsprop_centered_momentum": (prepare_rmsprop, rmsprop_centered_momentum),
     "adagrad": (prepare_adagrad, adagrad),
     "radam": (prepare_radam, radam),
+    "lamb": (prepare_lamb, lamb),
 }
 """By name, as ``fusedopt.specs.RULES``: what makes the coefficients, and the update."""
+
+PHASES = {"lamb": (measure_lamb, scale_lamb)}
+"""Of rules of two phases: what measures, and what makes the last coefficient."""

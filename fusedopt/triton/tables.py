@@ -38,6 +38,8 @@ HYPER_MAXIMIZE = tl.constexpr(Hyper.maximize.offset)
 ARGS_SIZE = tl.constexpr(sizeof(PassArgs))
 ARGS_TENSORS = tl.constexpr(PassArgs.tensors.offset)
 ARGS_CONTROL = tl.constexpr(PassArgs.control.offset)
+ARGS_CHUNKS = tl.constexpr(PassArgs.chunks.offset)
+ARGS_NORMS = tl.constexpr(PassArgs.norms.offset)
 ARGS_PARTIALS = tl.constexpr(PassArgs.partials.offset)
 ARGS_GRAD_SCALE = tl.constexpr(PassArgs.scaling.offset + Scaling.grad_scale.offset)
 ARGS_FOUND_INF = tl.constexpr(PassArgs.scaling.offset + Scaling.found_inf.offset)
@@ -104,6 +106,17 @@ def mask_of(offsets, length, VECTOR: tl.constexpr):
     if VECTOR > 1:
         length = (length // 16) * 16  # it is a multiple
     return offsets < length
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def norms_row(args, NORMS: tl.constexpr):
+    """Where the norms of this program's tensor stand: in the row of its first chunk. Of rules of two phases."""
+    program = tl.program_id(0).to(tl.int64)
+    _, number, _ = read_chunk(field(args, ARGS_CHUNKS, tl.int64), program)
+    return field(args, ARGS_NORMS, tl.int64) + (program - number) * (8 * NORMS)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------

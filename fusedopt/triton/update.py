@@ -37,6 +37,7 @@ from .tables import (
     load_grad,
     main_of,
     mask_of,
+    norms_row,
     own_of,
     put,
     read_chunk,
@@ -115,7 +116,17 @@ def store_state(where, stored, units_where, unit, mask, length, STATE: tl.conste
 
 
 @triton.jit
-def prepare_program(args, entry, hyper, steps, PREPARE: tl.constexpr, S: tl.constexpr, TYPE: tl.constexpr):
+def prepare_program(
+    args,
+    entry,
+    hyper,
+    steps,
+    PREPARE: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORMS: tl.constexpr,
+    S: tl.constexpr,
+    TYPE: tl.constexpr,
+):
     """What all elements of a program share: scaling of gradients, dither key, the rule's coefficients."""
     inv_scale, limit, clip_coef = scaling(args, TYPE)
     clip_coef = tl.where(field(hyper, HYPER_MAXIMIZE, tl.uint32) != 0, -clip_coef, clip_coef)
@@ -124,7 +135,11 @@ def prepare_program(args, entry, hyper, steps, PREPARE: tl.constexpr, S: tl.cons
     if S == "int8":
         key = dither_key(field(args, ARGS_SEED, tl.int64), key)
     values, step = hyper.to(tl.pointer_type(tl.float64)), steps.to(tl.float64) + 1.0
-    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = PREPARE(values, read_lr(hyper), step, TYPE)
+    lr = read_lr(hyper)
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = PREPARE(values, lr, step, TYPE)
+    if NORMS > 0:
+        norms = norms_row(args, NORMS).to(tl.pointer_type(tl.float64))
+        c9 = SCALE(values, lr, tl.load(norms), tl.load(norms + (NORMS - 1))).to(TYPE)
     return inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9
 
 
@@ -256,6 +271,8 @@ def update_chunk(
     skip,
     PREPARE: tl.constexpr,
     RULE: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORMS: tl.constexpr,
     N: tl.constexpr,
     SECOND: tl.constexpr,
     P: tl.constexpr,
@@ -268,7 +285,7 @@ def update_chunk(
 ):
     """A chunk, tile by tile."""
     inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = prepare_program(
-        args, entry, hyper, steps, PREPARE, S, tl.float64 if P == "float64" else tl.float32
+        args, entry, hyper, steps, PREPARE, SCALE, NORMS, S, tl.float64 if P == "float64" else tl.float32
     )
     first = length * 0
     while first < length:
@@ -299,6 +316,8 @@ def update_pass(
     grads: tl.int64,
     PREPARE: tl.constexpr,
     RULE: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORMS: tl.constexpr,
     N: tl.constexpr,
     SECOND: tl.constexpr,
     P: tl.constexpr,
@@ -312,9 +331,9 @@ def update_pass(
 ):
     """Load, transform the gradient, apply the rule, store; one program for each chunk.
 
-    PREPARE, RULE: of ``rules.py``, with N states; bit k of SECOND: state k is a second moment. P, G, M, S: parameter
-    format, dtypes of gradients and main gradients, state format. TILE: elements that are loaded at once. CLAMP: whether
-    there is a max_grad_value. V: elements of one access.
+    PREPARE, RULE: of ``rules.py``, with N states; bit k of SECOND: state k is a second moment. SCALE: of a rule of two
+    phases, of NORMS norms. P, G, M, S: parameter format, dtypes of gradients and main gradients, state format. TILE:
+    elements that are loaded at once. CLAMP: whether there is a max_grad_value. V: elements of one access.
     """
     skip = must_skip(args)
     if tl.program_id(0) == 0:
@@ -332,12 +351,12 @@ def update_pass(
         if ((addresses_of(entry, own | main_grad, N) | length) & 15) == 0:
             update_chunk(
                 args, entry, hyper, own, main_grad, start, length, steps, skip,
-                PREPARE, RULE, N, SECOND, P, G, M, S, TILE, CLAMP, V,
+                PREPARE, RULE, SCALE, NORMS, N, SECOND, P, G, M, S, TILE, CLAMP, V,
             )
         else:
             update_chunk(
                 args, entry, hyper, own, main_grad, start, length, steps, skip,
-                PREPARE, RULE, N, SECOND, P, G, M, S, TILE, CLAMP, 1,
+                PREPARE, RULE, SCALE, NORMS, N, SECOND, P, G, M, S, TILE, CLAMP, 1,
             )
         # fmt: on
         count_step(entry, steps, skip)

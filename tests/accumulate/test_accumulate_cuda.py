@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accumulated import backward, give
-from cases import DTYPES, ONE_EACH, assert_same_bits, hard_values, memory, normal, parameters
+from cases import DTYPES, ONE_EACH, assert_same_bits, comparer, hard_values, memory, normal, parameters
 
 import fusedopt
 
@@ -43,10 +43,14 @@ def test_the_cpus_bits(case, dtype, main, values):
             acc.weight = weight
             opt.step()
         results.append([*tensors, *memory(opt)])
-    for on_cpu, on_cuda in zip(*results, strict=True):
-        finite = on_cpu.isfinite()
-        assert torch.equal(on_cuda.cpu().isfinite(), finite)
-        assert_same_bits(torch.where(finite, on_cuda.cpu(), 0), torch.where(finite, on_cpu, 0))
+    comparer(assert_same_where_finite, case.rule, dtype, 2)(results[1], results[0])
+
+
+def assert_same_where_finite(on_cuda, on_cpu):
+    for cuda, cpu in zip(on_cuda, on_cpu, strict=True):
+        finite = cpu.isfinite()
+        assert torch.equal(cuda.cpu().isfinite(), finite)
+        assert_same_bits(torch.where(finite, cuda.cpu(), 0), torch.where(finite, cpu, 0))
 
 
 # ---- launches, waiting ---------------------------------------------------------------------------------------------

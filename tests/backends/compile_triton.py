@@ -37,6 +37,8 @@ FEW = [
     ("rmsprop_centered_momentum", "float32", "float32", "float32"),
     ("adagrad", "bfloat16", "bfloat16", "bfloat16"),
     ("radam", "float32", "float32", "float32"),
+    ("lamb", "float32", "float32", "float32"),
+    ("lamb", "split8", "bfloat16", "int8"),
 ]
 # (rule, parameter format, gradient dtype, state format, dtype of main gradients)
 ACCUMULATED = [
@@ -90,10 +92,11 @@ def main() -> None:
     found = {}
     for rule, param, grad, state, *main in [*(every_combination() if "all" in sys.argv else FEW), *ACCUMULATED]:
         spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
-        constants = update_constants(RULES[rule], spec, form, grad, *main)
         tile = update_tile(form)
-        ptx = compile_kernel(kernels.update_pass, {**constants, "CLAMP": False}, tile)
-        found["/".join((rule, param, grad, state, *main))] = summary(ptx, tile)
+        for name in ("measure", "update") if RULES[rule].norms else ("update",):
+            constants = update_constants(RULES[rule], spec, form, grad, *(main or [NO_MAIN]), name)
+            ptx = compile_kernel(getattr(kernels, f"{name}_pass"), {**constants, "CLAMP": False}, tile)
+            found["/".join((name, rule, param, grad, state, *main))] = summary(ptx, tile)
     for grad, main in [("float32", NO_MAIN), ("bfloat16", NO_MAIN), *PAIRS]:
         largest = max(DTYPES[name].size for name in (grad, main) if name != NO_MAIN)
         common = {"G": grad, "CHUNK": TRITON_CHUNK, "CLAMP": False, "V": vector_of(largest)}

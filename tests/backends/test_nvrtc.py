@@ -75,6 +75,7 @@ MEASURED_FORMATS = (
     ("split16", "bfloat16"),
     ("bfloat16+stochastic", "bfloat16+stochastic"),
 )
+TWO_PHASES = {spec.cpp for spec in RULES.values() if spec.norms}
 OTHER_STRUCTS = {spec.cpp for name, spec in RULES.items() if name not in MEASURED_RULES}
 
 
@@ -93,6 +94,7 @@ SPILLED_BYTES = {
     "update, int8 states": (48, 48),
     "update, stochastic states": (0, 40),
     "update, other rules": (48, 48),
+    "update, two phases": (56, 64),
 }
 
 
@@ -104,6 +106,8 @@ def spills_as(kernel: nvrtc.KernelSpec) -> str | None:
         return "norm, small models" if "Tuning::kLatency" in kernel.arguments else "norm"
     if kernel.template == "update_pass" and kernel.arguments[1] == "PlainFloat64" and "NoMain" not in kernel.arguments:
         return "accumulation of float64"
+    if TWO_PHASES & set(kernel.arguments):
+        return "update, two phases"
     if OTHER_STRUCTS & set(kernel.arguments):
         return "update, other rules"
     if "Int8State" in kernel.arguments:
@@ -129,16 +133,16 @@ def compile_all(kernels, arch) -> None:
 
 TABLES = {"small": nvrtc.SMALL_TABLE, "medium": nvrtc.MEDIUM_TABLE, "large": nvrtc.LARGE_TABLE, "device": 0}
 
-# All kernels for all architectures would take an hour: five times some 1,600, a third of a second each. A kernel is
+# All kernels for all architectures would take an hour: five times some 1,800, a third of a second each. A kernel is
 # made of formats, rules and tables, each written once, so it is enough that each of them meets each architecture. Every
 # kernel is compiled for one, in turn; these for all of them:
 EVERYWHERE = ("adamw", "lion")  # in all formats of parameters and states; other rules in plain ones
 
 
 def plain_kernels(rule: str) -> list[nvrtc.KernelSpec]:
-    """Parameters, gradients and states of one dtype, with the smallest table."""
+    """Parameters, gradients and states of one dtype, with the smallest table; all phases."""
     small_model = nvrtc.update_kernel(rule, "float32", "float32", "float32", latency_bound=True)
-    return [*(nvrtc.update_kernel(rule, dtype, dtype, dtype) for dtype in DTYPES), small_model]
+    return nvrtc.with_measuring([*(nvrtc.update_kernel(rule, dtype, dtype, dtype) for dtype in DTYPES), small_model])
 
 
 def format_kernels(rule: str) -> list[nvrtc.KernelSpec]:
@@ -152,7 +156,8 @@ def accumulation_kernels() -> list[nvrtc.KernelSpec]:
     kernels = [*nvrtc.accumulated_gradient_kernels(), *nvrtc.accumulation_kernels("adamw")]
     for rule in RULES:
         mains = {dtype: "float64" if dtype == "float64" else "float32" for dtype in DTYPES}
-        kernels += [nvrtc.update_kernel(rule, dtype, dtype, dtype, main=main) for dtype, main in mains.items()]
+        updates = [nvrtc.update_kernel(rule, dtype, dtype, dtype, main=main) for dtype, main in mains.items()]
+        kernels += nvrtc.with_measuring(updates)
     return list(dict.fromkeys(kernels))
 
 

@@ -30,11 +30,11 @@ def compile_all(tmp_path, *arguments):
 def check(kernels):
     for name, kernel in kernels.items():
         assert kernel["unwanted"] == [], name
-        rule, *formats = name.split("/")
-        if rule in RULES:
-            check_update(name, kernel, RULES[rule], *formats)
-        elif rule != "finalize":
-            check_stream(name, kernel, rule, *(DTYPES[key].size for key in formats[:2] if key in DTYPES))
+        kind, *formats = name.split("/")
+        if kind in ("measure", "update"):
+            check_update(name, kernel, kind, RULES[formats[0]], *formats[1:])
+        elif kind != "finalize":
+            check_stream(name, kernel, kind, *(DTYPES[key].size for key in formats[:2] if key in DTYPES))
 
 
 def check_stream(name, kernel, kind, grad, main=0):
@@ -65,10 +65,10 @@ def check_accesses(name, kernel, vector, loads, stores):
     assert (kernel["wide_loads"], kernel["wide_stores"]) == (copies * wide_loads, wide_stores), name
 
 
-def check_update(name, kernel, rule, param, grad, state, main=None):
+def check_update(name, kernel, kind, rule, param, grad, state, main=None):
     """Every stream of an aligned chunk goes by vectors, of 16 bytes where its elements are the largest.
 
-    Only four single bytes are one word, which no vector access is.
+    Only four single bytes are one word, which no vector access is. The measure pass reads the same and stores nothing.
     """
     spec, form = PARAM_FORMATS[param], STATE_FORMATS[state]
     kept = [DTYPES[spec.dtype].size, *([_SIZES[spec.extra[1]]] if spec.extra else [])]
@@ -77,7 +77,7 @@ def check_update(name, kernel, rule, param, grad, state, main=None):
     read += [DTYPES[main].size] if main else []
     vector = min(8, 16 // max(*read, *kept))
     assert any(size * vector == 16 for size in [*read, *kept]), name
-    check_accesses(name, kernel, vector, read, kept)
+    check_accesses(name, kernel, vector, read, kept if kind == "update" else [])
 
 
 def test_vector_accesses_and_no_contraction(tmp_path):

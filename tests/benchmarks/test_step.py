@@ -186,6 +186,9 @@ def test_check_allows_what_clipping_in_fp16_rounds_away(monkeypatch):
         ("adamw", "fp16+fp32 master", "scaler_clip_step", 30),
         ("lion", "bf16+split16+bf16", "step", 14),
         ("lion", "bf16+split8+int8", "step", 10),
+        ("lamb", "fp32", "step", 44),
+        ("lamb", "fp32", "clip_step", 48),
+        ("lamb", "bf16+split16", "step", 40),
     ],
 )
 def test_bytes_per_param(optimizer, format_, contract, expected):
@@ -303,7 +306,7 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["fusedopt", "torch-foreach", "torch-fused"])
-@pytest.mark.parametrize("optimizer", ["sgd", "sgd_momentum", "rmsprop", "adagrad", "radam", "adamw_amsgrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd_momentum", "rmsprop", "adagrad", "radam", "adamw_amsgrad", "lamb"])
 def test_check_of_other_rules(optimizer, library):
     """It passes what is right, and notices a step that did not clip."""
     right, wrong = (Case("tiny", optimizer, "fp32", contract) for contract in ("clip_step", "step"))

@@ -1,6 +1,5 @@
 """Steps that are made like the one before: whatever changes between two of them is noticed."""
 
-
 import pytest
 import torch
 from cases import BY_NAME, ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
