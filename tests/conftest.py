@@ -22,7 +22,45 @@ def pytest_configure(config):
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
 
 
-def pytest_collection_modifyitems(items):
+MOST = 32
+"""Instances of one test on CUDA, but for those that are the first with some value of some parameter."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="On CUDA too, run tests with every combination of their parameters, not with a sample.",
+    )
+
+
+def leave_out_on_cuda(items) -> set:
+    """Of tests with many combinations of parameters, those that the CPU runs alone: compiling kernels takes time.
+
+    CUDA runs every value of every parameter, and combinations evenly spread over all.
+    """
+    by_test, left_out = {}, set()
+    for item in items:
+        if "gpu" in item.keywords and hasattr(item, "callspec"):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in by_test.values():
+        seen = set()
+        for i, item in enumerate(group):
+            values = {(name, id(value)) for name, value in item.callspec.params.items()}
+            spread = i * MOST // len(group) != (i - 1) * MOST // len(group)
+            if spread or values - seen:
+                seen |= values
+            else:
+                left_out.add(item)
+    return left_out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--every-combination"):
+        left_out = leave_out_on_cuda(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         needed = 2 if "multigpu" in item.keywords else 1 if "gpu" in item.keywords else 0
