@@ -113,6 +113,7 @@ ONE_EACH = [
         "lamb-decay",
     )
 ]
+ELEMENTWISE = [case for case in ONE_EACH if not case.rule_spec.norms]
 STATELESS = [BY_NAME["sgd-l2"], BY_NAME["sgdw-decay"]]
 WITH_PEER = [case for case in CASES if case.has_peer]
 ONE_EACH_WITH_PEER = [case for case in ONE_EACH if case.has_peer]
