@@ -106,6 +106,7 @@ BY_RULE = [
     *ONE_EACH,
     *(BY_NAME[name] for name in ("adam-l2", "sgd-momentum", "sgdw-nesterov", "rmsprop-centered", "radam-l2")),
 ]
+ELEMENTWISE = [case for case in ONE_EACH if not case.rule_spec.norms]
 STATELESS = [BY_NAME["sgd-l2"], BY_NAME["sgdw-decay"]]
 WITH_PEER = [case for case in CASES if case.has_peer]
 ONE_EACH_WITH_PEER = [case for case in ONE_EACH if case.has_peer]

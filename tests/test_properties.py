@@ -9,6 +9,7 @@ from bounds import assert_stepped, before_step
 from cases import (
     CASES,
     DTYPES,
+    ELEMENTWISE,
     GRAD_LAYOUTS,
     ONE_EACH,
     PARAM_LAYOUTS,
@@ -70,7 +71,7 @@ def test_split_into_groups_does_not_matter(case, sizes, data, device):
 
 
 @PROPERTY
-@given(case=one_each, size=st.integers(2, 20_000), data=st.data())
+@given(case=st.sampled_from([*ELEMENTWISE, *STATELESS]), size=st.integers(2, 20_000), data=st.data())
 def test_a_tensor_and_its_parts_are_updated_alike(case, size, data, device):
     """Whatever the alignment and the chunk that an element falls into. Parts are views of one buffer, so unaligned."""
     cut = data.draw(st.integers(1, size - 1))

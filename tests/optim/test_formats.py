@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import (
+    ELEMENTWISE,
     GRAD_LAYOUTS,
     ONE_EACH,
     PARAM_LAYOUTS,
@@ -337,7 +338,7 @@ def test_reference_on_random_sizes_and_formats(case, combination, sizes, least, 
 
 @PROPERTY
 @given(
-    case=st.sampled_from(ONE_EACH),
+    case=st.sampled_from(ELEMENTWISE),
     combination=st.sampled_from([c for c in COMBINATIONS if not c.is_random]),
     size=st.integers(2, 20_000),
     data=st.data(),
