@@ -22,6 +22,7 @@ from cases import (
 )
 
 import fusedopt
+from fusedopt import _C
 
 SIZES = [5, 0, 4097]
 ADDITIONS = {"max_grad_norm": 2.0, "norm_type": 1.0, "max_grad_value": 0.5, "nonfinite": "skip"}
@@ -472,7 +473,7 @@ def test_optimizer_that_its_parameter_refers_to_is_freed(device):
     params = parameters([5, 300], device=device)
     opt = fusedopt.AdamW(params)
     train(opt, params, 3)
-    assert opt._plan.repetition is not None
+    assert _C.has_torch_functions() == (opt._plan.repetition is not None)
     params[0].owner = opt
     gone = weakref.ref(opt)
     del opt, params
