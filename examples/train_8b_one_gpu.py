@@ -6,9 +6,12 @@ of 24-bit master weights 1, and both 8-bit moments 2:
 
     fusedopt.AdamW(parameters, master_weights="split8", state_dtype="int8", max_grad_norm=1.0)
 
-Blocks are computed again in the backward pass (activation checkpointing), logits exist for 1,024 tokens at a time.
+Blocks are computed again in the backward pass (activation checkpointing), logits exist for 1,024 tokens at a time. With
+--release-gradients each parameter is updated, and its gradient freed, in the backward pass; no norm is known then, so
+nothing is clipped.
 
     python examples/train_8b_one_gpu.py --json train_8b.json
+    python examples/train_8b_one_gpu.py --release-gradients --json train_8b_release.json
     python examples/train_8b_one_gpu.py --size tiny --device cpu       # the same code in seconds
 """
 
@@ -49,6 +52,7 @@ class Settings:
     lr: float
     text_bytes: int
     seed: int = 0
+    release_gradients: bool = False
 
 
 SIZES = {
@@ -89,7 +93,7 @@ class Peak:
 @dataclass(frozen=True)
 class Outcome:
     losses: list[float]  # nats per token
-    grad_norms: list[float]
+    grad_norms: list[float]  # none where gradients are released
     step_ms: float  # medians
     tail_ms: float
     first_tail_ms: float
@@ -119,19 +123,21 @@ class Training:
             lr=settings.lr,
             betas=BETAS,
             weight_decay=WEIGHT_DECAY,
-            max_grad_norm=MAX_GRAD_NORM,
+            max_grad_norm=None if settings.release_gradients else MAX_GRAD_NORM,
             master_weights="split8",
             state_dtype="int8",
             seed=settings.seed,
         )
+        if settings.release_gradients:
+            self.optimizer.release_gradients(self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS)
         )
         self.clock = StepClock(device)
         self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def step(self) -> tuple[float, float]:
-        """Loss before the step, and the gradients' norm."""
+    def step(self) -> tuple[float, float | None]:
+        """Loss before the step, and the gradients' norm, which nobody knows if they are released."""
         start = self.clock.now()
         self.optimizer.zero_grad()
         loss = self.model.loss(self.next_batch())
@@ -140,7 +146,7 @@ class Training:
         self.optimizer.step()
         self.clock.add(start, tail_start, self.clock.now())
         self.scheduler.step()
-        return loss.item(), self.optimizer.grad_norm.item()
+        return loss.item(), None if self.settings.release_gradients else self.optimizer.grad_norm.item()
 
     def next_batch(self) -> Tensor:
         """``[batch_size, context + 1]`` int64."""
@@ -155,11 +161,12 @@ class Training:
             for step in progress.track(range(self.settings.steps)):
                 loss, grad_norm = self.step()
                 losses.append(loss)
-                grad_norms.append(grad_norm)
+                grad_norms += [] if grad_norm is None else [grad_norm]
                 step_ms, tail_ms = self.clock.step_ms(step), self.clock.tail_ms(step)
                 progress.console.print(
-                    f"step {step + 1:2}  loss {loss:7.4f}  gradient norm {grad_norm:8.3f}  "
-                    f"{self.tokens_per_second(step_ms):9,.0f} tokens/s  step tail {tail_ms:8.2f} ms",
+                    f"step {step + 1:2}  loss {loss:7.4f}  "
+                    + ("" if grad_norm is None else f"gradient norm {grad_norm:8.3f}  ")
+                    + f"{self.tokens_per_second(step_ms):9,.0f} tokens/s  step tail {tail_ms:8.2f} ms",
                     highlight=False,
                 )
                 if step in (0, self.settings.steps - 1):
@@ -274,6 +281,7 @@ def as_json(training: Training, outcome: Outcome, build_s: float) -> dict:
 @click.option("--context", type=click.IntRange(min=2), help="tokens a sequence")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="learning rate after the warmup")
 @click.option("--seed", type=int)
+@click.option("--release-gradients", is_flag=True, help="update in the backward pass, without clipping")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="write the results here")
 def main(size: str, device: str, path: Path | None, **options) -> None:
     changes = {key: value for key, value in options.items() if value is not None}

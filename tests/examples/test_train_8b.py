@@ -34,23 +34,26 @@ def llama(monkeypatch):
     return _llama
 
 
-def test_trains_and_reports(device, tmp_path):
+@pytest.mark.parametrize("release", [False, True], ids=["clipped", "released"])
+def test_trains_and_reports(release, device, tmp_path):
     path = tmp_path / "out" / "train_8b.json"
     environment = {**os.environ, "PYTHONPATH": str(Path(fusedopt.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, EXAMPLE, "--size=tiny", f"--device={device}", f"--json={path}"]
+    command += ["--release-gradients"] if release else []
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "The loss falls" in run.stdout and "master weights" in run.stdout
 
     report = json.loads(path.read_text())
     losses, roles, numel = report["losses"], report["bytes_by_role"], report["parameters"]
-    assert len(losses) == len(report["grad_norms"]) == report["settings"]["steps"]
+    assert len(losses) == report["settings"]["steps"]
+    assert len(report["grad_norms"]) == (0 if release else len(losses))
     assert losses[0] == pytest.approx(math.log(report["settings"]["shape"]["vocabulary"]), abs=0.1)
     assert max(losses[-3:]) < losses[0] - 1
     assert report["loss_falls"]
     assert all(0 < norm < 100 for norm in report["grad_norms"])
     assert 0 < report["tail_ms"] < report["step_ms"]
-    assert (roles["param"], roles["grad"], roles["master"]) == (2 * numel, 2 * numel, numel)
+    assert (roles["param"], roles.get("grad", 0), roles["master"]) == (2 * numel, 0 if release else 2 * numel, numel)
     assert 2 * numel < roles["states"] < 2.2 * numel  # norms are too small for 8 bits
     assert report["torch_needs_bytes"]["float32"] == {"param": 4 * numel, "grad": 4 * numel, "states": 8 * numel}
     if device.type == "cuda":
