@@ -23,6 +23,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -275,7 +276,7 @@ def select_cases(
 def measure_cases(
     runner: Runner, cases: list[Case], deadline: float, progress: Progress
 ) -> tuple[list[Row], list[str]]:
-    """Rows of all cases, and the names of those that the time limit left out."""
+    """Rows of all cases, and the names of those that the time limit left out, or an interrupt, which ends the run."""
     rows: list[Row] = []
     left_out: list[str] = []
     model, subject = None, None
@@ -289,7 +290,11 @@ def measure_cases(
                 subject, model = runner.model_key(case), None  # two models might not fit into memory
                 free_memory()
                 model = runner.make_model(case)
-            rows += runner.run(case, model)
+            try:
+                rows += runner.run(case, model)
+            except KeyboardInterrupt:
+                deadline = 0.0
+                left_out.append(str(case))
         progress.advance(task)
     model = None
     free_memory()
@@ -379,6 +384,7 @@ def main(
     path: Path | None,
 ) -> None:
     deadline = time.monotonic() + time_limit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
     console = Console(width=None if sys.stdout.isatty() else 120)
     if threads:
         torch.set_num_threads(threads)
@@ -413,7 +419,7 @@ def print_result(console: Console, result: Row) -> None:
     for library, reason in result["missing_libraries"].items():
         console.print(f"not installed, so not compared with: {library} ({reason})", markup=False)
     if result["left_out"]:
-        console.print(f"left out by the time limit: {', '.join(result['left_out'])}")
+        console.print(f"left out by the time limit or an interrupt: {', '.join(result['left_out'])}")
     if result["first_step_error"]:
         console.print(f"FAILED first step: {result['first_step_error']}", markup=False)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
@@ -15,7 +16,7 @@ from benchmarks import contracts, peers
 from benchmarks.checks import check
 from benchmarks.contracts import Case, build
 from benchmarks.report import FORMAT_GOALS, RULE_GOALS, judge_goals
-from benchmarks.step import DEFAULT_WORKLOADS, VARIANTS, select_cases
+from benchmarks.step import DEFAULT_WORKLOADS, VARIANTS, measure_cases, select_cases
 from benchmarks.timing import split_steps
 from benchmarks.workloads import FORMATS, WORKLOADS, Model
 from fusedopt import formats
@@ -323,3 +324,25 @@ def test_every_contract_is_built_for_the_device_it_names():
     assert contracts.reported_name("fusedopt", CPU) == "fusedopt-cpu"
     assert contracts.reported_name("fusedopt", torch.device("cuda")) == "fusedopt-cuda"
     assert contracts.reported_name("torch-fused", torch.device("cuda")) == "torch-fused"
+
+
+def test_an_interrupted_run_keeps_what_it_has():
+    class Interrupted:
+        @staticmethod
+        def run(case, model):
+            if case == cases[1]:
+                raise KeyboardInterrupt
+            return [{"case": case}]
+
+        @staticmethod
+        def model_key(case):
+            return case.workload
+
+        @staticmethod
+        def make_model(case):
+            return None
+
+    cases = select_cases(("tail",), "cpu", ("tiny",), ())[:3]
+    rows, left_out = measure_cases(Interrupted(), cases, math.inf, Progress(disable=True))
+    assert rows == [{"case": cases[0]}]
+    assert left_out == [str(case) for case in cases[1:]]
