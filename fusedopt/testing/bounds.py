@@ -161,6 +161,10 @@ class Comparison:
     bound: Tensor
     spacing: Tensor
     """An ulp of each, the unit of what is reported."""
+    parts: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    """Of tensors end to end: (index of the parameter, its elements, with those of padding)."""
+    before: Tensor | None = None
+    """What the elements were before the step, where that is known."""
 
     @property
     def off(self) -> Tensor:
