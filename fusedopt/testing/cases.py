@@ -111,23 +111,26 @@ def full_cases(device: str, chosen: Iterable[str]) -> list[Case]:
     return list(cases.values())
 
 
+def _covered(case: Case, best: str | None) -> set[tuple]:
+    """What of a case a sample must have: on the best backend pairs of properties, on others each property once."""
+    form, transform, data = str(case.format), case.transform, case.data.name
+    if case.backend != best:
+        return {(case.backend, value) for value in (case.variant.rule, form, transform, data)}
+    rule = case.variant.rule
+    return {(rule, form), (rule, transform), (rule, data), (form, data), (case.grad_dtype, transform)}
+
+
 def quick_cases(cases: list[Case]) -> list[Case]:
-    """A sample of ``cases``: of each backend every pair of rule and format, of rule and transform, of rule and data
-    set, and of format and data set, at least once, where ``cases`` has it."""
-    seen, sample = set(), []
-    for case in cases:
-        row = (case.backend, case.variant.rule)
-        pairs = {(*row, str(case.format)), (*row, case.transform), (*row, case.data.name)}
-        pairs |= {(case.backend, str(case.format), case.data.name), (case.backend, case.grad_dtype, case.transform)}
-        if len(pairs - seen) >= 2:
-            seen |= pairs
-            sample.append(case)
-    for case in cases:  # pairs that no case above brought along with another
-        row = (case.backend, case.variant.rule)
-        pairs = {(*row, str(case.format)), (*row, case.transform), (*row, case.data.name)}
-        if pairs - seen:
-            seen |= pairs
-            sample.append(case)
+    """A sample of ``cases``. Of the first backend: each rule with each format, transform and data set, and each format
+    with each data set, at least once where ``cases`` has it. Of others: each of these at least once."""
+    seen: set[tuple] = set()
+    sample = []
+    for least in (2, 1):  # first those that bring several, then what is missing
+        for case in cases:
+            new = _covered(case, cases[0].backend) - seen
+            if len(new) >= least:
+                seen |= new
+                sample.append(case)
     return sample
 
 

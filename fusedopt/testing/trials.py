@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,17 @@ from .formats import in_order
 from .judge import alike, before_step, check_norm, judge_values, set_gradient
 from .tensors import assert_gaps_untouched, assert_same_bits, storage
 
-__all__ = ["MAX_NORM", "MAX_VALUE", "MICRO_BATCHES", "SCALE", "ForeignTrial", "FusedTrial", "LeftOut", "make_foreign"]
+__all__ = [
+    "MAX_NORM",
+    "MAX_VALUE",
+    "MICRO_BATCHES",
+    "SCALE",
+    "ForeignTrial",
+    "FusedTrial",
+    "LeftOut",
+    "make_foreign",
+    "threads",
+]
 
 SCALE = 1024.0
 """Transform "scale": gradients are this times too large, and divided by it, as a GradScaler has it."""
@@ -31,6 +42,18 @@ MICRO_BATCHES = 3
 """Transform "accumulate": the step is on the mean of so many gradients."""
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """With so many threads of torch. The judge takes one: for its small tensors more are slower, and much slower where
+    cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class LeftOut(Exception):
     """The case means nothing for this optimizer; the message says why."""
 
@@ -40,12 +63,14 @@ class Trial:
 
     opt: torch.optim.Optimizer
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, num_threads: int) -> None:
         self.case = case
         self.params = case.data.make_params(case.format.dtype, case.device)
+        several = sum(p.numel() for p in self.params) > specs.CPU_CHUNK  # else there is nothing to share out
+        self.threads = num_threads if several else 1
 
     def step(self, number: int) -> list[Comparison]:
-        """Step ``number`` (from 0): the parameters beside the reference's. AssertionError for all else that is wrong."""
+        """Step ``number`` (from 0): the parameters beside the reference's. AssertionError for what else is wrong."""
         count = MICRO_BATCHES if self.case.transform == "accumulate" else 1
         batches = [self.case.data.make_grads(self.params, self.case.grad_dtype, number, k) for k in range(count)]
         memory = [storage(p).clone() for p in self.params]
@@ -79,8 +104,8 @@ class Trial:
 class FusedTrial(Trial):
     """An optimizer of fusedopt. Each step starts from what is stored, and states are judged too."""
 
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
+    def __init__(self, case: Case, num_threads: int = 1) -> None:
+        super().__init__(case, num_threads)
         chosen: dict[str, Any] = {"backend": case.backend, **case.format.options, **dict(case.data.hyper)}
         chosen |= {"clip": {"max_grad_norm": MAX_NORM}, "value_clip": {"max_grad_value": MAX_VALUE}}.get(
             case.transform, {}
@@ -134,13 +159,14 @@ class FusedTrial(Trial):
             r.grad, r.grad_bits = Bounded(value, error, total.compute), None
 
     def _step(self) -> None:
-        if self.case.transform != "scale":
+        scaled = self.case.transform == "scale"
+        if scaled:
+            device = self.params[0].device
+            self.opt.grad_scale, self.opt.found_inf = (torch.tensor(x, device=device) for x in (SCALE, 0.0))
+        with threads(self.threads):
             self.opt.step()
-            return
-        device = self.params[0].device
-        self.opt.grad_scale, self.opt.found_inf = (torch.tensor(x, device=device) for x in (SCALE, 0.0))
-        self.opt.step()
-        del self.opt.grad_scale, self.opt.found_inf
+        if scaled:
+            del self.opt.grad_scale, self.opt.found_inf
 
     def _clip_coef(self) -> float:
         """Float64 parameters are scaled by the coefficient before it was rounded to float32."""
@@ -200,8 +226,8 @@ class ForeignTrial(Trial):
     Gradients are transformed the torch way before the step, and the step is judged on what came out.
     """
 
-    def __init__(self, case: Case, factory: Callable) -> None:
-        super().__init__(case)
+    def __init__(self, case: Case, factory: Callable, num_threads: int = 1) -> None:
+        super().__init__(case, num_threads)
         self.opt, self.hyper = make_foreign(factory, case, self.params)
         self.maximize = self.hyper.pop("maximize")
         self.compute = torch.float64 if case.format.dtype == torch.float64 else torch.float32
@@ -219,7 +245,8 @@ class ForeignTrial(Trial):
         moved = [p for p in self.params if p.grad is not None]
         before = {p: p.detach().cpu().clone().reshape(-1) for p in moved}
         grads = {p: p.grad.detach().cpu().clone().reshape(-1) for p in moved}
-        self.opt.step()
+        with threads(self.threads):
+            self.opt.step()
         groups: dict[tuple, list] = {}
         for p in moved:
             own = id(p) if specs.RULES[self.case.variant.rule].norms else 0
