@@ -30,6 +30,11 @@ class Case:
     data: DataSet
 
     @property
+    def key(self) -> tuple:
+        """Equal for equal cases."""
+        return (id(self.variant), id(self.format), self.backend, self.grad_dtype, self.transform, self.data.name)
+
+    @property
     def name(self) -> str:
         grad = str(self.grad_dtype).removeprefix("torch.")
         parts = (self.variant.name, self.format, self.backend or "other", grad, self.transform, self.data.name)
@@ -47,7 +52,7 @@ _CHOSEN = (
 )  # fmt: skip
 RULES = [BY_NAME[name] for name in _CHOSEN]
 FORMATS = [*COMBINATIONS, Combination(torch.float64)]
-PLAIN = [Combination(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+PLAIN = [form for form in FORMATS if not form.options]
 MIXED, *ADVERSARIAL = DATA
 
 
@@ -104,10 +109,10 @@ def full_cases(device: str, chosen: Iterable[str]) -> list[Case]:
             for dtype in grad_dtypes(form):
                 case = Case(variant, form, backend, device, dtype, transform, MIXED)
                 if _is_case(case):
-                    cases[case.name] = case
+                    cases[case.key] = case
         rest = _in_turn(RULES, FORMATS, ADVERSARIAL, device, backend) + _in_turn(VARIANTS, PLAIN, DATA, device, backend)
         for case in rest:
-            cases.setdefault(case.name, case)
+            cases.setdefault(case.key, case)
     return list(cases.values())
 
 
@@ -117,12 +122,14 @@ def _covered(case: Case, best: str | None) -> set[tuple]:
     if case.backend != best:
         return {(case.backend, value) for value in (case.variant.rule, form, transform, data)}
     rule = case.variant.rule
-    return {(rule, form), (rule, transform), (rule, data), (form, data), (case.grad_dtype, transform)}
+    # Zeros or frozen parameters would say little of a format: that takes all magnitudes.
+    telling = {(rule, form), (rule, transform)} if case.data is MIXED else set()
+    return telling | {(rule, data), (form, data), (case.grad_dtype, transform)}
 
 
 def quick_cases(cases: list[Case]) -> list[Case]:
-    """A sample of ``cases``. Of the first backend: each rule with each format, transform and data set, and each format
-    with each data set, at least once where ``cases`` has it. Of others: each of these at least once."""
+    """A sample of ``cases``. Of the first backend: each rule with each format and transform on mixed values, and each
+    rule and each format with each data set, where ``cases`` has it. Of others: each of these at least once."""
     seen: set[tuple] = set()
     sample = []
     for least in (2, 1):  # first those that bring several, then what is missing

@@ -82,7 +82,9 @@ def distribution_figure(results: list[Result]):
 
 
 def share_figure(results: list[Result]):
-    """The largest error beside its bound, per rule and way of keeping parameters: above 1 is a failure."""
+    """The largest error beside its bound, per rule and way of keeping parameters: above 1 is a failure. Where a number
+    is stored in 16 bits the bound is half an ulp, which many elements reach."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     cells = {s.key: s for s in summaries(results, "rule", "parameters")}
@@ -91,14 +93,16 @@ def share_figure(results: list[Result]):
     figure = Figure(figsize=(1.15 * len(columns) + 3, 0.33 * len(rules) + 1.9), layout="constrained")
     ax = figure.subplots()
     values = [[max(cells[r, c].share, 0.0) if (r, c) in cells else math.nan for c in columns] for r in rules]
-    image = ax.imshow([[min(v, 1.5) for v in row] for row in values], cmap="RdYlGn_r", vmin=0, vmax=1.5, aspect="auto")
+    colours = colormaps["Blues"].with_extremes(over="#d62728")
+    image = ax.imshow(values, cmap=colours, vmin=0, vmax=1.0 + 1e-9, aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if not math.isnan(value):
-                ax.text(x, y, f"{value:.2f}" if value < 1e3 else "≫ 1", ha="center", va="center", fontsize=8)
+                text = f"{value:.2f}" if value < 1e3 else "≫ 1"
+                ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black")
     ax.set_xticks(range(len(columns)), [c.replace("-", "\n") for c in columns], fontsize=8)
     ax.set_yticks(range(len(rules)), rules, fontsize=8)
-    figure.colorbar(image, ax=ax, label="largest error / bound")
+    figure.colorbar(image, ax=ax, label="largest error / bound; red: above 1", extend="max")
     return figure
 
 
