@@ -20,7 +20,7 @@ BINS = [2.0**k for k in range(-12, 11)]
 """Edges of the histogram of errors, in ulp. Below the first: smaller ones; beyond the last: larger, inf, NaN."""
 
 WELL_CONDITIONED = 16.0
-"""In ulp, of float64 1000 times as many: where the bound is wider, cancellation amplifies errors, and how many ulp they are says little."""
+"""In ulp, of float64 1000 times as many: where the bound is wider, cancellation amplifies errors, ulp say little."""
 
 
 @dataclasses.dataclass
