@@ -260,8 +260,10 @@ class ForeignTrial(Trial):
 
     def _transform(self) -> None:
         given = [p for p in self.params if p.grad is not None]
+        if not given:  # torch's functions refuse empty lists
+            return
         if self.case.transform == "scale":
-            torch._foreach_mul_([p.grad for p in given], 1 / SCALE) if given else None
+            torch._foreach_mul_([p.grad for p in given], 1 / SCALE)
         elif self.case.transform == "clip":
             torch.nn.utils.clip_grad_norm_(given, MAX_NORM)
         elif self.case.transform == "value_clip":
