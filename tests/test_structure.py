@@ -55,8 +55,9 @@ RANKS = {
     "optim": 6,
     "accumulate": 7,
     "scaler": 7,
-    "__init__": 8,
-    "cli": 9,
+    "testing": 8,
+    "__init__": 9,
+    "cli": 10,
 }
 
 

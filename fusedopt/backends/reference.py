@@ -193,7 +193,7 @@ def _write_norm(tables: DeviceTables, total: float, nonfinite: float) -> None:
         coef = 1.0 if coef > 1.0 else coef  # NaN stays NaN
     control = tables.control
     for view in (control.total_norm64, control.total_norm):
-        view.fill_(norm)
+        view.copy_(torch.tensor(norm, dtype=torch.float64))  # infinite in float32 where it overflows
     for view in (control.clip_coef64, control.clip_coef):
         view.fill_(coef)
     control.norm_found_inf.fill_(float(options.skip_nonfinite and nonfinite > 0.0))

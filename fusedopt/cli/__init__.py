@@ -2,6 +2,7 @@
 
 import click
 
+from .verify import verify
 from .warmup import warmup
 
 __all__ = ["main"]
@@ -13,4 +14,5 @@ def main() -> None:
     """Fused optimizer kernels for PyTorch."""
 
 
+main.add_command(verify)
 main.add_command(warmup)

@@ -11,15 +11,10 @@ from cases import DTYPES, ONE_EACH, assert_same_bits, memory, normal, parameter,
 
 import fusedopt
 from fusedopt import reference
+from fusedopt.testing.judge import COEF_RTOL, NORM_RTOL
 
 SIZES = [1, 0, 17, 4097, 65537]
 NORM_TYPES = [1.0, 2.0, math.inf]
-
-# Sums are kept in float64 (or scaled so that they lose no more), then one square root, and one rounding to float32.
-# Two ulp leave room for a rounding of the factors that unscale and scale.
-NORM_RTOL = 2 * 2.0**-23
-# The coefficient adds the rounding of norm + 1e-6, of the quotient and of max_norm.
-COEF_RTOL = NORM_RTOL + 3 * 2.0**-24
 
 
 def unscaled(grads, grad_scale=1.0, max_grad_value=None):

@@ -1,0 +1,227 @@
+"""Comparing a step with the float64 reference, element by element, within a bound derived from rounding errors.
+
+How the bound is derived: the reference rules are evaluated on `Bounded` numbers, pairs of a float64 value and a bound
+on the error that the same chain of operations makes in the compute type (float32, or float64 for float64 parameters).
+Every operation adds what IEEE arithmetic allows it to: u |result| with u = 2^-24 or 2^-53, and the least subnormal
+where a product or a quotient may underflow; the errors of the operands travel along by the rule for that operation
+(Wilkinson's running error analysis). Two terms come on top:
+
+- the sum is doubled, because an engine may order the operations otherwise (m + (1 - beta1)(g - m) for the moment,
+  p - lr wd p for the decay, one factor for unscaling and clipping). Each of those forms rounds at most as many
+  intermediates of the same magnitudes again;
+- half an ulp of the storage type, for the one rounding at the store.
+
+A parameter is accepted when |stored - exact| is below that. Since `before` is exact in both, this bounds the error of
+the step delta by the same absolute amount.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference, specs
+
+# Scalars such as 1 - beta**t are computed in double before they are rounded to the compute type. For beta <= 0.999
+# the subtraction amplifies the last-place error of pow by up to 1 / (1 - beta) = 1000.
+SCALAR_ERROR = 1000 * 2.0**-53
+# RAdam's rho_t is a difference of two numbers near 2 / (1 - beta2). A last place of beta2**t is amplified by
+# 1 / (t (1 - beta2)) in 1 - beta2**t and once more by 2 / (1 - beta2) in rho_t, of which rho_t - 4 > 1 is left and the
+# root of the product with (rho_t - 2) / rho_t taken: for t >= 6 at most 1 / (1 - beta2)^2 last places, beta2 <= 0.999.
+RADAM_ERROR = 1000**2 * 2.0**-53
+
+
+@dataclasses.dataclass(eq=False)
+class Bounded:
+    """`value` (float64) and a bound on the error with which `compute` arithmetic knows it."""
+
+    value: Tensor
+    error: Tensor
+    compute: torch.dtype
+
+    @classmethod
+    def exact(cls, t: Tensor, compute: torch.dtype) -> Bounded:
+        value = t.detach().cpu().double()
+        return cls(value, torch.zeros_like(value), compute)
+
+    def _operand(self, other) -> Bounded:
+        """Numbers stand for themselves if float32 holds them, else for their rounding to the compute type."""
+        if isinstance(other, Bounded):
+            return other
+        value = torch.tensor(float(other), dtype=torch.float64)
+        unit = 0 if self.compute == torch.float64 else torch.finfo(self.compute).eps / 2
+        held = value.float().double() == value
+        return Bounded(value, value.abs() * (0 if held else unit + SCALAR_ERROR), self.compute)
+
+    def _rounded(self, value: Tensor, error: Tensor, *factors: Bounded) -> Bounded:
+        """Adds the error of rounding `value`; a product or quotient of `factors` not exactly zero may underflow."""
+        finfo = torch.finfo(self.compute)
+        error = error + finfo.eps / 2 * value.abs()
+        if factors:
+            underflows = math.prod((f.value.abs() + f.error > 0).double() for f in factors)
+            error = error + underflows * (finfo.smallest_normal * finfo.eps)
+        # Infinities come from infinite input only, so they are known.
+        return Bounded(value, torch.where(value.isinf(), 0.0, error), self.compute)
+
+    def __neg__(self):
+        return Bounded(-self.value, self.error, self.compute)
+
+    def __add__(self, other):
+        other = self._operand(other)
+        return self._rounded(self.value + other.value, self.error + other.error)
+
+    def __sub__(self, other):
+        return self + -self._operand(other)
+
+    def __mul__(self, other):
+        other = self._operand(other)
+        a, b = self.value.abs(), other.value.abs()
+        error = a * other.error + b * self.error + self.error * other.error
+        return self._rounded(self.value * other.value, error, self, other)
+
+    def __truediv__(self, other):
+        """|(a + da) / (b + db) - a / b| <= (|da| + |a / b| |db|) / (|b| - |db|)."""
+        other = self._operand(other)
+        value = self.value / other.value
+        nearest_to_zero = other.value.abs() - other.error
+        error = (self.error + value.abs() * other.error) / nearest_to_zero
+        return self._rounded(value, torch.where(nearest_to_zero > 0, error, torch.inf), self)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def sqrt(self):
+        low, high = (self.value - self.error).clamp(min=0).sqrt(), (self.value + self.error).sqrt()
+        return self._rounded(self.value.sqrt(), high - low)
+
+    def norm(self):
+        """Of a tensor. It moves by no more than the norm of the errors.
+
+        An engine sums squares in double, in whatever order: each term meets one rounding of the square and at most
+        n - 1 of additions, so the sum is off by n * 2^-53 of it to first order, and the norm by half of that and the
+        root's own rounding. `value`, in float64 too, is off by as much.
+        """
+        value = torch.linalg.vector_norm(self.value)
+        return Bounded(
+            value, torch.linalg.vector_norm(self.error) + (self.value.numel() + 2) * 2.0**-53 * value, self.compute
+        )
+
+    def __eq__(self, number):
+        """Whether the value is this number; where it is 0 by cancellation, the error says so."""
+        return self.value == number
+
+    def sign(self):
+        """Known where the error cannot reach or leave zero, else anything from -1 to 1."""
+        known = (self.value.abs() > self.error) | (self.error == 0)
+        return Bounded(self.value.sign(), torch.where(known, 0.0, 2.0).double(), self.compute)
+
+    def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None):
+        if min is not None:
+            return Bounded(self.value.clamp(min=min), self.error, self.compute)
+        limits = self._operand(max(abs(low), abs(high)))
+        beyond = self.value.abs() - self.error > limits.value
+        error = torch.where(beyond, limits.error, self.error + limits.error)
+        return Bounded(self.value.clamp(low, high), error, self.compute)
+
+    def maximum(self, other):
+        """A maximum moves by no more than either of its arguments."""
+        error = torch.maximum(self.error, other.error)
+        return Bounded(torch.maximum(self.value, other.value), error, self.compute)
+
+
+def _bounded(t: Tensor | Bounded, compute: torch.dtype) -> Bounded:
+    return t if isinstance(t, Bounded) else Bounded.exact(t, compute)
+
+
+def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **transform) -> dict[str, Bounded]:
+    """As `reference.reference_step`, with bounds; the new parameter is called "param". `grad` and `states` may
+    have bounds too."""
+    compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+    grad = reference.transform_gradient(_bounded(grad, compute), **transform)
+    states = {name: _bounded(states[name], compute) for name in reference.STATES[rule]}
+    before = Bounded.exact(param, compute)
+    param, states = reference.RULES[rule](before, -grad if maximize else grad, **states, step=step, **hyper)
+    if rule == "radam":
+        moved = (param.value - before.value).abs() + (hyper["lr"] * hyper["weight_decay"] * before.value).abs()
+        param.error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
+    return {"param": param, **states}
+
+
+@dataclasses.dataclass(eq=False)
+class Comparison:
+    """Numbers beside the exact ones: how far off they are and how far they may be. 1-D float64 tensors."""
+
+    what: str
+    dtype: torch.dtype
+    """Of the numbers."""
+    got: Tensor
+    exact: Tensor
+    bound: Tensor
+    spacing: Tensor
+    """An ulp of each, the unit of what is reported."""
+    parts: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    """Of tensors end to end: (index of the parameter, its elements, with those of padding)."""
+    before: Tensor | None = None
+    """What the elements were before the step, where that is known."""
+
+    @property
+    def off(self) -> Tensor:
+        """|got - exact|; 0 where both are the same infinity or both NaN."""
+        same = (self.got == self.exact) | (self.got.isnan() & self.exact.isnan())
+        return torch.where(same, 0.0, (self.got - self.exact).abs())
+
+    @property
+    def wrong(self) -> Tensor:
+        """Mask of the elements beyond their bound."""
+        off = self.off
+        return ~((off == 0) | (off <= self.bound))
+
+    def check(self) -> None:
+        """AssertionError with the first wrong element, if there is one."""
+        wrong = self.wrong.nonzero().flatten()
+        if wrong.numel():
+            raise AssertionError(self.describe(int(wrong[0]), wrong.numel()))
+
+    def describe(self, i: int, count: int) -> str:
+        got, exact, bound, spacing = (t[i].item() for t in (self.got, self.exact, self.bound, self.spacing))
+        return (
+            f"{self.what}: {count} of {self.got.numel()} elements are wrong, first at {i}: got {got!r}, "
+            f"expected {exact!r} to within {bound / spacing:.3g} ulp of {self.dtype}, "
+            f"off by {abs(got - exact) / spacing:.3g} ulp"
+        )
+
+
+def compare(actual: Tensor, expected: Bounded, what: str = "value", rounding: Tensor | None = None) -> Comparison:
+    """`actual` beside `expected`, each element within its bound plus `rounding`: half an ulp where none is given."""
+    finfo = torch.finfo(actual.dtype)
+    # Overflow to infinity is right from half an ulp above the largest number, so both sides are cut at one ulp above.
+    top = finfo.max + reference.ulp(torch.tensor(finfo.max), actual.dtype).item()
+    got, exact = flat([actual]).double().clamp(-top, top), flat([expected.value]).clamp(-top, top)
+    error = flat([expected.error.expand(expected.value.shape)])
+    spacing = reference.ulp(exact.abs() + 2 * error.nan_to_num(0.0), actual.dtype)
+    bound = 2 * error + (spacing / 2 if rounding is None else rounding.reshape(-1))
+    got, exact, bound, spacing = torch.broadcast_tensors(got, exact, bound, spacing)
+    return Comparison(what, actual.dtype, got, exact, bound, spacing)
+
+
+def assert_within(actual: Tensor, expected: Bounded, what: str = "value") -> None:
+    """Every element of `actual` lies in the bound of `expected` plus half an ulp of the dtype of `actual`."""
+    compare(actual, expected, what).check()
+
+
+def hyper_of(group: dict, rule: str) -> dict:
+    """The arguments of the reference rule."""
+    return {key: group[key] for _, key, _ in specs.RULES[rule].hyper} | {"lr": float(group["lr"])}
+
+
+def flat(tensors) -> Tensor:
+    return torch.cat([t.detach().cpu().reshape(-1) for t in tensors])
+
+
+def concatenated(grads: list) -> Tensor | Bounded:
+    """Gradients of one dtype in one tensor, with their bounds if they have any."""
+    if not isinstance(grads[0], Bounded):
+        return flat(grads)
+    return Bounded(flat(g.value for g in grads), flat(g.error for g in grads), grads[0].compute)

@@ -1,0 +1,180 @@
+"""``verify``: cases chosen, run and counted, for the command line and for other people's tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from .cases import Case, foreign_cases, full_cases, guess_optimizer, own_backends, quick_cases, select
+from .report import Run
+from .runner import Result, run_cases
+from .trials import LeftOut, make_foreign
+from .variants import VARIANTS, Variant
+
+__all__ = ["Plan", "load_optimizer", "plan", "verify"]
+
+FOREIGN_DTYPES = ("float32", "float64")
+
+
+@dataclasses.dataclass
+class Plan:
+    """Which cases are to run, of how many."""
+
+    subject: str
+    device: str
+    cases: list[Case]
+    total: int
+    factory: Callable | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_optimizer(name: str) -> Callable:
+    """The class or factory that ``package.module:attribute`` names.
+
+    Raises:
+        ValueError: the name has no colon; it cannot be imported; there is no such thing in it, or nothing callable.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"got {name!r}, expected package.module:class, such as torch.optim:AdamW")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ValueError(
+            f"{module} cannot be imported: {type(error).__name__}: {error}; install it, or correct the name"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{module} has no {attribute!r}; correct the name")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(
+            f"{name} is a {type(found).__name__}, expected an optimizer class or a function that makes one"
+        )
+    return found
+
+
+def plan(
+    optimizer: str | Callable | None = None,
+    *,
+    quick: bool = False,
+    device: str = "cpu",
+    backend: Iterable[str] = (),
+    rule: Iterable[str] = (),
+    format: Iterable[str] = (),
+    dtype: Iterable[str] = (),
+    transform: Iterable[str] = (),
+    case: Iterable[str] = (),
+) -> Plan:
+    """The cases that ``verify`` runs with these arguments.
+
+    Raises:
+        ValueError: an optimizer that cannot be imported or built, or whose rule is not known; a filter that matches
+            nothing; a backend that cannot run on the device.
+    """
+    filters = {"format": format, "dtype": dtype, "transform": transform, "case": case}
+    filters = {key: tuple(values) for key, values in filters.items()}
+    if optimizer is None:
+        cases = full_cases(device, _checked_backends(device, tuple(backend)))
+        made = Plan("fusedopt", device, cases, len(cases))
+        filters = {"rule": tuple(rule), **filters}
+    else:
+        made = _foreign_plan(optimizer, tuple(rule), filters["dtype"] or FOREIGN_DTYPES, device)
+    made.cases = select(made.cases, **filters)
+    if quick:
+        made.cases = quick_cases(made.cases)
+    return made
+
+
+def _checked_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
+    found = own_backends(device)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"backend: got {missing[0]!r}, expected one of {', '.join(found)} on {device}; fusedopt.backends() says why"
+        )
+    return list(wanted) or found
+
+
+def _foreign_plan(optimizer: str | Callable, rules: tuple[str, ...], dtypes: tuple[str, ...], device: str) -> Plan:
+    factory = load_optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+    name = optimizer if isinstance(optimizer, str) else getattr(factory, "__qualname__", repr(factory))
+    variants, notes = _buildable(factory, name, _variants_of(factory, name, rules))
+    known = {"float32", "float64", "bfloat16", "float16"}
+    if not set(dtypes) <= known:
+        raise ValueError(f"dtype: got {sorted(set(dtypes) - known)[0]!r}, expected one of {', '.join(sorted(known))}")
+    cases = foreign_cases(variants, [getattr(torch, dtype) for dtype in dtypes], device)
+    return Plan(name, device, cases, len(cases), factory, notes)
+
+
+def _variants_of(factory: Callable, name: str, rules: tuple[str, ...]) -> list[Variant]:
+    """The rows that an optimizer is to follow: those of the rules, else those of the class its name tells of."""
+    if not rules:
+        guess = guess_optimizer(factory)
+        if guess is None:
+            raise ValueError(f"{name}: no rule is known by that name; say which it is to follow, such as --rule adamw")
+        return [v for v in VARIANTS if v.optimizer == guess]
+    found = [v for v in VARIANTS if set(rules) & {v.rule, v.optimizer} and v.optimizer.lower() == v.rule_spec.family]
+    if not found:
+        known = ", ".join(sorted({v.rule for v in VARIANTS}))
+        raise ValueError(f"rule: got {rules[0]!r}, expected one of {known}")
+    return found
+
+
+def _buildable(factory: Callable, name: str, variants: list[Variant]) -> tuple[list[Variant], tuple[str, ...]]:
+    """The rows whose arguments it takes. ValueError if it cannot be built with any."""
+    left, notes, problem = [], [], None
+    for variant in variants:
+        probe = foreign_cases([variant], [torch.float32], "cpu")[0]
+        try:
+            opt, _ = make_foreign(factory, probe, [torch.nn.Parameter(torch.zeros(1))])
+            if not hasattr(opt, "step") or not hasattr(opt, "param_groups"):
+                raise ValueError(f"{name} made a {type(opt).__name__}, expected a torch.optim.Optimizer")
+            left.append(variant)
+        except LeftOut as reason:
+            notes.append(f"{variant.name} is left out: {reason}")
+        except Exception as error:  # whatever its constructor raises
+            problem = error
+            notes.append(f"{variant.name} is left out: {type(error).__name__}: {error}")
+    if not left:
+        reason = f"{type(problem).__name__}: {problem}" if problem else "; ".join(notes)
+        raise ValueError(f"{name} cannot be built: {reason}; pass a factory (params, **kwargs) -> Optimizer")
+    return left, tuple(notes)
+
+
+def verify(
+    optimizer: str | Callable | None = None,
+    *,
+    command: str = "",
+    on_result: Callable[[Result], None] = lambda result: None,
+    planned: Plan | None = None,
+    **choice,
+) -> Run:
+    """Runs the cases and returns what they showed; ``run.failed`` lists those that failed.
+
+    Args:
+        optimizer: None for fusedopt's own; else a class, a factory ``(params, **kwargs) -> Optimizer``, or the name of
+            one as ``package.module:attribute``.
+        planned: what ``plan`` returned, instead of the other arguments.
+        on_result: called with each result, for progress bars.
+        choice: ``quick``, ``device``, ``backend``, ``rule``, ``format``, ``dtype``, ``transform``, ``case`` as for
+            ``plan``.
+
+    Raises:
+        ValueError: as ``plan``.
+    """
+    planned = planned or plan(optimizer, **choice)
+    start, results = time.monotonic(), []
+    for result in run_cases(planned.cases, planned.factory):
+        results.append(result)
+        on_result(result)
+    seconds = time.monotonic() - start
+    return Run(planned.subject, planned.device, results, planned.total - len(planned.cases), seconds, command)

@@ -1,0 +1,180 @@
+"""The judge of a step: what parameters and states were before it, and what the reference makes of them.
+
+The reference starts each step from what is stored, decoded: so each step is judged by itself, in any format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .. import formats, reference, specs
+from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, hyper_of
+from .formats import BFLOAT16, MAY_VANISH, assert_codes, compare_neighbour, compare_param, in_order
+from .tensors import check, storage
+
+# Of norms: sums are kept in float64 (or scaled so that they lose no more), then one square root, and one rounding to
+# float32. Two ulp leave room for a rounding of the factors that unscale and scale.
+NORM_RTOL = 2 * 2.0**-23
+# The coefficient adds the rounding of norm + 1e-6, of the quotient and of max_norm.
+COEF_RTOL = NORM_RTOL + 3 * 2.0**-24
+
+
+def set_gradient(p, grad: Tensor) -> None:
+    """In `.grad` where torch lets it, else in `main_grad`, which all of the parameter's gradients must then be in."""
+    if grad.dtype == p.dtype and not hasattr(p, "main_grad"):
+        p.grad = grad
+    else:
+        p.main_grad = grad
+
+
+def gradient(p) -> Tensor | None:
+    main_grad = getattr(p, "main_grad", None)
+    return p.grad if main_grad is None else main_grad
+
+
+@dataclasses.dataclass
+class Before:
+    """What a parameter, its gradient and its decoded states were. Flat tensors as `in_order` has them."""
+
+    tensor: Tensor
+    value: Tensor
+    grad: Tensor | Bounded
+    states: dict[str, Tensor | Bounded]
+    storage: Tensor
+    grad_bits: Tensor | None
+    """None where `.grad` does not matter."""
+    step: int
+    group: dict
+
+
+def before_step(opt, rule: str) -> list[Before]:
+    """A record of every parameter that has a gradient. States that do not exist yet are zero."""
+    records = []
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if gradient(p) is None:
+                continue
+            state = opt.state.get(p, {})
+            value = formats.decode_master(state, p)
+            zeros = {name: torch.zeros_like(value) for name in reference.STATES[rule]}
+            states = formats.decode_states(state, specs.RULES[rule]) if state else zeros
+            flat = {name: in_order(states[name], p) for name in reference.STATES[rule]}
+            records.append(
+                Before(
+                    tensor=p,
+                    value=in_order(value, p),
+                    grad=in_order(gradient(p), p),
+                    states=flat,
+                    storage=storage(p).clone(),
+                    grad_bits=gradient(p).clone(),
+                    step=int(state.get("step", 0)),
+                    group=dict(group),
+                )
+            )
+    return records
+
+
+# ---- after it -----------------------------------------------------------------------------------------------------
+
+
+def random(group: dict) -> bool:
+    return bool(group.get("stochastic_rounding"))
+
+
+def alike(opt, rule: str, records: list[Before]) -> list[list[Before]]:
+    """Records that are judged end to end: of one format, step and set of hyper-parameters.
+
+    Rules are elementwise, but for those of two phases, whose tensors come one by one.
+    """
+    groups = {}
+    for r in records:
+        dtypes = sorted((key, v.dtype) for key, v in opt.state.get(r.tensor, {}).items() if isinstance(v, Tensor))
+        own = id(r.tensor) if specs.RULES[rule].norms else 0
+        hyper = sorted(hyper_of(r.group, rule).items())
+        key = (r.tensor.dtype, r.grad_bits is None, r.step, hyper, r.group["maximize"], dtypes, random(r.group), own)
+        groups.setdefault(str(key), []).append(r)
+    return list(groups.values())
+
+
+def expected_after(rule: str, records: list[Before], **transform) -> dict[str, Bounded]:
+    """What the reference makes of records of one kind, end to end; the new parameter is called "param"."""
+    first = records[0]
+    expected = bounded_step(
+        rule,
+        torch.cat([r.value for r in records]),
+        concatenated([r.grad for r in records]),
+        {name: concatenated([r.states[name] for r in records]) for name in first.states},
+        step=first.step + 1,
+        maximize=first.group["maximize"],
+        hyper=hyper_of(first.group, rule),
+        **transform,
+    )
+    real = torch.cat([torch.arange(r.value.numel()) < r.tensor.numel() for r in records])
+    for each in expected.values():  # a clip coefficient of NaN would reach the padding
+        each.value, each.error = (torch.where(real, t, 0.0) for t in (each.value, each.error))
+    return expected
+
+
+def judge_values(opt, rule: str, records: list[Before], **transform) -> Comparison:
+    """The parameters of records of one kind beside the reference's, not yet checked. AssertionError for wrong states.
+
+    transform: the arguments of `reference.transform_gradient` that apply.
+    """
+    expected = expected_after(rule, records, **transform)
+    params, state = [r.tensor for r in records], opt.state.get(records[0].tensor, {})
+    where = f"{rule}, {params[0].dtype} with {list(state)}, {[p.numel() for p in params]} end to end"
+    for name, moment in zip(specs.RULES[rule].states, specs.RULES[rule].moments):
+        _check_state(opt, rule, records, name, moment, expected[name], f"{name}, {where}")
+    return compare_param(
+        torch.cat([in_order(p, p) for p in params]),
+        torch.cat([in_order(formats.decode_master(opt.state.get(p, {}), p), p) for p in params]),
+        expected["param"],
+        extra=next((state[key].dtype for key in ("master_param", "param_remainder") if key in state), None),
+        stochastic=random(records[0].group),
+        where=where,
+    )
+
+
+def _check_state(opt, rule: str, records: list, name: str, moment: str, exact: Bounded, what: str) -> None:
+    params = [r.tensor for r in records]
+    codes = torch.cat([in_order(opt.state[p][name], p) for p in params])
+    if codes.is_floating_point() and random(records[0].group) and codes.dtype == BFLOAT16:
+        compare_neighbour(codes, exact, what).check()
+    elif codes.is_floating_point():
+        assert_within(codes, exact, what)
+    else:
+        scales = torch.cat([opt.state[p][f"{name}_scale"].cpu() for p in params])
+        decoded = [formats.decode_states(opt.state[p], specs.RULES[rule])[name] for p in params]
+        assert_codes(torch.cat([in_order(t, p) for t, p in zip(decoded, params)]), scales, exact, moment, what)
+        if moment == "second":
+            positive = exact.value - 2 * exact.error >= MAY_VANISH
+            check(codes[positive].all(), f"code 0 for a second moment > 0, {what}")
+
+
+def check_norm(opt, records: list, **transform) -> None:
+    """`opt.grad_norm` and `opt.clip_coef` are those of all gradients. AssertionError otherwise.
+
+    By the triangle inequality the norm may err by the norm of the errors of the gradients.
+    """
+    exact, slack = [], []
+    for r in records:
+        grad, error = (r.grad.value, r.grad.error) if isinstance(r.grad, Bounded) else (r.grad, None)
+        exact.append(reference.transform_gradient(grad.double(), **transform))
+        if error is not None:
+            slack.append(2 * error / transform.get("grad_scale", 1.0))
+    norm, slack = (reference.total_norm(tensors, opt.norm_type) for tensors in (exact, slack))
+    coef = reference.clip_coefficient(norm, opt.max_grad_norm)
+    share = slack / norm if norm > 0 else torch.zeros(())
+    for what, rtol in (("grad_norm", NORM_RTOL), ("clip_coef", COEF_RTOL)):
+        got, wanted = getattr(opt, what).cpu().double(), norm if what == "grad_norm" else coef
+        most = wanted.abs() * (rtol + share) + 2.0**-150  # half of the least float32
+        wanted = wanted.float().double() if wanted.abs() > torch.finfo(torch.float32).max else wanted  # overflows
+        close = (got - wanted).abs() <= most or got == wanted or (got.isnan() and wanted.isnan())
+        check(close, f"{what}: got {got.item()!r}, expected {wanted.item()!r} to within {most.item():.3g}")
+    # What float64 parameters are scaled by is not rounded to float32.
+    wide = opt._control().clip_coef64.cpu()
+    close = (wide - coef).abs() <= coef * (COEF_RTOL + share) or (wide.isnan() and coef.isnan())
+    check(close, f"clip_coef in float64: got {wide.item()!r}, expected {coef.item()!r}")

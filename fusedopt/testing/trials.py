@@ -1,0 +1,314 @@
+"""Trials: one optimizer on one data set, each step judged. Ours, whose states are known, and anybody's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference, specs
+from ..accumulate import GradAccumulator
+from .accumulated import Expected
+from .bounds import Bounded, Comparison, bounded_step, compare, concatenated, hyper_of
+from .cases import Case
+from .formats import in_order
+from .judge import alike, before_step, check_norm, judge_values, set_gradient
+from .tensors import assert_gaps_untouched, assert_same_bits, storage
+
+__all__ = [
+    "MAX_NORM",
+    "MAX_VALUE",
+    "MICRO_BATCHES",
+    "SCALE",
+    "ForeignTrial",
+    "FusedTrial",
+    "LeftOut",
+    "make_foreign",
+    "threads",
+]
+
+SCALE = 1024.0
+"""Transform "scale": gradients are this times too large, and divided by it, as a GradScaler has it."""
+MAX_NORM = 1.0
+"""Transform "clip": the total norm."""
+MAX_VALUE = 0.5
+"""Transform "value_clip": of each element."""
+MICRO_BATCHES = 3
+"""Transform "accumulate": the step is on the mean of so many gradients."""
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """With so many threads of torch. The judge takes one: for its small tensors more are slower, and much slower where
+    cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class LeftOut(Exception):
+    """The case means nothing for this optimizer; the message says why."""
+
+
+class Trial:
+    """Parameters, their optimizer, and steps with the gradients of the case."""
+
+    opt: torch.optim.Optimizer
+
+    def __init__(self, case: Case, num_threads: int) -> None:
+        self.case = case
+        self.params = case.data.make_params(case.format.dtype, case.device)
+        several = sum(p.numel() for p in self.params) > specs.CPU_CHUNK  # else there is nothing to share out
+        self.threads = num_threads if several else 1
+
+    def step(self, number: int) -> list[Comparison]:
+        """Step ``number`` (from 0): the parameters beside the reference's. AssertionError for what else is wrong."""
+        count = MICRO_BATCHES if self.case.transform == "accumulate" else 1
+        batches = [self.case.data.make_grads(self.params, self.case.grad_dtype, number, k) for k in range(count)]
+        memory = [storage(p).clone() for p in self.params]
+        comparisons = self._judged_step(batches)
+        for p, before, grad in zip(self.params, memory, batches[0], strict=True):
+            if grad is None:
+                assert_same_bits(storage(p), before)
+            else:
+                assert_gaps_untouched(p, before)
+        if number == 0 and self.case.data.counter is not None:
+            self._set_counters(self.case.data.counter)
+        return comparisons
+
+    def _judged_step(self, batches: list[list[Tensor | None]]) -> list[Comparison]:
+        raise NotImplementedError
+
+    def _set_counters(self, count: int) -> None:
+        for state in self.opt.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(count)
+            elif "step" in state:
+                state["step"] = count
+
+    def _index(self, p: Tensor) -> int:
+        return next(i for i, q in enumerate(self.params) if q is p)
+
+
+# ---- optimizers of fusedopt ---------------------------------------------------------------------------------------
+
+
+class FusedTrial(Trial):
+    """An optimizer of fusedopt. Each step starts from what is stored, and states are judged too."""
+
+    def __init__(self, case: Case, num_threads: int = 1) -> None:
+        super().__init__(case, num_threads)
+        chosen: dict[str, Any] = {"backend": case.backend, **case.format.options, **dict(case.data.hyper)}
+        chosen |= {"clip": {"max_grad_norm": MAX_NORM}, "value_clip": {"max_grad_value": MAX_VALUE}}.get(
+            case.transform, {}
+        )
+        if case.format.state_dtype == "int8":
+            chosen["min_8bit_size"] = 1
+        if case.format.is_random:
+            chosen["seed"] = 1
+        self.opt = case.variant.make(self.params, **chosen)
+        self.accumulator = GradAccumulator(self.opt) if case.transform == "accumulate" else None
+
+    def _judged_step(self, batches):
+        rule, transform = self.case.variant.rule, {}
+        expected = Expected(self.params)
+        for k, grads in enumerate(batches):
+            for p, grad in zip(self.params, grads, strict=True):
+                self._give(p, grad)
+            if k + 1 < len(batches):
+                expected.fold()
+                self.accumulator.accumulate()
+        records = before_step(self.opt, rule)
+        if self.accumulator is not None:
+            self._put_sums(records, expected)
+            transform["grad_scale"] = expected.divisor()
+        elif self.case.transform == "scale":
+            transform["grad_scale"] = SCALE
+        elif self.case.transform == "value_clip":
+            transform["max_grad_value"] = MAX_VALUE
+        self._step()
+        if records and self.case.transform == "clip":
+            check_norm(self.opt, records, **transform)
+            transform["clip_coef"] = self._clip_coef()
+        for r in records:
+            if r.grad_bits is not None:
+                assert_same_bits(batches[-1][self._index(r.tensor)], r.grad_bits)
+        return [self._judge(records, transform) for records in alike(self.opt, rule, records)]
+
+    def _give(self, p: Tensor, grad: Tensor | None) -> None:
+        if grad is not None:
+            set_gradient(p, grad)
+        else:
+            p.grad = None
+            if hasattr(p, "main_grad"):
+                p.main_grad = None
+
+    def _put_sums(self, records: list, expected: Expected) -> None:
+        totals = expected.total()
+        for r in records:
+            total = totals[r.tensor]
+            value, error = (in_order(t, r.tensor) for t in (total.value, total.error))
+            r.grad, r.grad_bits = Bounded(value, error, total.compute), None
+
+    def _step(self) -> None:
+        scaled = self.case.transform == "scale"
+        if scaled:
+            device = self.params[0].device
+            self.opt.grad_scale, self.opt.found_inf = (torch.tensor(x, device=device) for x in (SCALE, 0.0))
+        with threads(self.threads):
+            self.opt.step()
+        if scaled:
+            del self.opt.grad_scale, self.opt.found_inf
+
+    def _clip_coef(self) -> float:
+        """Float64 parameters are scaled by the coefficient before it was rounded to float32."""
+        wide = self.case.format.dtype == torch.float64
+        return (self.opt._control().clip_coef64 if wide else self.opt.clip_coef).item()
+
+    def _judge(self, records: list, transform: dict) -> Comparison:
+        comparison = judge_values(self.opt, self.case.variant.rule, records, **transform)
+        comparison.parts = [(self._index(r.tensor), r.tensor.numel(), r.value.numel()) for r in records]
+        comparison.before = torch.cat([r.value for r in records])
+        return comparison
+
+
+# ---- anybody's ----------------------------------------------------------------------------------------------------
+
+
+def _accepted(factory: Callable) -> set[str] | None:
+    """Names of the keyword arguments; None where it takes any."""
+    parameters = inspect.signature(factory).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters}
+
+
+def make_foreign(factory: Callable, case: Case, params: list) -> tuple[torch.optim.Optimizer, dict]:
+    """The optimizer ``factory(params, **kwargs)`` with the case's hyper-parameters, and those that it then has.
+
+    All are named, since defaults differ; of those that it does not take, its param group tells the value.
+    """
+    rule, own = case.variant.rule, case.variant.make([torch.nn.Parameter(torch.zeros(1))])
+    asked = {**case.variant.kwargs, **dict(case.data.hyper)}
+    hyper = hyper_of(own.param_groups[0], rule) | dict(case.data.hyper)
+    accepted = _accepted(factory)
+    refused = [key for key in asked if accepted is not None and key not in accepted]
+    if refused:
+        raise LeftOut(f"it takes no argument {refused[0]!r}")
+    # Flags that choose between rules are passed where the variant names them: not every class has all of them.
+    wanted = hyper | asked
+    opt = factory(params, **{key: value for key, value in wanted.items() if accepted is None or key in accepted})
+    group = opt.param_groups[0]
+    hyper |= {key: group[key] for key in hyper if accepted is not None and key not in accepted and key in group}
+    return opt, {**hyper, "maximize": bool(asked.get("maximize", False))}
+
+
+@dataclasses.dataclass
+class _Known:
+    """What the reference knows of one parameter: its states with bounds, and how many steps it made."""
+
+    states: dict[str, Bounded]
+    step: int = 0
+
+
+class ForeignTrial(Trial):
+    """Any torch-style optimizer. Only parameters are looked at: the reference keeps its own states, with bounds that
+    grow by the roundings of each step, and starts each step from the parameter as it is.
+
+    Gradients are transformed the torch way before the step, and the step is judged on what came out.
+    """
+
+    def __init__(self, case: Case, factory: Callable, num_threads: int = 1) -> None:
+        super().__init__(case, num_threads)
+        self.opt, self.hyper = make_foreign(factory, case, self.params)
+        self.maximize = self.hyper.pop("maximize")
+        self.compute = torch.float64 if case.format.dtype == torch.float64 else torch.float32
+        self.known = {p: self._new_states(p) for p in self.params}
+
+    def _new_states(self, p: Tensor) -> _Known:
+        first = self.case.variant.kwargs.get("initial_accumulator_value", 0.0)
+        first = torch.full((p.numel(),), first, dtype=p.dtype)
+        return _Known({name: Bounded.exact(first, self.compute) for name in reference.STATES[self.case.variant.rule]})
+
+    def _judged_step(self, batches):
+        for p, *grads in zip(self.params, *batches, strict=True):
+            p.grad = None if grads[0] is None else self._sum(p, grads)
+        self._transform()
+        moved = [p for p in self.params if p.grad is not None]
+        before = {p: p.detach().cpu().clone().reshape(-1) for p in moved}
+        grads = {p: p.grad.detach().cpu().clone().reshape(-1) for p in moved}
+        with threads(self.threads):
+            self.opt.step()
+        groups: dict[tuple, list] = {}
+        for p in moved:
+            own = id(p) if specs.RULES[self.case.variant.rule].norms else 0
+            groups.setdefault((self.known[p].step, own), []).append(p)
+        return [self._judge(params, before, grads) for params in groups.values()]
+
+    def _sum(self, p: Tensor, grads: list[Tensor]) -> Tensor:
+        if len(grads) == 1:
+            return grads[0].to(p.dtype)
+        return sum(g.to(p.dtype) for g in grads) / len(grads)
+
+    def _transform(self) -> None:
+        given = [p for p in self.params if p.grad is not None]
+        if not given:  # torch's functions refuse empty lists
+            return
+        if self.case.transform == "scale":
+            torch._foreach_mul_([p.grad for p in given], 1 / SCALE)
+        elif self.case.transform == "clip":
+            torch.nn.utils.clip_grad_norm_(given, MAX_NORM)
+        elif self.case.transform == "value_clip":
+            torch.nn.utils.clip_grad_value_(given, MAX_VALUE)
+
+    def _judge(self, params: list, before: dict, grads: dict) -> Comparison:
+        rule, known = self.case.variant.rule, [self.known[p] for p in params]
+        names = reference.STATES[rule]
+        start = torch.cat([before[p] for p in params])
+        expected = bounded_step(
+            rule,
+            start,
+            torch.cat([grads[p] for p in params]),
+            {name: concatenated([k.states[name] for k in known]) for name in names},
+            step=known[0].step + 1,
+            maximize=self.maximize,
+            hyper=self.hyper,
+        )
+        sizes = [p.numel() for p in params]
+        for name in names:
+            self._keep(known, name, expected[name], sizes)
+        for k in known:
+            k.step += 1
+        actual = torch.cat([p.detach().cpu().reshape(-1) for p in params])
+        comparison = compare(actual, expected["param"], f"param, {rule}")
+        comparison.parts = [(self._index(p), n, n) for p, n in zip(params, sizes, strict=True)]
+        comparison.before = start
+        return comparison
+
+    def _keep(self, known: list[_Known], name: str, state: Bounded, sizes: list[int]) -> None:
+        """Its state after the step. States in 16 bits, as torch has them, are rounded once more at the store."""
+        error = state.error
+        if self.case.format.dtype.itemsize == 2:
+            error = error + reference.ulp(state.value.abs() + error.nan_to_num(0.0), self.case.format.dtype) / 2
+        for k, v, e in zip(known, state.value.split(sizes), error.split(sizes), strict=True):
+            k.states[name] = Bounded(v, e, self.compute)
+
+    def _set_counters(self, count: int) -> None:
+        hidden = not any("step" in entry for entry in (*self.opt.state.values(), *self.opt.param_groups))
+        keys = {key for _, key, _ in specs.RULES[self.case.variant.rule].hyper}
+        if hidden and self.case.variant.rule != "lion" and keys & {"betas", "lr_decay"}:
+            raise LeftOut("it has no step counter that can be set")
+        super()._set_counters(count)
+        for group in self.opt.param_groups:
+            if "step" in group:
+                group["step"] = count
+        for known in self.known.values():
+            known.step = count

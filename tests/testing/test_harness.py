@@ -1,0 +1,148 @@
+"""The harness: wrong optimizers are found, right ones are not; samples, filters, and what is recorded."""
+
+import json
+
+import pytest
+import torch
+from wrong_optimizers import RIGHT, WRONG, HalfPrecisionMoment, make_adamw, make_nothing
+
+import fusedopt
+from fusedopt import reference, testing
+from fusedopt.testing import cases, harness
+from fusedopt.testing.bounds import Bounded
+
+FOREIGN = [getattr(torch.optim, name) for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad")]
+
+
+def rule_of(cls):
+    return ("lion",) if "Lion" in cls.__name__ else ("adamw",)
+
+
+@pytest.mark.parametrize("cls", WRONG)
+def test_every_planted_defect_is_found(cls):
+    run = testing.verify(cls, rule=rule_of(cls), quick=True, dtype=("float32",))
+    assert run.failed
+    assert any(r.failed_elements for r in run.failed), run.failed[0].error
+
+
+@pytest.mark.parametrize("cls", RIGHT)
+def test_the_same_optimizers_without_a_defect_pass(cls):
+    run = testing.verify(cls, rule=rule_of(cls), quick=True)
+    assert run.judged and not run.failed, run.failed[0].error
+
+
+@pytest.mark.parametrize("cls", FOREIGN)
+def test_torch_is_within_the_bounds(cls):
+    run = testing.verify(cls, quick=True)
+    assert {r.case.format.dtype for r in run.judged} == {torch.float32, torch.float64}
+    assert {r.case.data.name for r in run.judged} >= {"zeros", "nan_last", "chunk_boundary", "late_counters"}
+    assert not run.failed, run.failed[0].error
+
+
+def test_radam_of_torch_is_within_the_bounds_but_for_infinities():
+    """Its `lerp_` makes NaN of an infinite moment and an infinite gradient, where the average of both is infinite."""
+    run = testing.verify(torch.optim.RAdam, quick=True)
+    assert len(run.judged) > 20
+    assert all(r.case.data.name.startswith("inf_") and "got nan" in r.error for r in run.failed)
+
+
+def test_a_sample_of_ours(device):
+    """Each data set and each transform once, with formats; all of the sample: `fusedopt verify --quick`."""
+    chosen = cases.own_backends(str(device))[:1]
+    forms = ("float32-None_states", "bfloat16-split16-int8_states")
+    plan = harness.plan(device=str(device), backend=chosen, rule=("adamw-decay",), format=forms, quick=True)
+    run = testing.verify(planned=plan)
+    assert not run.failed, run.failed[0].error
+    assert {r.case.data.name for r in run.judged} == {d.name for d in testing.DATA}
+    assert {r.case.transform for r in run.judged} == set(testing.TRANSFORMS)
+    assert run.skipped == plan.total - len(run.results) > 0
+
+
+@pytest.mark.parametrize("make", [fusedopt.AdamW, make_adamw])
+def test_a_class_and_a_factory(make):
+    run = testing.verify(make, rule=("adamw",), case=("mixed", "intermittent"), dtype=("float32",))
+    assert run.judged and not run.failed
+
+
+def test_the_quick_sample_has_every_rule_format_transform_and_data_set():
+    full = cases.full_cases("cpu", ["cpu", "reference"])
+    quick = cases.quick_cases(full)
+    assert len({case.name for case in full}) == len(full) > 10 * len(quick)
+    for backend in ("cpu", "reference"):
+        for part in (lambda c: c.variant.rule, lambda c: c.format, lambda c: c.transform, lambda c: c.data.name):
+            assert {part(c) for c in quick if c.backend == backend} == {part(c) for c in full if c.backend == backend}
+    assert {case.variant.rule for case in full} == reference.RULES.keys()
+    assert cases.quick_cases(full) == quick
+
+
+def test_the_worst_element_is_where_it_is_said_to_be():
+    class Off(torch.optim.SGD):
+        def step(self):
+            super().step()
+            with torch.no_grad():
+                self.param_groups[0]["params"][1].view(-1)[5] += 1e-3
+
+    run = testing.verify(Off, rule=("sgd",), case=("float32/none/zeros",))
+    (result, *_) = run.failed
+    assert result.worst.endswith("parameter 1, element 5")
+    assert result.failed_elements == 3 and result.elements == 3 * (257 + 64 + 1031)
+    assert result.worst_ulp > result.bound_ulp and result.largest_ulp >= result.worst_ulp
+    assert result.error.startswith("step 1, parameter 1, element 5: ") and "expected" in result.error
+
+
+def test_an_optimizer_that_raises_is_a_failure_not_an_error():
+    class Raises(torch.optim.SGD):
+        def step(self):
+            raise OverflowError("no")
+
+    run = testing.verify(Raises, rule=("sgd",), case=("zeros",), dtype=("float32",))
+    assert run.failed and all(r.error == "OverflowError: no" for r in run.failed)
+
+
+def test_json_and_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    from fusedopt.testing import page
+
+    run = testing.verify(HalfPrecisionMoment, rule=("adamw",), case=("huge", "inf_first"))
+    testing.write_json(tmp_path / "r.json", run)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["environment"]["torch"] == torch.__version__ and record["summary"]["failed"] == len(run.failed) > 0
+    assert len(record["rows"]) == len(run.results)
+    keys = "rule format backend device dtype grad_dtype transform case elements worst_ulp bound_ulp passed worst error"
+    assert set(keys.split()) <= record["rows"][0].keys()
+    assert sum(record["histogram"]["elements"]) == sum(r.elements for r in run.judged)
+    page.write_html(tmp_path / "r.html", run)
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("data:image/png;base64") == 2 and "failed" in text and "http" not in text
+    assert "| adamw |" in testing.markdown(run)
+
+
+def test_bounds_are_those_of_one_rounding():
+    exact = Bounded.exact(torch.tensor([1.0, 1.0]), torch.float32)
+    assert not testing.compare(torch.tensor([1.0, 1.0]), exact).wrong.any()
+    wrong = testing.compare(torch.tensor([1.0, 1 + 2**-22]), exact).wrong
+    assert wrong.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"optimizer": "torch.optim"}, "expected package.module:class"),
+        ({"optimizer": "no_such_module:X"}, "no_such_module cannot be imported"),
+        ({"optimizer": "torch.optim:NoSuch"}, "torch.optim has no 'NoSuch'"),
+        ({"optimizer": "wrong_optimizers:NOT_CALLABLE"}, "is a int, expected an optimizer class"),
+        ({"optimizer": "wrong_optimizers:make_nothing"}, "such as --rule adamw"),
+        ({"optimizer": make_nothing, "rule": ("adamw",)}, "cannot be built"),
+        ({"optimizer": object, "rule": ("adamw",)}, "cannot be built"),
+        ({"optimizer": make_adamw, "rule": ("adamz",)}, "rule: got 'adamz', expected one of"),
+        ({"optimizer": make_adamw, "rule": ("adamw",), "dtype": ("int8",)}, "dtype: got 'int8'"),
+        ({"rule": ("adamz",)}, "rule: got 'adamz', which none of"),
+        ({"case": ("zeroes",)}, "case: got 'zeroes', which none of"),
+        ({"backend": ("cuda",)}, "backend: got 'cuda', expected one of cpu"),
+        ({"dtype": ("float64",), "format": ("float32-None_states",)}, "which none of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input(choice, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        harness.plan(**choice)
