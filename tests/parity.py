@@ -30,3 +30,17 @@ def assert_same_numbers(ours, theirs, steps=12):
         torch.testing.assert_close(
             a.cpu(), b.cpu(), rtol=0, atol=16 * steps * unit * scale, msg=lambda m, what=what: f"{what}: {m}"
         )
+
+
+def torch_adagrad_takes_new_groups() -> bool:
+    """In torch 2.11 a parameter that is added later has no state, so a step raises KeyError; in 2.13 it has."""
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    opt = torch.optim.Adagrad(params[:1])
+    opt.add_param_group({"params": params[1:]})
+    for p in params:
+        p.grad = torch.ones(1)
+    try:
+        opt.step()
+    except KeyError:
+        return False
+    return True

@@ -329,7 +329,7 @@ import torch, fusedopt
 p = torch.nn.Parameter(torch.ones(5, device="cuda"))
 p.grad = torch.ones_like(p)
 try:
-    fusedopt.AdamW([p]).step()
+    fusedopt.AdamW([p], backend="cuda").step()
 except RuntimeError as error:
     print(error)
 assert (p == 1).all()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import BY_RULE, ONE_EACH_WITH_PEER, WITH_PEER, normal, parameter, parameters, set_gradients, train
-from parity import assert_same_numbers
+from parity import assert_same_numbers, torch_adagrad_takes_new_groups
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -213,6 +213,8 @@ def params_for(device, dtype=torch.float32):
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_same_numbers_as_torch(scenario, case, dtype, device):
     ours = scenario(case.make, params_for(device, dtype))
+    if scenario is group_added_in_training and case.optimizer == "Adagrad" and not torch_adagrad_takes_new_groups():
+        pytest.skip("this torch's Adagrad cannot step after add_param_group")
     theirs = scenario(
         lambda params, **kwargs: case.make_peer(params, foreach=False, **kwargs), params_for(device, dtype)
     )

@@ -16,6 +16,7 @@ from cases import (
     set_gradients,
     train,
 )
+from parity import torch_adagrad_takes_new_groups
 
 import fusedopt
 
@@ -288,6 +289,8 @@ def test_adagrad_makes_its_state_in_the_constructor(device):
         assert all((opt.state[p]["sum"] == 0.25).all() and float(opt.state[p]["step"]) == 0 for p in params[:2])
         opt.add_param_group({"params": params[2:]})
         assert not opt.state.get(params[2])
+        if module is torch.optim and not torch_adagrad_takes_new_groups():
+            pytest.skip("this torch's Adagrad cannot step after add_param_group")
         train(opt, params, 2)
         states.append([opt.state[p]["sum"] for p in params])
     for ours, theirs in zip(*states):
