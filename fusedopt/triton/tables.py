@@ -10,6 +10,7 @@ import triton.language as tl
 from ..structs import Chunk, Control, Hyper, NormOptions, Partial, PassArgs, Scaling, TensorEntry
 from .formats import at, decode
 from .memory import field, field_or, load
+from .target import mask_if
 
 # ---- where fields stand, in bytes -----------------------------------------------------------------------------
 
@@ -150,8 +151,8 @@ def load_grad(own, main, start, offsets, mask, G: tl.constexpr, M: tl.constexpr,
         raw = load(at(own, start, offsets, G, VECTOR), mask)
         return raw, raw
     else:
-        raw = load(at(own, start, offsets, G, VECTOR), mask & (own != 0))
-        return raw, load(at(main, start, offsets, M, VECTOR), mask & (main != 0))
+        raw = load(at(own, start, offsets, G, VECTOR), mask_if(mask, own != 0))
+        return raw, load(at(main, start, offsets, M, VECTOR), mask_if(mask, main != 0))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "NVIDIA", "divide", "divide_root", "square_root"]
+__all__ = ["INTERPRETED", "NVIDIA", "divide", "divide_root", "mask_if", "square_root"]
 
 
 @triton.jit
@@ -19,6 +19,17 @@ INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
 NVIDIA = tl.constexpr(not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None)
 """Whether kernels become PTX."""
+
+_IN_NUMPY = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def mask_if(mask, condition):
+    """``mask`` where ``condition``, a scalar, is true; else nothing."""
+    if _IN_NUMPY:  # the interpreter of Triton 3.9 makes integers of a scalar truth value that meets a tile
+        return tl.where(condition, mask, mask != mask)
+    else:
+        return mask & condition
 
 
 # tl.sqrt_rn and tl.div_rn of float32 are correctly rounded, but Triton before 3.4 makes them flush subnormal numbers.
