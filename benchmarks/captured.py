@@ -27,12 +27,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
-from benchmarks import timing
-from benchmarks.checks import check
-from benchmarks.contracts import HYPER, MAX_NORM, Case, Tail, fusedopt_reader, torch_reader
-from benchmarks.report import Row
-from benchmarks.workloads import BorrowedModel
 from examples._gpt import GPT
+from fusedopt.bench import timing
+from fusedopt.bench.checks import check
+from fusedopt.bench.contracts import HYPER, MAX_NORM, Case, Tail, fusedopt_reader, torch_reader
+from fusedopt.bench.report import Row
+from fusedopt.bench.workloads import BorrowedModel
 
 CONTRACT = "captured_step"
 LIBRARIES = ("fusedopt", "torch-fused")

@@ -49,7 +49,7 @@ from _gpt import GPT, standard_library_text, windows
 from train_gpt import BETAS, MAX_GRAD_NORM, Settings, choose_device, parameter_groups, warmup_cosine
 
 import fusedopt
-from benchmarks.report import Row, environment
+from fusedopt.bench.report import Row, environment
 
 FULL = Settings(steps=1000, batch_size=32, context=512, width=512, layers=8, lr=1e-3)
 QUICK = Settings(steps=30, batch_size=8, context=32, width=64, layers=1, lr=3e-3)

@@ -23,9 +23,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
-from benchmarks.report import environment
-from benchmarks.timing import synchronize
-from benchmarks.workloads import FORMATS, WORKLOADS, Model
+from fusedopt.bench.report import environment
+from fusedopt.bench.timing import synchronize
+from fusedopt.bench.workloads import FORMATS, WORKLOADS, Model
 
 WORKLOAD = {"cuda": "gpt2-124M", "cpu": "tiny"}  # nothing is compiled on a CPU: small is enough to see that
 

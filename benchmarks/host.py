@@ -35,13 +35,13 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 import fusedopt.optim.plan
-from benchmarks import contracts
-from benchmarks.checks import check
-from benchmarks.contracts import MAX_NORM, Case, Params, Tail, torch_optimizer, torch_tail
-from benchmarks.report import Row, environment
-from benchmarks.timing import NS_PER_MS, synchronize
-from benchmarks.workloads import WORKLOADS, BorrowedModel
 from fusedopt import passes
+from fusedopt.bench import contracts
+from fusedopt.bench.checks import check
+from fusedopt.bench.contracts import MAX_NORM, Case, Params, Tail, torch_optimizer, torch_tail
+from fusedopt.bench.report import Row, environment
+from fusedopt.bench.timing import NS_PER_MS, synchronize
+from fusedopt.bench.workloads import WORKLOADS, BorrowedModel
 
 LIBRARIES = ("fusedopt", "torch-fused", "torch-foreach")
 CONTRACTS = {"step": "step_after_backward", "clip_step": "clip_step_after_backward"}

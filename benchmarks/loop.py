@@ -32,22 +32,23 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 import fusedopt
-from benchmarks import accumulation, captured, contracts, host, release, step, timing
-from benchmarks.accumulation import AccumulationCase, MicroBatches, StagedTail
-from benchmarks.contracts import Case, Tail, reported_name
-from benchmarks.report import Row, environment, judge_goals
-from benchmarks.step import CACHES, Measured, Repeats, Runner, add_floor, free_memory, print_result, write
-from benchmarks.workloads import WORKLOADS, Model
+from benchmarks import captured, host, release
+from benchmarks.goals import judge_goals
+from benchmarks.step import print_result
+from fusedopt.bench import contracts, runner
+from fusedopt.bench.accumulation import AccumulationCase
+from fusedopt.bench.contracts import Case, Tail, reported_name
+from fusedopt.bench.report import Row, environment, write
+from fusedopt.bench.runner import CACHES, QUICK, Repeats, Runner, add_floor, free_memory, progress_bar
+from fusedopt.bench.workloads import Model
 
 FULL = Repeats(rounds=2, host_steps=6, traced_steps=5, span_steps=4, copy_bytes=2 << 30, copies=15, processes=1)
-FULL_CPU = replace(step.FULL_CPU, rounds=4)
-QUICK = step.QUICK
+FULL_CPU = replace(runner.FULL_CPU, rounds=4)
 
 WORKLOAD = {"cuda": "llama-1.3B", "cpu": "cpu-100M"}
 
@@ -77,42 +78,17 @@ class LoopRunner(Runner):
 
     def libraries(self, case: Case) -> list[str]:
         if isinstance(case, AccumulationCase):
-            return list(accumulation.LIBRARIES)
+            return super().libraries(case)
         return contracts.libraries(case, self.device) if case.scales else list(host.LIBRARIES)
 
     def build(self, library: str, case: Case, model: Model) -> Tail:
         if isinstance(case, AccumulationCase):
-            return accumulation.build(library, case, model)
+            return super().build(library, case, model)
         return host.build(library, case, model.params)
 
-    def check(self, case: Case, tail: Tail, model: Model) -> float:
-        if isinstance(case, AccumulationCase):
-            return accumulation.check(case, tail, model)
-        return super().check(case, tail, model)
-
-    def model_key(self, case: Case) -> object:
-        return super().model_key(case), isinstance(case, AccumulationCase)
-
-    def make_model(self, case: Case) -> Model:
-        if isinstance(case, AccumulationCase):
-            return MicroBatches(WORKLOADS[case.workload], case.layout.dtype, self.device)
-        return super().make_model(case)
-
-    def _measure(self, entry: Measured, case: Case, model: Model) -> None:
-        """In stages where there are any; of cases about the host, what the host does."""
-        tail, repeats = entry.tail, self.repeats
-        if isinstance(tail, StagedTail):
-            timing.time_stages(tail.stages, tail.before, model.backward, self.caches, repeats.host_steps, entry.host)
-        else:
-            timing.time_host(tail, model.backward, self.caches, repeats.host_steps, entry.host)
-        if self.device.type == "cuda" and (isinstance(case, AccumulationCase) or case.scales):
-            timing.trace_device(tail, model.backward, self.caches, repeats.traced_steps, entry.device)
-            entry.span_ms.append(timing.span_ms(tail, model.backward, repeats.span_steps))
-
-    def _row(self, case: Case, entry: Measured) -> Row:
-        cold = entry.device.cold
-        own = max((sum("fusedopt" in name for name in one.names) for one in cold), default=None)
-        return super()._row(case, entry) | {"own_launches": own}
+    def _is_traced(self, case: Case) -> bool:
+        """Of cases about the host, the host alone is timed."""
+        return isinstance(case, AccumulationCase) or case.scales
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -275,8 +251,7 @@ def measure(
     rows: list[Row] = []
     left_out: list[str] = []
     seconds: dict[str, float] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(chosen))
         for unit in chosen:
             progress.update(task, description=unit.name)

@@ -26,10 +26,10 @@ import torch
 
 import fusedopt
 from benchmarks.captured import deterministic
-from benchmarks.contracts import HYPER
-from benchmarks.report import Row
-from benchmarks.timing import NS_PER_MS, synchronize
 from examples._llama import Llama, Shape
+from fusedopt.bench.contracts import HYPER
+from fusedopt.bench.report import Row
+from fusedopt.bench.timing import NS_PER_MS, synchronize
 
 CONTRACT = "release"
 LIBRARIES = ("fusedopt", "fusedopt-release", "torch-fused", "torch-in-backward")

@@ -20,31 +20,26 @@ Leave the machine alone meanwhile: torch's threads wait for one another, so on a
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
-from benchmarks import contracts, peers, timing
 from benchmarks import first_step as first_step_benchmark
-from benchmarks.checks import check
-from benchmarks.contracts import Case, Tail, reported_name
-from benchmarks.report import Row, environment, judge_goals, print_goals, print_rows
-from benchmarks.workloads import WORKLOADS, Model
+from benchmarks.goals import judge_goals, print_goals
+from fusedopt.bench import peers
+from fusedopt.bench.contracts import Case
+from fusedopt.bench.report import Row, environment, print_rows, write
+from fusedopt.bench.runner import CACHES, FULL, FULL_CPU, QUICK, Repeats, Runner, add_floor, measure_cases, progress_bar
+from fusedopt.bench.workloads import WORKLOADS
 
 DEFAULT_WORKLOADS = {
     "tail": {"cuda": ("llama-1.3B", "gpt2-124M", "1000-small"), "cpu": ("cpu-100M",)},
@@ -98,166 +93,7 @@ RULE_VARIANTS = [
 VARIANTS = {"tail": TAIL_VARIANTS, "formats": FORMAT_VARIANTS, "rules": RULE_VARIANTS}
 """The sets of cases, by name."""
 
-WARM_UP_STEPS = 2
-
 STEADY = 0.9  # copies before and after the rows that differ by more mean that something else was running
-
-CACHES = (
-    "wall_ms, host_ms, gpu_ms: before each step a word of every cache line of a 256 MiB device buffer is read, "
-    "and for wall_ms and host_ms one of a 64 MiB host buffer written; gpu_warm_ms, gpu_span_ms: step follows step"
-)
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """How often everything is measured; a library has ``rounds`` turns."""
-
-    rounds: int
-    host_steps: int  # a round
-    traced_steps: int  # a round, cold and warm each
-    span_steps: int
-    copy_bytes: int
-    copies: int
-    processes: int  # for the first step, with a cold and with a warm kernel cache each
-
-
-FULL = Repeats(rounds=2, host_steps=12, traced_steps=6, span_steps=8, copy_bytes=2 << 30, copies=15, processes=2)
-FULL_CPU = Repeats(
-    rounds=10, host_steps=2, traced_steps=0, span_steps=0, copy_bytes=400_000_000, copies=15, processes=2
-)
-QUICK = Repeats(rounds=2, host_steps=2, traced_steps=2, span_steps=2, copy_bytes=16 << 20, copies=5, processes=1)
-
-
-@dataclass
-class Measured:
-    """One library on one case."""
-
-    library: str
-    tail: Tail | None = None
-    error_ratio: float | None = None  # largest error of the check, as a fraction of what rounding allows
-    error: str | None = None
-    host: timing.HostTimes = field(default_factory=timing.HostTimes)
-    device: timing.DeviceTimes = field(default_factory=timing.DeviceTimes)
-    span_ms: list[float] = field(default_factory=list)
-
-
-class Runner:
-    """Measures cases on one device."""
-
-    def __init__(self, device: torch.device, repeats: Repeats, chosen: tuple[str, ...] = ()) -> None:
-        """chosen: the only libraries to run, as they are reported; empty for all."""
-        self.device = device
-        self.repeats = repeats
-        self.chosen = chosen
-        self.copy_gbps = [self.measure_copy()]
-        self.caches = timing.Caches(device)
-        if device.type == "cuda":
-            timing.start_profiler(self.caches)
-
-    def measure_copy(self) -> float:
-        return timing.copy_gbps(self.device, self.repeats.copy_bytes, self.repeats.copies)
-
-    def run(self, case: Case, model: Model) -> list[Row]:
-        """One row a library, measured in turns. An error costs its library the row, and nobody else."""
-        free_memory()
-        names = [name for name in self.libraries(case) if self._is_chosen(name)]
-        entries = [Measured(library) for library in names]
-        for stage in [self._prepare] + [self._measure] * self.repeats.rounds:
-            entries = [entry if entry.error else self._attempt(stage, entry, case, model) for entry in entries]
-        for param in model.params:
-            param.grad = None  # the next case's optimizers may need the room
-        return [self._row(case, entry) for entry in entries]
-
-    @staticmethod
-    def _attempt(stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
-        try:
-            stage(entry, case, model)
-        except Exception as error:  # whatever it is, the other libraries' figures still count
-            return Measured(entry.library, error=f"{type(error).__name__}: {error}")
-        return entry
-
-    def _is_chosen(self, library: str) -> bool:
-        return not self.chosen or reported_name(library, self.device) in self.chosen
-
-    # What is measured; a benchmark with cases of its own overrides these.
-
-    def libraries(self, case: Case) -> list[str]:
-        return self._own(case) + peers.installed(case, self.device)
-
-    def build(self, library: str, case: Case, model: Model) -> Tail:
-        build = contracts.build if library in self._own(case) else peers.build
-        return build(library, case, model.params)
-
-    def _own(self, case: Case) -> list[str]:
-        """The libraries that are no peers."""
-        return contracts.libraries(case, self.device) + contracts.other_backends(self.device)
-
-    def check(self, case: Case, tail: Tail, model: Model) -> float:
-        return check(case, tail, model)
-
-    def model_key(self, case: Case) -> object:
-        """Cases with the same one share a model."""
-        return case.workload, case.layout.dtype
-
-    def make_model(self, case: Case) -> Model:
-        return Model(WORKLOADS[case.workload], case.layout.dtype, self.device)
-
-    def _prepare(self, entry: Measured, case: Case, model: Model) -> None:
-        model.reset()  # some optimizers copy the parameters when they are made
-        entry.tail = self.build(entry.library, case, model)
-        entry.error_ratio = self.check(case, entry.tail, model)
-        for _ in range(WARM_UP_STEPS):
-            model.backward()
-            entry.tail()
-
-    def _measure(self, entry: Measured, case: Case, model: Model) -> None:
-        tail, caches, repeats = entry.tail, self.caches, self.repeats
-        timing.time_host(tail, model.backward, caches, repeats.host_steps, entry.host)
-        if self.device.type == "cuda":
-            timing.trace_device(tail, model.backward, caches, repeats.traced_steps, entry.device)
-            entry.span_ms.append(timing.span_ms(tail, model.backward, repeats.span_steps))
-
-    def _row(self, case: Case, entry: Measured) -> Row:
-        cold, warm = entry.device.cold, entry.device.warm
-        row = self._subject(case, entry.library)
-        row |= _spread("gpu_ms", [step.ms for step in cold]) | _spread("gpu_warm_ms", [step.ms for step in warm])
-        row |= _spread("wall_ms", entry.host.wall) | _spread("host_ms", entry.host.host)
-        row |= {
-            "gpu_span_ms": _median(entry.span_ms),
-            "launches": max((step.kernels for step in cold), default=None),
-            "memory_operations": max((step.memory_operations for step in cold), default=None),
-            "samples": len(entry.host.wall),
-            "traced_samples": len(cold),
-            "check_error_ratio": entry.error_ratio,
-            "error": entry.error,
-        }
-        return row
-
-    def _subject(self, case: Case, library: str) -> Row:
-        workload = WORKLOADS[case.workload]
-        return {
-            "workload": case.workload,
-            "contract": case.contract,
-            "optimizer": case.optimizer,
-            "format": case.format,
-            "library": reported_name(library, self.device),
-            "params": workload.numel,
-            "tensors": len(workload.shapes),
-            "bytes_per_param": case.bytes_per_param,
-        }
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _spread(key: str, values: list[float]) -> Row:
-    """Median, smallest and largest."""
-    return {
-        key: _median(values),
-        f"{key}_min": min(values, default=None),
-        f"{key}_max": max(values, default=None),
-    }
 
 
 def select_cases(
@@ -273,40 +109,6 @@ def select_cases(
     return [case for case in cases if not select or any(text in str(case) for text in select)]
 
 
-def measure_cases(
-    runner: Runner, cases: list[Case], deadline: float, progress: Progress
-) -> tuple[list[Row], list[str]]:
-    """Rows of all cases, and the names of those that the time limit left out, or an interrupt, which ends the run."""
-    rows: list[Row] = []
-    left_out: list[str] = []
-    model, subject = None, None
-    task = progress.add_task("", total=len(cases))
-    for case in cases:
-        progress.update(task, description=str(case))
-        if time.monotonic() > deadline:
-            left_out.append(str(case))
-        else:
-            if subject != runner.model_key(case):
-                subject, model = runner.model_key(case), None  # two models might not fit into memory
-                free_memory()
-                model = runner.make_model(case)
-            try:
-                rows += runner.run(case, model)
-            except KeyboardInterrupt:
-                deadline = 0.0
-                left_out.append(str(case))
-        progress.advance(task)
-    model = None
-    free_memory()
-    return rows, left_out
-
-
-def free_memory() -> None:
-    """Gives back what nobody holds any more; optimizers may sit in reference cycles, and they are large."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def measure(
     device: torch.device,
     repeats: Repeats,
@@ -320,8 +122,7 @@ def measure(
     """The whole run, as the JSON file holds it."""
     load_average = os.getloadavg()[0]
     runner = Runner(device, repeats, libraries)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         rows, left_out = measure_cases(runner, cases, deadline, progress)
     runner.copy_gbps.append(runner.measure_copy())
     add_floor(rows, max(runner.copy_gbps), measured="gpu_ms" if device.type == "cuda" else "wall_ms")
@@ -339,15 +140,6 @@ def measure(
         "library_versions": peers.versions(cases, device),
         "missing_libraries": peers.missing(cases, device),
     }
-
-
-def add_floor(rows: list[Row], copy_gbps: float, measured: str) -> None:
-    """The time that the bytes of a row take at the bandwidth of a copy, and its share of the time ``measured``."""
-    for row in rows:
-        counted = row["bytes_per_param"] is not None
-        row["floor_ms"] = row["params"] * row["bytes_per_param"] / copy_gbps / 1e6 if counted else None
-        known = counted and not row["error"] and row[measured] is not None
-        row["efficiency"] = row["floor_ms"] / row[measured] if known else None
 
 
 def measure_first_step(device: torch.device, repeats: Repeats) -> tuple[list[Row], str | None]:
@@ -396,12 +188,6 @@ def main(
     print_result(console, result)
     if result["first_step_error"] or any(row["error"] for row in result["rows"]):
         sys.exit(1)
-
-
-def write(path: Path | None, result: Row) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def print_result(console: Console, result: Row) -> None:

@@ -57,7 +57,8 @@ RANKS = {
     "scaler": 7,
     "testing": 8,
     "__init__": 9,
-    "cli": 10,
+    "bench": 10,
+    "cli": 11,
 }
 
 

@@ -13,12 +13,13 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
 import fusedopt
-from benchmarks import accumulation, captured, host, loop, release, timing
-from benchmarks.accumulation import AccumulationCase, MicroBatches
-from benchmarks.checks import check
-from benchmarks.contracts import Case, build
-from benchmarks.report import LOOP_GOALS, judge_goals
-from benchmarks.workloads import WORKLOADS, Model
+from benchmarks import captured, host, loop, release
+from benchmarks.goals import LOOP_GOALS, judge_goals
+from fusedopt.bench import accumulation, timing
+from fusedopt.bench.accumulation import AccumulationCase, MicroBatches
+from fusedopt.bench.checks import check
+from fusedopt.bench.contracts import Case, build
+from fusedopt.bench.workloads import WORKLOADS, Model
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

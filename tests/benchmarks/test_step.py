@@ -12,14 +12,15 @@ from rich.progress import Progress
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
-from benchmarks import contracts, peers
-from benchmarks.checks import check
-from benchmarks.contracts import Case, build
-from benchmarks.report import FORMAT_GOALS, RULE_GOALS, judge_goals
-from benchmarks.step import DEFAULT_WORKLOADS, VARIANTS, measure_cases, select_cases
-from benchmarks.timing import split_steps
-from benchmarks.workloads import FORMATS, WORKLOADS, Model
+from benchmarks.goals import FORMAT_GOALS, RULE_GOALS, judge_goals
+from benchmarks.step import DEFAULT_WORKLOADS, VARIANTS, select_cases
 from fusedopt import formats
+from fusedopt.bench import contracts, peers
+from fusedopt.bench.checks import check
+from fusedopt.bench.contracts import Case, build
+from fusedopt.bench.runner import measure_cases
+from fusedopt.bench.timing import split_steps
+from fusedopt.bench.workloads import FORMATS, WORKLOADS, Model
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +40,8 @@ def test_result_says_where_it_was_made(result):
     assert result["torch"] == torch.__version__
     assert {"device", "driver", "torch", "triton", "cuda", "commit", "date", "copy_gbps", "rows"} <= result.keys()
     assert result["device"] and result["copy_gbps"] > 0
-    assert result["left_out"] == [] and result["missing_libraries"] == {}  # the others are for GPUs
+    assert result["left_out"] == []
+    assert not result["missing_libraries"].keys() & {"flashoptim", "apex"}  # which are for GPUs
 
 
 def test_every_case_is_measured_by_every_library_that_offers_it(result):
@@ -143,7 +145,7 @@ def test_check_notices_a_parameter_that_did_not_move(format_):
 
 def test_check_allows_what_clipping_in_fp16_rounds_away(monkeypatch):
     """Clipped gradients of a large model are subnormal in fp16: apex, which clips in place, is not wrong for it."""
-    for module in ("benchmarks.contracts", "benchmarks.checks"):
+    for module in ("fusedopt.bench.contracts", "fusedopt.bench.checks"):
         monkeypatch.setattr(f"{module}.MAX_NORM", 0.005)
     model = Model(WORKLOADS["tiny"], torch.float16, CPU)
     case = Case("tiny", "adamw", "fp16+fp32 master", "scaler_clip_step")
@@ -301,9 +303,8 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch):
     cases = select_cases(("formats",), "cuda", (), ())
     missing = peers.missing(cases, CUDA)
     peers.why_missing.cache_clear()
-    assert missing.keys() == {"flashoptim", "bitsandbytes", "apex"}
+    assert missing.keys() == {"flashoptim", "bitsandbytes", "torchao", "transformer-engine", "apex"}
     assert "no_apex" in missing["apex"]
-    assert peers.missing(cases, CPU) == {}  # they are for GPUs
 
 
 @pytest.mark.parametrize("library", ["fusedopt", "torch-foreach", "torch-fused"])
@@ -329,10 +330,14 @@ def test_every_contract_is_built_for_the_device_it_names():
 def test_an_interrupted_run_keeps_what_it_has():
     class Interrupted:
         @staticmethod
-        def run(case, model):
+        def run(case, model, deadline):
             if case == cases[1]:
                 raise KeyboardInterrupt
             return [{"case": case}]
+
+        @staticmethod
+        def too_large(case):
+            return None
 
         @staticmethod
         def model_key(case):

@@ -201,26 +201,38 @@ def span_ms(step: Step, prepare: Step, repeats: int) -> float:
 
 def copy_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
     """Copy bandwidth in GB/s (10^9 bytes), bytes read plus bytes written, median of ``repeats`` timings."""
-    source = torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    copy_ms = _device_copy_ms if device.type == "cuda" else _host_copy_ms
-    target.copy_(source)
-    times = [copy_ms(target, source) for _ in range(repeats)]
-    return 2 * source.nbytes / statistics.median(times) / 1e6
+    source, target = _arrays(device, nbytes, 2)
+    return _bandwidth(lambda: target.copy_(source), 2 * source.nbytes, device, repeats)
 
 
-def _device_copy_ms(target: torch.Tensor, source: torch.Tensor) -> float:
-    copies = 8  # in a row, so that the launch of the first one does not count
+def triad_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
+    """Bandwidth of a = b + s c in GB/s as STREAM counts it: two arrays of ``nbytes`` read, one written."""
+    first, second, target = _arrays(device, nbytes, 3)
+    return _bandwidth(lambda: torch.add(first, second, alpha=3.0, out=target), 3 * first.nbytes, device, repeats)
+
+
+def _arrays(device: torch.device, nbytes: int, count: int) -> list[torch.Tensor]:
+    return [torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_() for _ in range(count)]
+
+
+def _bandwidth(move: Step, nbytes: int, device: torch.device, repeats: int) -> float:
+    measure_ms = _device_ms if device.type == "cuda" else _host_ms
+    move()
+    return nbytes / statistics.median(measure_ms(move) for _ in range(repeats)) / 1e6
+
+
+def _device_ms(move: Step) -> float:
+    moves = 8  # in a row, so that the launch of the first one does not count
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(copies):
-        target.copy_(source)
+    for _ in range(moves):
+        move()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / copies
+    return begin.elapsed_time(end) / moves
 
 
-def _host_copy_ms(target: torch.Tensor, source: torch.Tensor) -> float:
+def _host_ms(move: Step) -> float:
     start = perf_counter_ns()
-    target.copy_(source)
+    move()
     return (perf_counter_ns() - start) / NS_PER_MS

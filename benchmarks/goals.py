@@ -1,72 +1,15 @@
-"""What a run leaves behind: where it was made, the rows, the goals, a table."""
+"""The figures that a run is to show: what was asked of rows, and what they came to."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-
-Row = dict[str, object]
-
-
-# ------------------------------------------------------------------------------------------------------- environment
-
-
-def environment(device: torch.device) -> Row:
-    """Device, versions and commit, as strings; None where there is none."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "commit": os.environ.get("FUSEDOPT_COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _output(*command: str) -> str | None:
-    """First word a command prints, None if it is missing or fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    words = result.stdout.split()
-    return words[0] if result.returncode == 0 and words else None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
-# ------------------------------------------------------------------------------------------------------------- goals
+from fusedopt.bench.report import Row
 
 
 @dataclass(frozen=True)
@@ -269,39 +212,6 @@ def judge_goals(device: torch.device, sets: Iterable[str], rows: list[Row], firs
     """Every goal of the sets; value and verdict are None where the run has no rows for it."""
     looked_up = Rows(rows, first_step)
     return [goal.judge(looked_up) for name in sets for goal in GOALS[device.type][name]]
-
-
-# ------------------------------------------------------------------------------------------------------------ tables
-
-
-def print_rows(console: Console, rows: list[Row]) -> None:
-    table = Table(title="one step tail, medians", box=None, pad_edge=False)
-    table.add_column("case / library", no_wrap=True)
-    for column in ("GPU ms", "floor", "share", "launches", "wall ms", "host ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    case = None
-    for row in rows:
-        title = f"{row['workload']} {row['optimizer']} {row['format']} {row['contract']}"
-        if title != case:
-            table.add_row(title, style="bold")
-            case = title
-        table.add_row(f"  {row['library']}", *_cells(row))
-    console.print(table)
-    for row in rows:
-        if reason := row["error"] or row.get("skipped"):
-            case = f"{row['workload']} {row['optimizer']} {row['format']} {row['contract']}"
-            console.print(f"{'FAILED' if row['error'] else 'skipped'} {case} {row['library']}: {reason}", markup=False)
-
-
-def _cells(row: Row) -> list[str]:
-    if row["error"] or row.get("skipped"):
-        return ["failed" if row["error"] else "skipped"]
-    gpu, floor, wall, host = (
-        "-" if row[key] is None else f"{row[key]:.3f}" for key in ("gpu_ms", "floor_ms", "wall_ms", "host_ms")
-    )
-    launches = "-" if row["launches"] is None else str(row["launches"])
-    share = "-" if row["efficiency"] is None else f"{100 * row['efficiency']:.1f}%"
-    return [gpu, floor, share, launches, wall, host]
 
 
 def print_goals(console: Console, goals: list[Row]) -> None:

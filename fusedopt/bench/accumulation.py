@@ -28,9 +28,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
-from benchmarks import checks
-from benchmarks.contracts import MAX_NORM, STATES, Case, Kept, Params, Tail, clone, fusedopt_tail, torch_optimizer
-from benchmarks.workloads import GRAD_STD, Model, Workload
+
+from . import checks
+from .contracts import MAX_NORM, STATES, Case, Kept, Params, Tail, clone, cut, fusedopt_tail, torch_optimizer
+from .workloads import GRAD_STD, Model, Workload
 
 MICRO_BATCHES = 4
 MAIN = torch.float32
@@ -46,6 +47,11 @@ HALF_ULP = torch.finfo(MAIN).eps / 2
 @dataclass(frozen=True)
 class AccumulationCase(Case):
     """A case of one of ``CONTRACTS``; ``optimizer`` is "none" where the contract has no step."""
+
+    @property
+    def state_bytes_per_param(self) -> int:
+        """A main gradient, and the optimizer's states."""
+        return MAIN.itemsize + (0 if self.contract in FOLDS else super().state_bytes_per_param)
 
     @property
     def bytes_per_param(self) -> int:
@@ -86,12 +92,12 @@ class MicroBatches(Model):
         for param, gradient in zip(self.params, self.batches[batch]):
             param.grad = gradient
 
-    def used_gradient(self, i: int) -> torch.Tensor:
-        return sum(batch[i].double() for batch in self.batches)
+    def used_gradient(self, i: int, part: slice) -> torch.Tensor:
+        return sum(cut(batch[i], part).double() for batch in self.batches)
 
-    def gradient_error(self, i: int) -> torch.Tensor:
+    def gradient_error(self, i: int, part: slice) -> torch.Tensor:
         """Each of K - 1 additions rounds a partial sum by half an ulp at most."""
-        return (len(self.batches) - 1) * HALF_ULP * sum(batch[i].double().abs() for batch in self.batches)
+        return (len(self.batches) - 1) * HALF_ULP * sum(cut(batch[i], part).double().abs() for batch in self.batches)
 
 
 @dataclass(frozen=True)
@@ -205,11 +211,11 @@ class _TorchAccumulation:
             torch._foreach_copy_(self.params, self.masters)
         self.optimizer.zero_grad()
 
-    def read(self, param: torch.nn.Parameter) -> Kept:
+    def read(self, param: torch.nn.Parameter, part: slice) -> Kept:
         master = self.master_of[param]
         entry = self.optimizer.state.get(master)
-        states = clone({key: entry[key] for key in STATES["adamw"]}) if entry else {}
-        return Kept(float(entry["step"]) if entry else 0, master.detach().clone(), states)
+        states = clone({key: cut(entry[key], part) for key in STATES["adamw"]}) if entry else {}
+        return Kept(float(entry["step"]) if entry else 0, cut(master, part).clone(), states)
 
 
 def _torch_step(case: AccumulationCase, model: MicroBatches) -> StagedTail:
@@ -237,7 +243,7 @@ def check(case: AccumulationCase, tail: StagedTail, model: MicroBatches) -> floa
 def _check_folds(case: AccumulationCase, tail: StagedTail, model: MicroBatches) -> float:
     """A fold that writes is exact; one that adds rounds once."""
     worst = 0.0
-    sample = checks.sampled_tensors(len(model.params))
+    sample = {part.index for part in checks.sampled_parts(model.params, whole=False)}
     for fold in range(checks.STEPS):
         mains = tail.mains() if case.contract == "accumulate" else [None] * len(model.params)
         held = {i: 0.0 if mains[i] is None else mains[i].double() for i in sample}

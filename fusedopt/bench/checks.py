@@ -7,21 +7,26 @@ each tensor and, for libraries that clip in place, the rounding of the clipped g
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.contracts import COUPLED, GRAD_SCALE, HYPER, MAX_NORM, STATES, Case, Kept, Tail
-from benchmarks.workloads import Model
-from fusedopt.formats import decode_states, scale_key
-from fusedopt.reference import reference_step
-from fusedopt.specs import STATE_BLOCK
+from ..formats import decode_states, scale_key
+from ..reference import reference_step
+from ..specs import STATE_BLOCK
+from .contracts import COUPLED, GRAD_SCALE, HYPER, MAX_NORM, STATES, Case, Kept, Params, Tail, cut
+from .workloads import Model
 
 STEPS = 2  # the second one starts from states that are not zero
 
 # Relative error of a state or an update from float32 arithmetic: torch sums norms in float32, the second moment doubles
 # the norm's error, and with 10^8 elements on a CPU that came to 2^-12.
 ARITHMETIC = 2.0**-11
+
+# Elements: tensors with more are checked in three pieces, since float64 copies of all of it may not fit into memory.
+WHOLE = 1 << 26
+PIECE = 1 << 22
 
 # Relative error of clipped gradients in units of their dtype's eps: torch takes the norm of each tensor, the norm of
 # those and the product in that dtype.
@@ -39,6 +44,14 @@ class Gradient:
     """None for what ``ARITHMETIC`` covers."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A range of the elements of ``params[index]``."""
+
+    index: int
+    elements: slice
+
+
 def check(case: Case, tail: Tail, model: Model) -> float:
     """Runs the first steps of a tail and returns its largest error, as a fraction of what rounding allows.
 
@@ -46,36 +59,63 @@ def check(case: Case, tail: Tail, model: Model) -> float:
         AssertionError: an element is wrong, or not finite.
     """
     model.reset()
-    sample = sampled_tensors(len(model.params))
+    sample = sampled_parts(model.params, whole=case.rule.norms)
     gradients = clipped_gradients(case, tail, model, sample)
-    before = [tail.read(model.params[i]) for i in sample]
+    before = [tail.read(model.params[part.index], part.elements) for part in sample]
     worst = 0.0
     for step in range(1, STEPS + 1):
-        model.backward()
+        tail.backward(model)
         tail()
-        for k, i in enumerate(sample):
-            after = tail.read(model.params[i])
-            where = f"{case}: step {step}: params[{i}]"
-            worst = max(worst, _largest_error(case, tail, model.params[i], before[k], after, gradients[k], step, where))
+        for k, part in enumerate(sample):
+            param = model.params[part.index]
+            after = tail.read(param, part.elements)
+            where = f"{case}: step {step}: params[{part.index}]"
+            worst = max(worst, _largest_error(case, tail, param, part, before[k], after, gradients[k], step, where))
             before[k] = after
     return worst
 
 
-def sampled_tensors(count: int) -> list[int]:
-    """Both ends and the middle of a list: matrices and vectors, first and last chunks."""
-    return sorted({0, 1, count // 2, count // 2 + 1, count - 2, count - 1} & set(range(count)))
+def sampled_parts(params: Params, whole: bool) -> list[Part]:
+    """Tensors at both ends and in the middle of a list: matrices and vectors, first and last chunks.
+
+    Of tensors of more than ``WHOLE`` elements there are three pieces, unless ``whole`` says otherwise.
+    """
+    count = len(params)
+    indices = sorted({0, 1, count // 2, count // 2 + 1, count - 2, count - 1} & set(range(count)))
+    return [Part(i, elements) for i in indices for elements in _pieces(params[i].numel(), whole)]
 
 
-def clipped_gradients(case: Case, tail: Tail, model: Model, sample: list[int]) -> list[Gradient]:
-    """Of the sampled tensors."""
+def _pieces(numel: int, whole: bool) -> list[slice]:
+    if whole or numel <= WHOLE:
+        return [slice(0, numel)]
+    starts = (0, numel // 2 // STATE_BLOCK * STATE_BLOCK, (numel - PIECE) // STATE_BLOCK * STATE_BLOCK)
+    return [slice(start, min(start + PIECE, numel)) for start in starts[:2]] + [slice(starts[2], numel)]
+
+
+def clipped_gradients(case: Case, tail: Tail, model: Model, sample: list[Part]) -> list[Gradient]:
+    """Of the sampled parts."""
     scale = GRAD_SCALE if case.scales else 1.0
     coefficient = 1.0
     if case.clips:
-        norms = [torch.linalg.vector_norm(model.used_gradient(i)) for i in range(len(model.params))]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item() / scale
+        norm = _norm(model) / scale
         coefficient = min(1.0, MAX_NORM / (norm + 1e-6))
     coefficient /= scale
-    return [_clipped(case, tail, model.used_gradient(i), model.gradient_error(i), coefficient) for i in sample]
+
+    def clipped(part: Part) -> Gradient:
+        own = part.index, part.elements
+        return _clipped(case, tail, model.used_gradient(*own), model.gradient_error(*own), coefficient)
+
+    return [clipped(part) for part in sample]
+
+
+def _norm(model: Model) -> float:
+    """Of all gradients, in pieces: in float64 all of one may not fit into memory."""
+    sums = []
+    for i, param in enumerate(model.params):
+        for start in range(0, param.numel(), WHOLE):
+            piece = slice(start, min(start + WHOLE, param.numel()))
+            sums.append(model.used_gradient(i, piece).square().sum())
+    return math.sqrt(torch.stack(sums).sum().item())
 
 
 def _clipped(
@@ -94,6 +134,7 @@ def _largest_error(
     case: Case,
     tail: Tail,
     param: torch.nn.Parameter,
+    part: Part,
     before: Kept,
     after: Kept,
     gradient: Gradient,
@@ -116,7 +157,7 @@ def _largest_error(
         got = after.master if name == "master" else after.states[name]
         errors[name] = _ratio(got, target, bound + _rounding(case, name, param, target))
         if name == "master":
-            errors["param"] = _ratio(param.detach(), target, bound + _float_rounding(target, param.dtype))
+            errors["param"] = _ratio(cut(param, part.elements), target, bound + _float_rounding(target, param.dtype))
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= 1, f"{where}: {worst} is off by {errors[worst]:.3g} times what rounding explains"
     return errors[worst]

@@ -15,8 +15,8 @@ Libraries: ``fusedopt`` (reported as fusedopt-cuda or fusedopt-cpu), ``fusedopt-
 contract unscales; its ``update()`` is part of the tail) and ``torch-grad-scale`` (the same optimizer made to clip in
 its own kernel through ``grad_scale``, undocumented). For rules other than AdamW ``torch-foreach`` is there too, and
 ``torch-fused`` where this torch has it.
-Torch has neither Lion nor formats beyond the parameters' dtype; for those there are the libraries of
-``benchmarks/peers.py``.
+Torch has neither Lion nor formats beyond the parameters' dtype; for those there are the libraries of ``peers.py``,
+and ``graphs.py`` has captured and compiled steps.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import fusedopt
-from benchmarks.workloads import FORMATS, WORKLOADS, Format
-from fusedopt import formats
-from fusedopt.specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
+
+from .. import formats
+from ..specs import RULES, STATE_BLOCK, ParamFormatSpec, RuleSpec, StateFormatSpec
+from .workloads import FORMATS, WORKLOADS, Format, Model
 
 MAX_NORM = 1.0
 
@@ -136,6 +137,12 @@ class Case:
         return {key: getattr(torch, name) for key, name in names.items()}
 
     @property
+    def state_bytes_per_param(self) -> int:
+        """What an optimizer keeps beside an element of a large parameter; of 8-bit states, without the scales."""
+        param = torch.empty(_LARGE, dtype=self.layout.dtype, device="meta")
+        return sum(dtype.itemsize for dtype in self.at_rest(param).values())
+
+    @property
     def bytes_per_param(self) -> int:
         """The fewest bytes an element must move through memory: every tensor of a pass read or written once.
 
@@ -154,7 +161,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Kept:
-    """What an optimizer knows of one parameter, decoded: new tensors, empty states before the first step."""
+    """What an optimizer knows of part of a parameter, decoded: new flat tensors, no states before the first step."""
 
     steps: float | None
     """None where nobody counts: torch's SGD."""
@@ -170,18 +177,28 @@ class Tail:
 
     optimizer: torch.optim.Optimizer
     run: Callable[[], object]
-    read: Callable[[torch.nn.Parameter], Kept]
+    read: Callable[[torch.nn.Parameter, slice], Kept]
+    """What is known of a range of a parameter's elements, whose ends are multiples of 256 or the tensor's."""
     clips_in_place: bool = False
     """Whether clipped gradients, or their norm, are rounded to the gradients' dtype."""
     own_states: bool = False
     """Whether states are in codes of the library's own: read, to know what a step starts from, but not judged."""
+    gradients: list[torch.Tensor] | None = None
+    """Of a step in a CUDA graph: the tensors that it reads gradients from."""
 
     def __call__(self) -> None:
         self.run()
 
+    def backward(self, model: Model) -> None:
+        """Gives the step new gradients, where it looks for them."""
+        if self.gradients is None:
+            model.backward()
+        else:
+            torch._foreach_copy_(self.gradients, model.gradients)
+
 
 Params = list[torch.nn.Parameter]
-Reader = Callable[[torch.nn.Parameter], Kept]
+Reader = Callable[[torch.nn.Parameter, slice], Kept]
 Builder = Callable[[Case, Params], Tail]
 
 
@@ -200,6 +217,22 @@ def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def cut(tensor: torch.Tensor, part: slice) -> torch.Tensor:
+    """A view of a range of a contiguous tensor's elements."""
+    return tensor.detach().view(-1)[part]
+
+
+def cut_entry(entry: dict[str, object], param: torch.Tensor, part: slice) -> dict[str, object]:
+    """The state of a range of a parameter's elements: of scales of blocks, those of its blocks."""
+    blocks = slice(part.start // STATE_BLOCK, -(-part.stop // STATE_BLOCK))
+    by_size = {param.numel(): part, -(-param.numel() // STATE_BLOCK): blocks}
+    found = dict(entry)
+    for key, value in entry.items():
+        if key != "step" and torch.is_tensor(value) and value.numel() in by_size:
+            found[key] = cut(value, by_size[value.numel()])
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------- fusedopt
 
 
@@ -211,12 +244,13 @@ def fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **tra
 
 
 def fusedopt_reader(opt: torch.optim.Optimizer, case: Case) -> Reader:
-    def read(param: torch.nn.Parameter) -> Kept:
+    def read(param: torch.nn.Parameter, part: slice) -> Kept:
         entry = opt.state.get(param)
         if not entry:
-            return Kept(0 if case.rule.states else None, param.detach().clone(), {})
+            return Kept(0 if case.rule.states else None, cut(param, part).clone(), {})
+        entry = cut_entry(entry, param, part)
         states = clone(formats.decode_states(entry, case.rule))
-        return Kept(float(entry["step"]), formats.decode_master(entry, param), states)
+        return Kept(float(entry["step"]), formats.decode_master(entry, cut(param, part)), states)
 
     return read
 
@@ -274,14 +308,29 @@ def torch_tail(opt: torch.optim.Optimizer, run: Callable[[], object], clips: boo
 
 
 def torch_reader(opt: torch.optim.Optimizer, case: Case | None = None) -> Reader:
-    def read(param: torch.nn.Parameter) -> Kept:
+    def read(param: torch.nn.Parameter, part: slice) -> Kept:
         entry = opt.state.get(param)
         if not entry:
-            return Kept(None if isinstance(opt, torch.optim.SGD) else 0, param.detach().clone(), {})
+            return Kept(None if isinstance(opt, torch.optim.SGD) else 0, cut(param, part).clone(), {})
+        entry = cut_entry(entry, param, part)
         states = clone({key: value for key, value in entry.items() if key != "step"})
-        return Kept(float(entry["step"]) if "step" in entry else None, param.detach().clone(), states)
+        return Kept(float(entry["step"]) if "step" in entry else None, cut(param, part).clone(), states)
 
     return read
+
+
+def state_bytes(opt: torch.optim.Optimizer) -> int:
+    """Of all tensors in the states, each storage once, which step counters may share."""
+    tensors = [value for entry in opt.state.values() for value in entry.values() if torch.is_tensor(value)]
+    storages = [part.untyped_storage() for tensor in tensors for part in _plain_parts(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a wrapper such as torchao's 8-bit states is made of; any other tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
 
 
 def grad_scaler(device: torch.device, cls: type[torch.amp.GradScaler] = torch.amp.GradScaler) -> torch.amp.GradScaler:
@@ -296,10 +345,12 @@ def _torch_step(case: Case, params: Params) -> Tail:
 
 
 def _torch_clip_step(case: Case, params: Params) -> Tail:
-    return _clipped(torch_optimizer(case, params), params)
+    return clipped(torch_optimizer(case, params), params)
 
 
-def _clipped(opt: torch.optim.Optimizer, params: Params) -> Tail:
+def clipped(opt: torch.optim.Optimizer, params: Params) -> Tail:
+    """Clipping and a step of torch."""
+
     def run() -> None:
         clip_grad_norm_(params, MAX_NORM)
         opt.step()
@@ -313,11 +364,19 @@ def _foreach_step(case: Case, params: Params) -> Tail:
 
 
 def _foreach_clip_step(case: Case, params: Params) -> Tail:
-    return _clipped(torch_optimizer(case, params, foreach=True), params)
+    return clipped(torch_optimizer(case, params, foreach=True), params)
+
+
+def _foreach_scaler_clip_step(case: Case, params: Params) -> Tail:
+    return scaled(torch_optimizer(case, params, foreach=True), params)
 
 
 def _torch_scaler_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_optimizer(case, params)
+    return scaled(torch_optimizer(case, params), params)
+
+
+def scaled(opt: torch.optim.Optimizer, params: Params) -> Tail:
+    """GradScaler, clipping and a step of torch."""
     scaler = grad_scaler(params[0].device)
 
     def run() -> None:
@@ -365,6 +424,7 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ("torch-fused", "own_scaler_clip_step"): _torch_scaler_clip_step,
     ("torch-foreach", "step"): _foreach_step,
     ("torch-foreach", "clip_step"): _foreach_clip_step,
+    ("torch-foreach", "scaler_clip_step"): _foreach_scaler_clip_step,
     ("torch-grad-scale", "clip_step"): _grad_scale_clip_step,
     ("torch-grad-scale", "scaler_clip_step"): _grad_scale_scaler_clip_step,
 }
@@ -392,21 +452,27 @@ def other_backends(device: torch.device) -> list[str]:
 
 
 def libraries(case: Case, device: torch.device) -> list[str]:
+    """Those of ``offered`` without what is known to be slower: torch's foreach AdamW, and its GradScaler around one."""
+    slower = {"torch-foreach"} if case.optimizer == "adamw" or case.scales else set()
+    return [name for name in offered(case, device) if name not in slower]
+
+
+def offered(case: Case, device: torch.device) -> list[str]:
     """Those of fusedopt and torch that offer the case. torch has no Lion, no LAMB, no formats but plain ones."""
     names = [library for library, contract in BUILDERS if contract == case.contract]
-    return [name for name in names if name == "fusedopt" or _torch_offers(name, case, device)]
+    return [name for name in names if name == "fusedopt" or torch_offers(name, case, device)]
 
 
-def _torch_offers(library: str, case: Case, device: torch.device) -> bool:
+def torch_offers(library: str, case: Case, device: torch.device) -> bool:
     if not hasattr(torch.optim, CLASSES[case.optimizer]) or case.layout.options:
         return False
-    if library == "torch-fused":
-        return _torch_fuses(CLASSES[case.optimizer], device.type)
-    return (library == "torch-foreach") != (case.optimizer == "adamw")  # whose fused step is faster on every device
+    if library == "torch-grad-scale" and case.optimizer != "adamw":
+        return False
+    return library == "torch-foreach" or torch_fuses(CLASSES[case.optimizer], device.type)
 
 
 @functools.cache
-def _torch_fuses(name: str, device_type: str) -> bool:
+def torch_fuses(name: str, device_type: str) -> bool:
     """Whether this torch has a fused step of a class for a kind of device."""
     cls = getattr(torch.optim, name)
     if "fused" not in inspect.signature(cls).parameters:

@@ -1,0 +1,379 @@
+"""Measures cases: every library on the same tensors, in turns, after its results were checked. See ``Runner``."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import accumulation, contracts, graphs, peers, timing
+from .accumulation import AccumulationCase, MicroBatches, StagedTail
+from .checks import check
+from .contracts import Case, Tail, reported_name
+from .report import Row
+from .workloads import WORKLOADS, Model
+
+WARM_UP_STEPS = 2
+
+CACHES = (
+    "wall_ms, host_ms, gpu_ms: before each step a word of every cache line of a 256 MiB device buffer is read, "
+    "and for wall_ms and host_ms one of a 64 MiB host buffer written; gpu_warm_ms, gpu_span_ms: step follows step"
+)
+
+# Of device memory, beside what is counted: the copy's and the caches' buffers, kernels, the check, fragmentation.
+RESERVE_BYTES = {"cuda": 4 << 30, "cpu": 1 << 28}
+
+# Of a training step, kept by all libraries of a case together: parameters, new and pristine gradients.
+SHARED_TENSORS = 3
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How often everything is measured; a library has ``rounds`` turns."""
+
+    rounds: int
+    host_steps: int  # a round
+    traced_steps: int  # a round, cold and warm each
+    span_steps: int
+    copy_bytes: int
+    copies: int
+    processes: int  # for the first step, with a cold and with a warm kernel cache each
+
+
+FULL = Repeats(rounds=2, host_steps=12, traced_steps=6, span_steps=8, copy_bytes=2 << 30, copies=15, processes=2)
+FULL_CPU = Repeats(
+    rounds=10, host_steps=2, traced_steps=0, span_steps=0, copy_bytes=400_000_000, copies=15, processes=2
+)
+QUICK = Repeats(rounds=2, host_steps=2, traced_steps=2, span_steps=2, copy_bytes=16 << 20, copies=5, processes=1)
+
+
+@dataclass
+class Measured:
+    """One library on one case."""
+
+    library: str
+    tail: Tail | None = None
+    error_ratio: float | None = None  # largest error of the check, as a fraction of what rounding allows
+    error: str | None = None
+    host: timing.HostTimes = field(default_factory=timing.HostTimes)
+    device: timing.DeviceTimes = field(default_factory=timing.DeviceTimes)
+    span_ms: list[float] = field(default_factory=list)
+    state_bytes: int | None = None  # that the optimizer keeps between steps
+    temporary_bytes: int | None = None  # that a step takes for its own time
+
+
+class DeviceLost(RuntimeError):
+    """An error after which no kernel runs any more in this process."""
+
+
+class Runner:
+    """Measures cases on one device."""
+
+    def __init__(self, device: torch.device, repeats: Repeats, chosen: tuple[str, ...] = ()) -> None:
+        """chosen: the only libraries to run, as they are reported; empty for all."""
+        self.device = device
+        self.repeats = repeats
+        self.chosen = chosen
+        self.copy_gbps = [self.measure_copy()]
+        self.caches = timing.Caches(device)
+        if device.type == "cuda":
+            timing.start_profiler(self.caches)
+
+    def measure_copy(self) -> float:
+        return timing.copy_gbps(self.device, self.repeats.copy_bytes, self.repeats.copies)
+
+    def run(self, case: Case, model: Model, deadline: float = math.inf) -> list[Row]:
+        """One row a library, measured in turns. An error costs its library the row, and nobody else.
+
+        Libraries whose states do not fit into memory together are measured in groups, the first one in each of them.
+        After ``deadline`` (``time.monotonic``) nobody gets another turn but those who have had none.
+        """
+        free_memory()
+        entries = [Measured(name) for name in self.libraries(case) if self._is_chosen(name)]
+        size = self._group_size(case)
+        first, others = entries[:1], entries[1:]
+        for start in range(0, max(len(others), 1), size):
+            group = first + others[start : start + size]
+            group = self._run_group(group, case, model, deadline)
+            first, others[start : start + size] = group[:1], group[1:]
+            for entry in group[1:]:
+                entry.tail = None  # the next group may need the room
+            free_memory()
+        for param in model.params:
+            param.grad = None
+        return [self._row(case, entry) for entry in first + others]
+
+    def _run_group(self, group: list[Measured], case: Case, model: Model, deadline: float) -> list[Measured]:
+        stages = [self._prepare] + [self._measure] * self.repeats.rounds
+        for number, stage in enumerate(stages):
+            if number > 1 and time.monotonic() > deadline:
+                break
+            group = [entry if entry.error else self._attempt(stage, entry, case, model) for entry in group]
+        return group
+
+    def _attempt(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
+        try:
+            stage(entry, case, model)
+            return entry
+        except Exception as error:  # whatever it is, the other libraries' figures still count
+            text = f"{type(error).__name__}: {error}"
+        entry.tail = None
+        try:
+            timing.synchronize(self.device)
+            free_memory()
+        except RuntimeError as error:
+            raise DeviceLost(f"{case}: {reported_name(entry.library, self.device)} failed: {text}") from error
+        return Measured(entry.library, error=text)
+
+    def _is_chosen(self, library: str) -> bool:
+        return not self.chosen or reported_name(library, self.device) in self.chosen
+
+    # What is measured; a benchmark with cases of its own overrides these.
+
+    def libraries(self, case: Case) -> list[str]:
+        if isinstance(case, AccumulationCase):
+            return list(accumulation.LIBRARIES)
+        return self._own(case) + peers.installed(case, self.device)
+
+    def build(self, library: str, case: Case, model: Model) -> Tail:
+        if isinstance(case, AccumulationCase):
+            return accumulation.build(library, case, model)
+        if library in graphs.LIBRARIES:
+            return graphs.build(library, case, model.params)
+        build = contracts.build if library in self._own(case) else peers.build
+        return build(library, case, model.params)
+
+    def _own(self, case: Case) -> list[str]:
+        """The libraries that are no peers."""
+        return contracts.libraries(case, self.device) + contracts.other_backends(self.device)
+
+    def check(self, case: Case, tail: Tail, model: Model) -> float:
+        if isinstance(case, AccumulationCase):
+            return accumulation.check(case, tail, model)
+        return check(case, tail, model)
+
+    def model_key(self, case: Case) -> object:
+        """Cases with the same one share a model."""
+        return case.workload, case.layout.dtype, isinstance(case, AccumulationCase)
+
+    def make_model(self, case: Case) -> Model:
+        cls = MicroBatches if isinstance(case, AccumulationCase) else Model
+        return cls(WORKLOADS[case.workload], case.layout.dtype, self.device)
+
+    # Memory.
+
+    def too_large(self, case: Case) -> str | None:
+        """Why the case cannot be measured here: the memory that it needs; None if it fits."""
+        needed, there = self._shared_bytes(case) + self._library_bytes(case), total_bytes(self.device)
+        if needed <= there:
+            return None
+        return f"needs {needed / 1e9:.1f} GB of memory, {self.device.type} has {there / 1e9:.1f} GB"
+
+    def _group_size(self, case: Case) -> int:
+        """How many libraries have room for their states beside the first one."""
+        room = total_bytes(self.device) - self._shared_bytes(case) - self._library_bytes(case)
+        return max(1, int(room / self._library_bytes(case)))
+
+    def _shared_bytes(self, case: Case) -> int:
+        tensors = SHARED_TENSORS + (accumulation.MICRO_BATCHES - 1) * isinstance(case, AccumulationCase)
+        return WORKLOADS[case.workload].numel * tensors * case.layout.dtype.itemsize + RESERVE_BYTES[self.device.type]
+
+    def _library_bytes(self, case: Case) -> int:
+        """States as fusedopt keeps them, and a tensor more: other libraries' masters, gradients of their own."""
+        return WORKLOADS[case.workload].numel * (case.state_bytes_per_param + torch.float32.itemsize)
+
+    def _memory(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    # The stages of a library.
+
+    def _prepare(self, entry: Measured, case: Case, model: Model) -> None:
+        model.reset()  # some optimizers copy the parameters when they are made
+        for param in model.params:
+            param.grad = None
+        before = self._memory()
+        entry.tail = self.build(entry.library, case, model)
+        entry.error_ratio = self.check(case, entry.tail, model)
+        for _ in range(WARM_UP_STEPS):
+            entry.tail.backward(model)
+            entry.tail()
+        if entry.tail.optimizer is not None:
+            self._measure_memory(entry, model, before)
+
+    def _measure_memory(self, entry: Measured, model: Model, before: int) -> None:
+        if self.device.type != "cuda":
+            entry.state_bytes = contracts.state_bytes(entry.tail.optimizer)
+            return
+        entry.tail.backward(model)
+        timing.synchronize(self.device)
+        gradients = sum(param.grad.nbytes for param in model.params if param.grad is not None)
+        static = sum(gradient.nbytes for gradient in entry.tail.gradients or ())
+        begin = self._memory()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        entry.tail()
+        timing.synchronize(self.device)
+        entry.temporary_bytes = torch.cuda.max_memory_allocated(self.device) - begin
+        entry.state_bytes = max(0, begin - before - max(gradients, static))
+
+    def _measure(self, entry: Measured, case: Case, model: Model) -> None:
+        tail, caches, repeats = entry.tail, self.caches, self.repeats
+
+        def backward() -> None:
+            tail.backward(model)
+
+        if isinstance(tail, StagedTail):
+            timing.time_stages(tail.stages, tail.before, backward, caches, repeats.host_steps, entry.host)
+        else:
+            timing.time_host(tail, backward, caches, repeats.host_steps, entry.host)
+        if self.device.type == "cuda" and self._is_traced(case):
+            timing.trace_device(tail, backward, caches, repeats.traced_steps, entry.device)
+            entry.span_ms.append(timing.span_ms(tail, backward, repeats.span_steps))
+
+    def _is_traced(self, case: Case) -> bool:
+        return True
+
+    def _row(self, case: Case, entry: Measured) -> Row:
+        cold, warm = entry.device.cold, entry.device.warm
+        row = self._subject(case, entry.library)
+        row |= spread("gpu_ms", [step.ms for step in cold]) | spread("gpu_warm_ms", [step.ms for step in warm])
+        row |= spread("wall_ms", entry.host.wall) | spread("host_ms", entry.host.host)
+        row |= {
+            "gpu_span_ms": _median(entry.span_ms),
+            "launches": max((step.kernels for step in cold), default=None),
+            "memory_operations": max((step.memory_operations for step in cold), default=None),
+            "own_launches": max((sum("fusedopt" in name for name in step.names) for step in cold), default=None),
+            "state_bytes": entry.state_bytes,
+            "temporary_bytes": entry.temporary_bytes,
+            "peak_bytes": self._peak_bytes(case, entry),
+            "samples": len(entry.host.wall),
+            "traced_samples": len(cold),
+            "check_error_ratio": entry.error_ratio,
+            "error": entry.error,
+            "skipped": None,
+        }
+        return row
+
+    def _peak_bytes(self, case: Case, entry: Measured) -> int | None:
+        """In a step: parameters, one set of gradients, what the optimizer keeps, what the step takes for a while."""
+        if entry.state_bytes is None or entry.temporary_bytes is None:
+            return None
+        own = 2 * WORKLOADS[case.workload].numel * case.layout.dtype.itemsize
+        return own + entry.state_bytes + entry.temporary_bytes
+
+    def skipped_row(self, case: Case, reason: str) -> Row:
+        return self._row(case, Measured("fusedopt")) | {"skipped": reason}
+
+    def _subject(self, case: Case, library: str) -> Row:
+        workload = WORKLOADS[case.workload]
+        return {
+            "workload": case.workload,
+            "contract": case.contract,
+            "optimizer": case.optimizer,
+            "format": case.format,
+            "library": reported_name(library, self.device),
+            "params": workload.numel,
+            "tensors": len(workload.shapes),
+            "bytes_per_param": case.bytes_per_param,
+        }
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device; of the host's, what is free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def spread(key: str, values: list[float]) -> Row:
+    """Median, smallest and largest, and the quartiles."""
+    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else (_median(values),) * 3
+    return {
+        key: _median(values),
+        f"{key}_min": min(values, default=None),
+        f"{key}_max": max(values, default=None),
+        f"{key}_q1": low,
+        f"{key}_q3": high,
+    }
+
+
+def measure_cases(
+    runner: Runner,
+    cases: list[Case],
+    deadline: float,
+    progress: Progress,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
+) -> tuple[list[Row], list[str]]:
+    """Rows of all cases, and the names of those that the time limit left out, or an interrupt, which ends the run.
+
+    ``keep`` is given the rows so far after each case.
+    """
+    rows: list[Row] = []
+    left_out: list[str] = []
+    model, subject = None, None
+    task = progress.add_task("", total=len(cases))
+    for case in cases:
+        progress.update(task, description=str(case))
+        if time.monotonic() > deadline:
+            left_out.append(str(case))
+        elif reason := runner.too_large(case):
+            rows.append(runner.skipped_row(case, reason))
+        else:
+            try:
+                if subject != runner.model_key(case):
+                    subject, model = runner.model_key(case), None  # two models might not fit into memory
+                    free_memory()
+                    model = runner.make_model(case)
+                rows += runner.run(case, model, deadline)
+            except torch.OutOfMemoryError as error:  # of the model itself: others are using the device
+                subject, model = None, None
+                rows.append(runner.skipped_row(case, f"the device is too full: {str(error).splitlines()[0]}"))
+            except KeyboardInterrupt:
+                deadline = 0.0
+                left_out.append(str(case))
+            except DeviceLost as error:
+                deadline = 0.0
+                rows.append(runner.skipped_row(case, "") | {"error": f"the device is lost: {error}", "skipped": None})
+            keep(rows)
+        progress.advance(task)
+    model = None
+    if deadline:
+        free_memory()
+    return rows, left_out
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more; optimizers may sit in reference cycles, and they are large."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def add_floor(rows: list[Row], copy_gbps: float, measured: str) -> None:
+    """The time a row's bytes take at the bandwidth of a copy, its share of the time ``measured``, and GB/s."""
+    for row in rows:
+        counted = row["bytes_per_param"] is not None
+        row["floor_ms"] = row["params"] * row["bytes_per_param"] / copy_gbps / 1e6 if counted else None
+        known = counted and not row["error"] and row[measured] is not None
+        row["efficiency"] = row["floor_ms"] / row[measured] if known else None
+        row["gbps"] = row["efficiency"] * copy_gbps if known else None

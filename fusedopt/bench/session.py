@@ -1,0 +1,150 @@
+"""A run of ``fusedopt bench``: the libraries that were asked for on the chosen cases, and what the JSON file holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import accumulation, contracts, graphs, peers, timing
+from .accumulation import AccumulationCase
+from .contracts import Case
+from .report import Row, environment, write
+from .runner import CACHES, WARM_UP_STEPS, Repeats, Runner, add_floor, measure_cases, progress_bar
+
+TORCH = ("torch-fused", "torch-foreach", "torch-grad-scale", "torch-captured", "torch-compiled")
+PEERS = (*TORCH, *peers.MODULES)
+"""That ``--against`` takes, beside "torch", "all", "default" and "none"."""
+
+SLOW_TO_COMPILE = ("torch-compiled", "torchao")
+"""Minutes for a thousand tensors: run when they are asked for."""
+
+STEADY = 0.9  # copies at the start and at the end that differ by more mean that something else was running
+
+
+def resolve_peers(names: Iterable[str]) -> tuple[str, ...]:
+    """What ``--against`` names, each also as a list with commas.
+
+    Raises:
+        ValueError: there is no such library.
+    """
+    groups = {
+        "torch": TORCH,
+        "all": PEERS,
+        "default": tuple(name for name in PEERS if name not in SLOW_TO_COMPILE),
+        "none": (),
+    }
+    found: list[str] = []
+    for name in (part.strip() for text in names for part in text.split(",")):
+        if name not in groups and name not in PEERS:
+            raise ValueError(f"got {name!r}, expected some of {', '.join([*groups, *PEERS])}")
+        found += groups.get(name, (name,))
+    return tuple(dict.fromkeys(found))
+
+
+class BenchRunner(Runner):
+    """Measures fusedopt, and beside it those of ``against`` that offer a case and are installed."""
+
+    def __init__(self, device: torch.device, repeats: Repeats, against: tuple[str, ...], backends: tuple[str, ...]):
+        super().__init__(device, repeats)
+        self.against, self.backends = against, backends
+        self.triad_gbps = timing.triad_gbps(device, repeats.copy_bytes, repeats.copies)
+
+    def libraries(self, case: Case) -> list[str]:
+        if isinstance(case, AccumulationCase):
+            return [name for name in accumulation.LIBRARIES if name == "fusedopt" or name in self.against]
+        ours = ["fusedopt", *[f"fusedopt-{name}" for name in self.backends]]
+        ours = [name for name in ours if name == "fusedopt" or name in contracts.other_backends(self.device)]
+        captured = graphs.offered(case, self.device)
+        ours += [name for name in captured if name == "fusedopt-captured" and "torch-captured" in self.against]
+        there = [*contracts.offered(case, self.device), *captured, *self._installed(case)]
+        return ours + [name for name in there if name in self.against]
+
+    def _installed(self, case: Case) -> list[str]:
+        wanted = [name for name in peers.offered(case, self.device) if name in self.against]
+        return [name for name in wanted if peers.why_missing(name) is None]
+
+    def _own(self, case: Case) -> list[str]:
+        return [*contracts.offered(case, self.device), *contracts.other_backends(self.device)]
+
+
+def measure(
+    runner: BenchRunner,
+    cases: list[Case],
+    deadline: float,
+    console: Console,
+    command: str,
+    path: Path | None = None,
+) -> Row:
+    """Runs the cases; the JSON file is written after each one, so that what was measured outlives the process."""
+    facts = environment(runner.device) | {"command": command, "load_average": os.getloadavg()[0]}
+    start = time.monotonic()
+
+    def keep(rows: list[Row], left_out: Iterable[str] = ()) -> Row:
+        result = facts | _result(runner, cases, rows, list(left_out)) | {"seconds": time.monotonic() - start}
+        write(path, result)
+        return result
+
+    with progress_bar(console) as progress:
+        rows, left_out = measure_cases(runner, cases, deadline, progress, keep)
+    runner.copy_gbps.append(runner.measure_copy())
+    return keep(rows, left_out)
+
+
+def _result(runner: BenchRunner, cases: list[Case], rows: list[Row], left_out: list[str]) -> Row:
+    device = runner.device
+    copy_gbps = max(runner.copy_gbps)
+    add_floor(rows, copy_gbps, measured="gpu_ms" if device.type == "cuda" else "wall_ms")
+    wanted = {name for case in cases for name in peers.offered(case, device) if name in runner.against}
+    missing = {name: reason for name in sorted(wanted) if (reason := peers.why_missing(name)) is not None}
+    return {
+        "device_type": device.type,
+        "copy_gbps": copy_gbps,
+        "copy_gbps_start_end": list(runner.copy_gbps),
+        "triad_gbps": runner.triad_gbps,
+        "method": _method(runner),
+        "rows": rows,
+        "left_out": left_out,
+        "library_versions": {name: peers.version(name) for name in sorted(wanted - missing.keys())},
+        "missing_libraries": missing,
+    }
+
+
+def _method(runner: BenchRunner) -> Row:
+    repeats = runner.repeats
+    return {
+        "order": f"libraries in turns, {repeats.rounds} rounds of {repeats.host_steps} steps for wall and host time "
+        f"and {repeats.traced_steps} traced ones, cold and warm each",
+        "figures": "medians; _q1 and _q3 are quartiles, _min and _max extremes",
+        "warm_up": f"2 checked steps against the float64 reference and {WARM_UP_STEPS} more before anything is timed",
+        "caches": CACHES,
+        "floor": "bytes_per_param of all parameters at the best copy of the run (bytes read and written)",
+    }
+
+
+def print_end(console: Console, result: Row) -> None:
+    """What the table does not say."""
+    console.print(
+        f"{result['device']}, torch {result['torch']}, copy {result['copy_gbps']:.1f} GB/s, "
+        f"triad {result['triad_gbps']:.1f} GB/s",
+        highlight=False,
+    )
+    if min(result["copy_gbps_start_end"]) < STEADY * result["copy_gbps"]:
+        first, last = result["copy_gbps_start_end"][0], result["copy_gbps_start_end"][-1]
+        console.print(
+            f"NOT A QUIET MACHINE: copies ran at {first:.1f} GB/s before the rows and at {last:.1f} after them, "
+            f"the load average at the start was {result['load_average']:.1f}; do not quote these figures"
+        )
+    for library, reason in result["missing_libraries"].items():
+        console.print(f"missing, so not compared with: {library} ({reason})", markup=False)
+    if result["left_out"]:
+        console.print(f"left out by the time limit or an interrupt: {', '.join(result['left_out'])}", markup=False)
+
+
+def failed_rows(result: Row, own: bool) -> list[Row]:
+    """Rows with an error: fusedopt's, or other libraries'."""
+    return [row for row in result["rows"] if row["error"] and str(row["library"]).startswith("fusedopt") == own]

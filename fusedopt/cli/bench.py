@@ -1,0 +1,231 @@
+"""``fusedopt bench``: the step tail, timed beside other libraries'.
+
+Exit codes. Of a run, 0: done, 1: a case of fusedopt's failed; of ``compare``, 1: something regressed; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+__all__ = ["bench"]
+
+_SUITES = ("standard", "formats", "rules", "sizes", "host", "full", "quick")
+
+
+def _several(name: str, parameter: str, text: str):
+    return click.option(f"--{name}", parameter, multiple=True, metavar=name.upper(), help=text + " May be repeated.")
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@click.option("--suite", type=click.Choice(_SUITES), help="Which cases. Default: standard, if no case is named.")
+@_several("workload", "workloads", "Only these models; --list names them.")
+@_several("optimizer", "optimizers", "Only these rules, such as adamw.")
+@_several("format", "formats", "Only these formats, such as fp32 or bf16+split16.")
+@_several("contract", "contracts", "Only these: step, clip_step, scaler_clip_step, accumulate, ...")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="LIBRARY",
+    help="Compare with these: a list with commas of torch-fused, apex, ..., or torch, default, all, none. --list names "
+    "them. Default: all that are installed, but for those that compile for minutes.",
+)
+@click.option("--backend", "backends", multiple=True, type=click.Choice(["triton"]), help="fusedopt on this one too.")
+@click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is one.")
+@click.option("--quick", is_flag=True, help="A smoke run: few repetitions; a tiny model, if no case is named.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each library.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
+@click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Start no case after so long.")
+@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw plots into this folder.")
+@click.option("--list", "listing", is_flag=True, help="Name workloads, formats, ... and libraries, and run nothing.")
+def bench(context, listing, **options) -> None:
+    """Time the step tail of fusedopt beside other libraries', each checked first against the float64 reference."""
+    if context.invoked_subcommand is not None:
+        return
+    _require_numpy()
+    if listing:
+        _show_names(options["device_type"] or _default_device())
+        return
+    started = time.monotonic()
+    cases, runner = _planned(options)
+    limit = options["time_limit"]
+    deadline = float("inf") if limit is None else started + limit
+    _run(cases, runner, deadline, options["path"], options["plots"])
+
+
+def _require_numpy() -> None:
+    try:
+        import numpy  # noqa: F401
+    except ImportError as error:
+        raise click.UsageError('this needs numpy, which is not installed; pip install "fusedopt[bench]"') from error
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _planned(options):
+    """Cases and a runner for them; all that may be wrong with the options is noticed here."""
+    import torch
+
+    from ..bench.runner import FULL, FULL_CPU, QUICK
+    from ..bench.session import BenchRunner, resolve_peers
+    from ..bench.suites import select_cases
+
+    device_type = options["device_type"] or _default_device()
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("got cuda, but torch finds no GPU here; use cpu", param_hint="--device")
+    chosen = {key: options[key] for key in ("workloads", "optimizers", "formats", "contracts")}
+    _check_names(chosen)
+    suite = options["suite"]
+    if suite is None and not any(chosen.values()):
+        suite = "quick" if options["quick"] else "standard"
+    cases = select_cases(suite, device_type, **chosen)
+    if not cases:
+        raise click.UsageError(f"the suite {suite} has no such case; leave out --suite to combine freely")
+    try:
+        against = resolve_peers(options["against"] or ("default",))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--against") from error
+    _check_outputs(options["path"], options["plots"])
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    repeats = QUICK if options["quick"] else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
+    if options["rounds"]:
+        repeats = replace(repeats, rounds=options["rounds"])
+    return cases, BenchRunner(torch.device(device_type), repeats, against, options["backends"])
+
+
+def _check_names(chosen) -> None:
+    from ..bench.suites import CONTRACTS, OPTIMIZERS
+    from ..bench.workloads import FORMATS, WORKLOADS
+
+    known = {"workloads": WORKLOADS, "optimizers": (*OPTIMIZERS, "none"), "formats": FORMATS, "contracts": CONTRACTS}
+    for key, names in chosen.items():
+        for name in names:
+            if name not in known[key]:
+                raise click.BadParameter(
+                    f"got {name!r}, expected one of {', '.join(known[key])}", param_hint=f"--{key.removesuffix('s')}"
+                )
+
+
+def _check_outputs(path: Path | None, plots: Path | None) -> None:
+    for folder in [path.parent] * bool(path) + [plots] * bool(plots):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise click.UsageError(f"{folder} cannot be made: {error.strerror}; name another place") from error
+    if plots:
+        _require_matplotlib()
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise click.UsageError(
+            'plots need matplotlib, which is not installed; pip install "fusedopt[bench]"'
+        ) from error
+
+
+def _show_names(device_type: str) -> None:
+    from ..bench import peers
+    from ..bench.session import PEERS
+    from ..bench.suites import CONTRACTS, OPTIMIZERS
+    from ..bench.workloads import FORMATS, WORKLOADS
+
+    console = _console()
+    for title, names in (("formats", FORMATS), ("contracts", CONTRACTS), ("optimizers", OPTIMIZERS)):
+        console.print(f"[bold]{title}[/]: {', '.join(names)}")
+    sizes = [f"{name} ({one.numel:,} in {len(one.shapes):,})" for name, one in WORKLOADS.items()]
+    console.print(f"[bold]workloads[/], elements in tensors: {', '.join(sizes)}", highlight=False)
+    console.print("[bold]libraries[/]:")
+    for name in PEERS:
+        reason = peers.why_missing(name) if name in peers.MODULES else None
+        elsewhere = device_type not in peers.DEVICES.get(name, (device_type,))
+        console.print(
+            f"  {name}{f': missing ({reason})' if reason else ''}{', for GPUs' if elsewhere else ''}", markup=False
+        )
+
+
+def _run(cases, runner, deadline: float, path: Path | None, plots: Path | None) -> None:
+    from ..bench.report import print_rows
+    from ..bench.session import failed_rows, measure, print_end
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
+    console = _console()
+    command = " ".join(["fusedopt", *sys.argv[1:]])
+    result = measure(runner, cases, deadline, console, command, path)
+    print_rows(console, result["rows"])
+    print_end(console, result)
+    if plots:
+        _draw([result], plots, console)
+    sys.exit(1 if failed_rows(result, own=True) else 0)
+
+
+def _draw(results, folder: Path, console) -> None:
+    from ..bench.plots import draw
+
+    for path in draw(results, folder):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@bench.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--tolerance", type=click.FloatRange(min=0), help="Relative change that is no regression, such as 0.02.")
+@click.option("--all", "every", is_flag=True, help="Show what is the same too.")
+def compare(before: Path, after: Path, tolerance: float | None, every: bool) -> None:
+    """Flag what became slower from one JSON file to another. Exit code 1: something did."""
+    from ..bench.compare import compare as changes_of
+    from ..bench.compare import load, print_changes, warnings
+
+    console = _console()
+    try:
+        first, second = load(before), load(after)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    for text in warnings(first, second):
+        console.print(f"WARNING: {text}", style="yellow", markup=False)
+    changes, only = changes_of(first, second, tolerance)
+    if not changes:
+        raise click.UsageError(f"{before} and {after} have no row in common")
+    print_changes(console, changes, every)
+    for name in only:
+        console.print(name, markup=False, highlight=False)
+    regressions = sum(change.is_regression for change in changes)
+    console.print(f"{len(changes)} figures compared, {regressions} regressed", highlight=False)
+    sys.exit(1 if regressions else 0)
+
+
+@bench.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the plots.")
+def plot(results: tuple[Path, ...], out: Path) -> None:
+    """Draw the plots of one or more JSON files of one device."""
+    from ..bench.compare import load
+
+    _check_outputs(None, out)
+    try:
+        loaded = [load(path) for path in results]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    devices = sorted({str(result.get("device")) for result in loaded})
+    if len(devices) > 1:
+        raise click.UsageError(f"the results are of different devices: {', '.join(devices)}; plot them apart")
+    _draw(loaded, out, _console())
