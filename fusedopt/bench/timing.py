@@ -38,6 +38,25 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def start_clock(device: torch.device) -> Callable[[Callable], float]:
+    """A point in the device's time; called with a later one it returns milliseconds, once the device is done."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return _Moment(event.elapsed_time, event)
+    now = perf_counter_ns()
+    return _Moment(lambda later: (later - now) / NS_PER_MS, now)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    until: Callable[[object], float]
+    at: object
+
+    def __call__(self, later: _Moment) -> float:
+        return self.until(later.at)
+
+
 class Caches:
     """Empties the caches of host and device, so that a step meets memory as it is after a backward pass elsewhere."""
 

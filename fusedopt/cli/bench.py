@@ -125,7 +125,7 @@ def _check_names(chosen) -> None:
 
 
 def _check_outputs(path: Path | None, plots: Path | None) -> None:
-    for folder in [path.parent] * bool(path) + [plots] * bool(plots):
+    for folder in ([path.parent] if path else []) + ([plots] if plots else []):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

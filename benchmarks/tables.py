@@ -1,0 +1,165 @@
+"""Writes the tables of docs/performance.md from the results, between markers, and leaves the rest of the page alone.
+
+    python benchmarks/tables.py            # after new results were put into benchmarks/results/
+    python benchmarks/tables.py --check    # exit code 1 if the page is not what this would write
+
+A marker names a file of ``benchmarks/results/`` and may choose rows, by any of their names:
+
+    <!-- table: step-h100.json workload=llama-1.3B,gpt2-124M contract=clip_step -->
+    <!-- end of table -->
+
+Every row is given the command that measures it again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # the checkout, when started as a file
+
+from fusedopt.bench import suites
+from fusedopt.bench.report import Row
+
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+MARKER = re.compile(r"(<!-- table: (?P<file>\S+)(?P<filters>[^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+NAMES = ("workload", "optimizer", "format", "contract", "library")
+
+Column = tuple[str, str]
+"""Title and key of a row."""
+
+STEP_COLUMNS: list[Column] = [
+    ("B/param", "bytes_per_param"),
+    ("GPU ms", "gpu_ms"),
+    ("launches", "launches"),
+    ("share of the floor", "efficiency"),
+    ("wall ms", "wall_ms"),
+    ("host ms", "host_ms"),
+    ("state B/param", "state_bytes"),
+    ("peak GB", "peak_bytes"),
+]
+TRAINING_COLUMNS: list[Column] = [
+    ("step ms", "step_ms"),
+    ("tail ms", "tail_ms"),
+    ("tail's share", "tail_share"),
+    ("tokens/s", "tokens_per_s"),
+    ("over torch's best", "speedup"),
+    ("peak GB", "peak_bytes"),
+]
+
+
+def fill(page: str, results: Path = RESULTS) -> str:
+    """The page with the tables that its markers ask for.
+
+    Raises:
+        click.ClickException: a marker names a file that is not there, or chooses by something that rows do not have.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        path = results / match["file"]
+        if not path.is_file():
+            raise click.ClickException(f"{PAGE.name}: a marker names {match['file']}, which is not in {results}")
+        result = json.loads(path.read_text())
+        rows = chosen(result["rows"], match["filters"])
+        return f"{match[1]}\n{header(result)}\n\n{markdown(rows, result)}\n\n{match[4]}"
+
+    return MARKER.sub(table, page)
+
+
+def chosen(rows: list[Row], filters: str) -> list[Row]:
+    """The rows that a marker chooses."""
+    for part in filters.split():
+        key, _, values = part.partition("=")
+        if key not in NAMES or not values:
+            raise click.ClickException(f"{PAGE.name}: got {part!r} in a marker, expected {'=..., '.join(NAMES)}=...")
+        rows = [row for row in rows if str(row[key]) in values.split(",")]
+    return rows
+
+
+def header(result: Row) -> str:
+    """Where and when."""
+    facts = [str(result["device"]), f"torch {result['torch']}"]
+    facts += [f"driver {result['driver']}"] if result.get("driver") else []
+    facts += [f"Triton {result['triton']}"] if result.get("triton") else []
+    facts += [f"{name} {version}" for name, version in (result.get("library_versions") or {}).items()]
+    facts += [f"{result['threads']} threads"] if not result.get("driver") else []
+    facts += [str(result["date"])[:10], f"commit {str(result['commit'])[:7]}"]
+    facts += [f"copy {result['copy_gbps']:,.1f} GB/s"] if result.get("copy_gbps") else []
+    facts += [f"triad {result['triad_gbps']:,.1f} GB/s"] if result.get("triad_gbps") else []
+    lines = [", ".join(facts) + "."]
+    if missing := result.get("missing_libraries"):
+        lines.append(f"Missing, so not compared with: {', '.join(missing)}.")
+    if result.get("left_out"):
+        lines.append(f"Left out by the time limit: {', '.join(result['left_out'])}.")
+    return " ".join(lines)
+
+
+def markdown(rows: list[Row], result: Row) -> str:
+    """One line a row, columns that no row fills left out."""
+    training = any(row["contract"] == "train_step" for row in rows)
+    columns = [one for one in (TRAINING_COLUMNS if training else STEP_COLUMNS) if any(row.get(one[1]) for row in rows)]
+    device_type = result.get("device_type") or ("cuda" if result.get("driver") else "cpu")
+    titles = ["what", "library", *(title for title, _ in columns), "again"]
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
+    for row in rows:
+        what = str(row["workload"]) if training else " ".join(str(row[name]) for name in NAMES[:-1])
+        cells = _cells(row, [key for _, key in columns])
+        lines.append(f"| {' | '.join([what, str(row['library']), *cells, f'`{command(row, device_type)}`'])} |")
+    return "\n".join(lines)
+
+
+def _cells(row: Row, keys: list[str]) -> list[str]:
+    if row["error"] or row.get("skipped"):
+        reason = f"failed: {row['error']}" if row["error"] else f"skipped: {row['skipped']}"
+        return [" ".join(reason.replace("|", "/").split())[:120]] + [""] * (len(keys) - 1)
+    return [_cell(row, key) for key in keys]
+
+
+def _cell(row: Row, key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return "–"
+    if key in ("efficiency", "tail_share"):
+        return f"{100 * value:.1f}%"
+    if key == "state_bytes":
+        return f"{value / row['params']:.2f}"
+    if key == "peak_bytes":
+        return f"{value / 1e9:.2f}"
+    if key.endswith("_ms"):
+        low, high = row.get(f"{key}_q1"), row.get(f"{key}_q3")
+        return f"{value:.3f}" + ("" if low is None else f" ± {(high - low) / 2:.3f}")
+    return f"{value:.3f}×" if key == "speedup" else f"{value:,.0f}"
+
+
+def command(row: Row, device_type: str) -> str:
+    """The one command that measures a row again."""
+    if row["contract"] == "train_step":
+        return f"python benchmarks/train_step.py --device {device_type}"
+    if suites.known(row):
+        return suites.command_of(row, device_type)
+    script = "step.py" if row["contract"] == "torch_scaler_clip_step" else "loop.py"
+    case = "/".join(str(row[name]) for name in NAMES[:-1])
+    return f"python benchmarks/{script} --device {device_type} --select {case}"
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 if the page is out of date.")
+def main(check: bool) -> None:
+    before = PAGE.read_text()
+    after = fill(before)
+    if check and before != after:
+        raise click.ClickException(f"{PAGE.name} is out of date; run python benchmarks/tables.py")
+    if not check:
+        PAGE.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""How much of a whole training step the step tail is: GPT-2 124M and a GPT of 1.3 billion parameters on one device.
+
+    python benchmarks/train_step.py --device cuda --json benchmarks/results/train-step-h100.json
+    python benchmarks/train_step.py --quick                                     # does it run? a tiny model, CPU
+
+The models are the GPT of ``examples/_gpt.py`` with GPT-2's vocabulary, float32 under bfloat16 autocast, random tokens
+in sequences of 1024; a batch of one sequence, and a large one. The tail is clipping to a norm of 1.0 and AdamW:
+``fusedopt``; ``torch-fused``: ``clip_grad_norm_`` and ``AdamW(fused=True)``; ``torch-grad-scale``: the same made to
+clip in its kernel, the strongest of torch. All train the same parameters, in turns of some steps, after their updates
+were checked against the float64 reference. Medians over steps:
+
+* ``step_ms``: from one step's start to the next on the device (CUDA events; on a CPU the host's clock), gaps included;
+* ``tail_ms``, ``tail_share``: from the end of the backward pass to the end of the update;
+* ``tokens_per_s``; ``speedup``: of the whole step, over the better of torch's two;
+* ``peak_bytes``: most memory in use during a step, without the states of the others; GPUs only.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
+
+from examples._gpt import GPT
+from fusedopt.bench import contracts
+from fusedopt.bench.checks import check
+from fusedopt.bench.contracts import Case, Tail, reported_name
+from fusedopt.bench.report import Row, environment, write
+from fusedopt.bench.runner import free_memory, progress_bar, spread
+from fusedopt.bench.timing import start_clock, synchronize
+from fusedopt.bench.workloads import BorrowedModel
+
+CONTRACT = "train_step"
+LIBRARIES = ("fusedopt", "torch-fused", "torch-grad-scale")
+
+TAIL = Case("gpt2-124M", "adamw", "fp32", "clip_step")  # of the workload, the one param group alone matters
+
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batches, in sequences."""
+
+    name: str
+    vocabulary: int
+    context: int
+    width: int
+    layers: int
+    batches: tuple[int, ...]
+    rounds: int
+    steps: int
+    """Of a library in a round."""
+
+
+SIZES = (
+    Size("gpt2-124M", 50257, 1024, 768, 12, batches=(1, 32), rounds=3, steps=8),
+    Size("gpt-1.3B", 50257, 1024, 2048, 24, batches=(1, 8), rounds=2, steps=6),
+)
+TINY = (Size("tiny", 256, 16, 64, 2, batches=(1, 2), rounds=2, steps=2),)
+
+
+@dataclass
+class Measured:
+    """One library in training."""
+
+    library: str
+    tail: Tail | None = None
+    check_error_ratio: float | None = None
+    state_bytes: int = 0
+    peak_bytes: int | None = None
+    error: str | None = None
+    step_ms: list[float] = field(default_factory=list)
+    tail_ms: list[float] = field(default_factory=list)
+
+
+class Training:
+    """A model that several libraries train in turns."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device = size, device
+        torch.manual_seed(0)
+        with device:
+            self.model = GPT(size.context, size.width, size.layers)
+            self.model.token = torch.nn.Embedding(size.vocabulary, size.width)  # GPT's own is for bytes
+            torch.nn.init.normal_(self.model.token.weight, std=0.02)
+        self.params = list(self.model.parameters())
+        self.entries = [Measured(library) for library in LIBRARIES]
+
+    def prepare(self) -> None:
+        """Makes the tails and checks them on random gradients; the parameters are then what they were."""
+        kept = [param.detach().cpu() for param in self.params]
+        borrowed = BorrowedModel(self.params)
+        for entry in self.entries:
+            self.attempt(entry, lambda entry=entry: self._build(entry, borrowed))
+        for param, value in zip(self.params, kept):
+            param.grad = None
+            param.detach().copy_(value)
+        free_memory()
+
+    def _build(self, entry: Measured, borrowed: BorrowedModel) -> None:
+        entry.tail = contracts.build(entry.library, TAIL, self.params)
+        entry.check_error_ratio = check(TAIL, entry.tail, borrowed)
+        entry.state_bytes = contracts.state_bytes(entry.tail.optimizer)
+
+    def attempt(self, entry: Measured, run: Callable[[], object]) -> None:
+        """An error, such as too little memory, costs the library its row."""
+        if entry.error:
+            return
+        try:
+            run()
+            return
+        except Exception as error:
+            entry.error = f"{type(error).__name__}: {error}"
+        entry.tail, entry.state_bytes = None, 0
+        self.model.zero_grad()
+        free_memory()
+
+    def measure(self, batch: int) -> list[Row]:
+        """Rows of a batch size."""
+        for entry in self.entries:
+            entry.step_ms, entry.tail_ms, entry.peak_bytes = [], [], None
+        tokens = torch.randint(self.size.vocabulary, (batch, self.size.context + 1), device=self.device)
+        for turn in range(self.size.rounds):
+            for entry in self.entries:
+                steps = self.size.steps + (WARM_UP_STEPS if turn == 0 else 0)
+                self.attempt(entry, lambda entry=entry, steps=steps: self._train(entry, tokens, steps))
+        rows = [self._row(entry, batch) for entry in self.entries]
+        _add_speedups(rows)
+        return rows
+
+    def _train(self, entry: Measured, tokens: torch.Tensor, steps: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        clocks = []
+        for _ in range(steps):
+            begin = start_clock(self.device)
+            entry.tail.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = self.model.loss(tokens)
+            loss.backward()
+            middle = start_clock(self.device)
+            entry.tail()
+            clocks.append((begin, middle))
+        last = start_clock(self.device)
+        synchronize(self.device)
+        ends = [begin for begin, _ in clocks[1:]] + [last]
+        timed = slice(steps - self.size.steps, None)
+        entry.step_ms += [begin(end) for (begin, _), end in zip(clocks, ends)][timed]
+        entry.tail_ms += [middle(end) for (_, middle), end in zip(clocks, ends)][timed]
+        if not loss.isfinite():
+            raise AssertionError(f"the loss is {loss.item()} after {steps} steps, expected a finite one")
+        if self.device.type == "cuda":
+            others = sum(other.state_bytes for other in self.entries if other is not entry)
+            entry.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others
+
+    def _row(self, entry: Measured, batch: int) -> Row:
+        step, tail = (statistics.median(times) if times else None for times in (entry.step_ms, entry.tail_ms))
+        failed = entry.error is not None
+        return {
+            "workload": f"{self.size.name}, batch {batch} x {self.size.context}",
+            "optimizer": "adamw",
+            "format": "fp32",
+            "contract": CONTRACT,
+            "library": reported_name(entry.library, self.device),
+            "params": sum(param.numel() for param in self.params),
+            "tensors": len(self.params),
+            "tokens": batch * self.size.context,
+            **spread("step_ms", entry.step_ms),
+            **spread("tail_ms", entry.tail_ms),
+            "tail_share": None if failed else tail / step,
+            "tokens_per_s": None if failed else batch * self.size.context / step * 1e3,
+            "speedup": None,
+            "state_bytes": entry.state_bytes,
+            "peak_bytes": entry.peak_bytes,
+            "samples": len(entry.step_ms),
+            "check_error_ratio": entry.check_error_ratio,
+            "error": entry.error,
+        }
+
+
+def _add_speedups(rows: list[Row]) -> None:
+    """Of ours: how many times as many tokens a second as with the better of torch's ways."""
+    torchs = [row["step_ms"] for row in rows if row["library"].startswith("torch") and not row["error"]]
+    for row in rows:
+        if row["library"].startswith("fusedopt") and torchs and not row["error"]:
+            row["speedup"] = min(torchs) / row["step_ms"]
+
+
+def measure(device: torch.device, sizes: tuple[Size, ...], deadline: float, console: Console) -> Row:
+    rows: list[Row] = []
+    left_out: list[str] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=sum(len(size.batches) for size in sizes))
+        for size in sizes:
+            training = None
+            for batch in size.batches:
+                progress.update(task, description=f"{size.name}, batch {batch}")
+                if time.monotonic() > deadline:
+                    left_out.append(f"{size.name}, batch {batch} x {size.context}")
+                else:
+                    if training is None:
+                        training = Training(size, device)
+                        training.prepare()
+                    rows += training.measure(batch)
+                progress.advance(task)
+            training = None
+            free_memory()
+    return environment(device) | {"rows": rows, "left_out": left_out}
+
+
+def print_table(console: Console, result: Row) -> None:
+    table = Table(title="one training step, medians", box=None, pad_edge=False)
+    table.add_column("model / library", no_wrap=True)
+    for column in ("step ms", "tail ms", "tail", "tokens/s", "over torch", "peak GB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    model = None
+    for row in result["rows"]:
+        if row["workload"] != model:
+            model = row["workload"]
+            table.add_row(model, style="bold")
+        cells = ["failed"]
+        if not row["error"]:
+            cells = [f"{row['step_ms']:.2f}", f"{row['tail_ms']:.3f}", f"{100 * row['tail_share']:.1f}%"]
+            cells += [f"{row['tokens_per_s']:,.0f}", "-" if row["speedup"] is None else f"{row['speedup']:.3f}x"]
+            cells += ["-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"]
+        table.add_row(f"  {row['library']}", *cells)
+    console.print(table)
+    for row in result["rows"]:
+        if row["error"]:
+            console.print(f"FAILED {row['workload']} {row['library']}: {row['error']}", markup=False)
+    if result["left_out"]:
+        console.print(f"left out by the time limit: {', '.join(result['left_out'])}", markup=False)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
+@click.option("--quick", is_flag=True, help="A smoke run: a tiny model, few steps.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
+@click.option("--time-limit", type=float, default=240, show_default=True, help="Start no batch after so many seconds.")
+@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
+def main(device_type: str, quick: bool, threads: int | None, time_limit: float, path: Path | None) -> None:
+    deadline = time.monotonic() + time_limit
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if threads:
+        torch.set_num_threads(threads)
+    result = measure(torch.device(device_type), TINY if quick else SIZES, deadline, console)
+    write(path, result)
+    print_table(console, result)
+    sys.exit(1 if any(row["error"] and row["library"].startswith("fusedopt") for row in result["rows"]) else 0)
+
+
+if __name__ == "__main__":
+    main()
