@@ -20,12 +20,12 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # the checkout, when started as a file
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 from fusedopt.bench import suites
 from fusedopt.bench.report import Row
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 

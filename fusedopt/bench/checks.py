@@ -25,7 +25,7 @@ STEPS = 2  # the second one starts from states that are not zero
 ARITHMETIC = 2.0**-11
 
 # Elements: tensors with more are checked in three pieces, since float64 copies of all of it may not fit into memory.
-WHOLE = 1 << 26
+WHOLE = 1 << 25
 PIECE = 1 << 22
 
 # Relative error of clipped gradients in units of their dtype's eps: torch takes the norm of each tensor, the norm of

@@ -88,7 +88,20 @@ def write(path: Path | None, result: Row) -> None:
 def print_rows(console: Console, rows: list[Row]) -> None:
     table = Table(title="one step tail: medians, half of the interquartile range", box=None, pad_edge=False)
     table.add_column("case / library", no_wrap=True)
-    columns = ("GPU ms", "", "floor", "share", "launches", "wall ms", "", "host ms", "", "state B/param", "peak GB")
+    columns = (
+        "GPU ms",
+        "",
+        "floor",
+        "share",
+        "GB/s",
+        "launches",
+        "wall ms",
+        "",
+        "host ms",
+        "",
+        "state B/param",
+        "peak GB",
+    )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     case = None
@@ -114,7 +127,8 @@ def _cells(row: Row) -> list[str]:
     kept, peak = row.get("state_bytes"), row.get("peak_bytes")
     memory = ["-" if kept is None else f"{kept / row['params']:.2f}", "-" if peak is None else f"{peak / 1e9:.2f}"]
     gpu, wall, host = (_with_spread(row, key) for key in ("gpu_ms", "wall_ms", "host_ms"))
-    return [*gpu, floor, share, launches, *wall, *host, *memory]
+    rate = "-" if row.get("gbps") is None else f"{row['gbps']:,.1f}"
+    return [*gpu, floor, share, rate, launches, *wall, *host, *memory]
 
 
 def _with_spread(row: Row, key: str) -> tuple[str, str]:

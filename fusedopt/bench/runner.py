@@ -95,13 +95,16 @@ class Runner:
         """One row a library, measured in turns. An error costs its library the row, and nobody else.
 
         Libraries whose states do not fit into memory together are measured in groups, the first one in each of them.
-        After ``deadline`` (``time.monotonic``) nobody gets another turn but those who have had none.
+        After ``deadline`` (``time.monotonic``) nobody of the group gets another turn but those who have had none, and
+        the other groups have no rows.
         """
         free_memory()
         entries = [Measured(name) for name in self.libraries(case) if self._is_chosen(name)]
         size = self._group_size(case)
         first, others = entries[:1], entries[1:]
         for start in range(0, max(len(others), 1), size):
+            if start and time.monotonic() > deadline:
+                break
             group = first + others[start : start + size]
             group = self._run_group(group, case, model, deadline)
             first, others[start : start + size] = group[:1], group[1:]
@@ -110,7 +113,7 @@ class Runner:
             free_memory()
         for param in model.params:
             param.grad = None
-        return [self._row(case, entry) for entry in first + others]
+        return [self._row(case, entry) for entry in first + others if entry.error or entry.host.wall]
 
     def _run_group(self, group: list[Measured], case: Case, model: Model, deadline: float) -> list[Measured]:
         stages = [self._prepare] + [self._measure] * self.repeats.rounds
@@ -215,7 +218,8 @@ class Runner:
             return
         entry.tail.backward(model)
         timing.synchronize(self.device)
-        gradients = sum(param.grad.nbytes for param in model.params if param.grad is not None)
+        given = [] if isinstance(model, MicroBatches) else model.params  # whose gradients were there before
+        gradients = sum(param.grad.nbytes for param in given if param.grad is not None)
         static = sum(gradient.nbytes for gradient in entry.tail.gradients or ())
         begin = self._memory()
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from .accumulation import CONTRACTS as ACCUMULATION_CONTRACTS
@@ -127,11 +128,12 @@ def select_cases(
 
 
 def command_of(row: dict[str, object], device_type: str) -> str:
-    """The command that measures one row again, with ours beside it."""
-    parts = ["fusedopt bench", f"--device {device_type}", f"--workload {row['workload']}"]
-    parts += [] if row["optimizer"] == "none" else [f"--optimizer {row['optimizer']}"]
-    format_ = str(row["format"])
-    parts += [f"--format '{format_}'" if " " in format_ else f"--format {format_}", f"--contract {row['contract']}"]
+    """The command that measures one row again, with ours beside it; what is the default is left out."""
+    workload, optimizer, format_, contract = (str(row[key]) for key in ("workload", "optimizer", "format", "contract"))
+    parts = ["fusedopt bench", *(["--device cpu"] if device_type == "cpu" else []), f"--workload {workload}"]
+    parts += [f"--optimizer {optimizer}"] if optimizer not in ("adamw", "none") else []
+    parts += [f"--format {shlex.quote(format_)}"] if format_ != "fp32" else []
+    parts += [f"--contract {contract}"]
     library = str(row["library"])
     if not library.startswith("fusedopt"):
         parts += [f"--against {library}"]

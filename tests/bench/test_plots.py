@@ -1,0 +1,63 @@
+"""The plots: every one is written, from the rows that it is about, and only then."""
+
+import pytest
+
+from fusedopt.bench.plots import PLOTS, draw, operations
+from fusedopt.bench.workloads import WORKLOADS
+
+pytest.importorskip("matplotlib")
+
+
+def row(workload, library="fusedopt-cuda", gpu_ms=1.0, **changes):
+    model = WORKLOADS[workload]
+    figures = {
+        "workload": workload,
+        "optimizer": "adamw",
+        "format": "fp32",
+        "contract": "step",
+        "library": library,
+        "params": model.numel,
+        "tensors": len(model.shapes),
+        "bytes_per_param": 28,
+        "gpu_ms": gpu_ms,
+        "host_ms": 0.1,
+        "efficiency": 0.98,
+        "state_bytes": 8 * model.numel,
+        "temporary_bytes": 0,
+        "error": None,
+        "skipped": None,
+    }
+    return figures | changes
+
+
+def result(*rows):
+    facts = {"device": "a GPU", "torch": "2.11", "date": "2026-11-22", "copy_gbps": 3000.0, "triad_gbps": 3100.0}
+    return facts | {"rows": list(rows)}
+
+
+def test_every_plot_is_written_as_png_and_svg(tmp_path):
+    rows = [row(name, library) for library in ("fusedopt-cuda", "torch-fused") for name in WORKLOADS]
+    written = draw([result(*rows)], tmp_path / "plots")
+    assert {path.name for path in written} == {f"{name}.{suffix}" for name in PLOTS for suffix in ("png", "svg")}
+    assert all(path.stat().st_size > 5000 for path in written)
+    svg = (tmp_path / "plots" / "efficiency-by-size.svg").read_text()
+    assert svg.startswith("<?xml")
+
+
+def test_plots_without_rows_are_not_written(tmp_path):
+    written = draw([result(row("tiny"))], tmp_path)
+    assert {path.stem for path in written} == {"memory-per-parameter"}
+    failed = result(row("llama-1.3B", error="OutOfMemoryError"), row("gpt2-124M", skipped="too large"))
+    assert draw([failed], tmp_path) == []
+
+
+def test_rows_of_several_results_are_put_together(tmp_path):
+    results = [result(row("size-1e3")), result(row("size-1e4"))]
+    assert "efficiency-by-size.png" in {path.name for path in draw(results, tmp_path)}
+
+
+def test_operations_are_counted():
+    """SGD: lr * (g + lambda * p) subtracted from p."""
+    assert 4 <= operations("sgd", clips=False) <= 8
+    assert operations("sgd", clips=False) < operations("sgd_momentum", clips=False) < operations("adamw", clips=False)
+    assert operations("adamw", clips=True) == operations("adamw", clips=False) + 3

@@ -1,0 +1,167 @@
+"""A run of ``fusedopt bench``: peers that fail, miss or do not fit; time limits; what is checked before it is timed."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from fusedopt.bench import contracts, peers, runner, session
+from fusedopt.bench.checks import check
+from fusedopt.bench.contracts import Case, Tail
+from fusedopt.bench.report import print_rows
+from fusedopt.bench.runner import Repeats
+from fusedopt.bench.session import BenchRunner, measure, print_end, resolve_peers
+from fusedopt.bench.suites import make_case
+from fusedopt.bench.workloads import WORKLOADS, Model, Workload
+
+CPU = torch.device("cpu")
+SHORT = Repeats(rounds=2, host_steps=2, traced_steps=2, span_steps=2, copy_bytes=1 << 20, copies=3, processes=1)
+CASES = [make_case("tiny", "lion", "fp32", "step"), make_case("tiny", "lion", "fp32", "clip_step")]
+
+
+def run(cases, against, deadline=math.inf, path=None, repeats=SHORT):
+    torch.set_num_threads(1)
+    bench = BenchRunner(CPU, repeats, against, ())
+    return measure(bench, cases, deadline, Console(file=io.StringIO()), "fusedopt bench", path)
+
+
+def plant(monkeypatch, step):
+    """A library named lion-pytorch whose step is what ``step(case, params)`` makes of ours."""
+    monkeypatch.setitem(peers.MODULES, "lion-pytorch", ("json",))
+    monkeypatch.setitem(peers.STEPS, "lion-pytorch", (step, ("lion/fp32",)))
+    peers.why_missing.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_imports():
+    yield
+    peers.why_missing.cache_clear()
+
+
+def test_a_peer_that_fails_in_the_middle_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path):
+    def failing(case, params):
+        tail = contracts.build("fusedopt", case, params)
+        calls = iter(range(6))  # 2 are checked, 2 warm up, the rest are timed
+
+        def step():
+            if next(calls, None) is None:
+                raise ZeroDivisionError("the peer broke")
+            tail.run()
+
+        return Tail(tail.optimizer, step, tail.read)
+
+    plant(monkeypatch, failing)
+    path = tmp_path / "new" / "result.json"
+    result = run([*CASES[:1], make_case("tiny", "lion", "bf16", "step")], ("lion-pytorch",), path=path)
+    rows = {(row["format"], row["library"]): row for row in result["rows"]}
+    assert rows["fp32", "lion-pytorch"]["error"] == "ZeroDivisionError: the peer broke"
+    assert rows["fp32", "lion-pytorch"]["wall_ms"] is None and rows["fp32", "lion-pytorch"]["efficiency"] is None
+    for format_ in ("fp32", "bf16"):
+        assert rows[format_, "fusedopt-cpu"]["error"] is None
+        assert rows[format_, "fusedopt-cpu"]["samples"] == SHORT.rounds * SHORT.host_steps
+    assert json.loads(path.read_text())["rows"] == result["rows"]
+    text = io.StringIO()
+    print_rows(Console(file=text, width=200), result["rows"])
+    assert "FAILED tiny lion fp32 step lion-pytorch: ZeroDivisionError: the peer broke" in text.getvalue()
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
+    def idle(case, params):
+        tail = contracts.build("fusedopt", case, params)
+        return Tail(tail.optimizer, lambda: None, tail.read)
+
+    plant(monkeypatch, idle)
+    rows = run(CASES[:1], ("lion-pytorch",))["rows"]
+    assert [row["error"] is None for row in rows] == [True, False]
+    assert "rounding explains" in rows[1]["error"] or "step counter" in rows[1]["error"]
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    monkeypatch.setitem(peers.MODULES, "lion-pytorch", ("no_such_module",))
+    peers.why_missing.cache_clear()
+    result = run(CASES[:1], ("lion-pytorch",))
+    assert result["missing_libraries"].keys() == {"lion-pytorch"}
+    assert [row["library"] for row in result["rows"]] == ["fusedopt-cpu"]
+    text = io.StringIO()
+    print_end(Console(file=text, width=200), result)
+    assert "missing, so not compared with: lion-pytorch (ModuleNotFoundError: No module named" in text.getvalue()
+
+
+def test_a_device_too_small_is_skipped_with_the_memory_it_needs(monkeypatch):
+    monkeypatch.setattr(runner, "total_bytes", lambda device: 10 * 10**9)
+    result = run([make_case("one-huge", "adamw", "fp32", "step"), *CASES[:1]], ())
+    huge, tiny = result["rows"]
+    # 3 tensors of 4 bytes, two states of 4 and one tensor more for 2.2e9 elements, and the reserve
+    assert huge["skipped"] == "needs 53.1 GB of memory, cpu has 10.0 GB"
+    assert huge["error"] is None and huge["wall_ms"] is None
+    assert tiny["skipped"] is None and tiny["wall_ms"] > 0
+
+
+def test_states_that_do_not_fit_together_are_measured_in_groups_with_ours_in_each(monkeypatch):
+    case = make_case("tiny", "adamw", "fp32", "step")
+    names = ("torch-fused", "torch-foreach")
+    bench = BenchRunner(CPU, SHORT, names, ())
+    needed = bench._shared_bytes(case) + 2 * bench._library_bytes(case)
+    monkeypatch.setattr(runner, "total_bytes", lambda device: needed)
+    assert bench._group_size(case) == 1
+    result = measure(bench, [case], math.inf, Console(file=io.StringIO()), "fusedopt bench")
+    samples = {row["library"]: row["samples"] for row in result["rows"]}
+    one_group = SHORT.rounds * SHORT.host_steps
+    assert samples == {"fusedopt-cpu": 2 * one_group, "torch-fused": one_group, "torch-foreach": one_group}
+
+
+def test_a_time_limit_leaves_out_the_rest_and_keeps_what_there_is():
+    assert run(CASES, (), deadline=0.0)["left_out"] == list(map(str, CASES))
+
+
+def test_result_says_how_it_was_measured():
+    result = run(CASES[:1], ("torch-fused",))
+    assert result["triad_gbps"] > 0 and len(result["copy_gbps_start_end"]) == 2
+    assert {"order", "warm_up", "caches", "floor"} <= result["method"].keys()
+    row = result["rows"][0]
+    assert row["state_bytes"] >= 4 * row["params"]
+    assert row["wall_ms_min"] <= row["wall_ms_q1"] <= row["wall_ms"] <= row["wall_ms_q3"] <= row["wall_ms_max"]
+    assert row["gbps"] == pytest.approx(row["params"] * row["bytes_per_param"] / row["wall_ms"] / 1e6)
+
+
+def test_peers_are_named_singly_in_lists_and_by_groups():
+    assert resolve_peers(("torch-fused, apex", "apex")) == ("torch-fused", "apex")
+    assert set(resolve_peers(("torch",))) == set(session.TORCH)
+    assert set(resolve_peers(("all",))) == set(session.PEERS)
+    assert resolve_peers(("none",)) == ()
+    assert not set(resolve_peers(("default",))) & set(session.SLOW_TO_COMPILE)
+    with pytest.raises(ValueError, match=r"got 'apx', expected some of .*apex"):
+        resolve_peers(("apx",))
+
+
+@pytest.mark.parametrize("case", [*CASES, make_case("tiny", "adamw", "fp32", "clip_step")], ids=str)
+def test_large_tensors_are_checked_in_pieces(monkeypatch, case):
+    """Both ends and the middle, with the blocks of 8-bit states where they belong."""
+    monkeypatch.setattr("fusedopt.bench.checks.WHOLE", 1 << 12)
+    monkeypatch.setattr("fusedopt.bench.checks.PIECE", 1 << 10)
+    workload = Workload("long", ((40_001,), (300,)))
+    monkeypatch.setitem(WORKLOADS, "long", workload)
+    for format_ in ("fp32", "fp32+int8", "bf16+split16"):
+        own = Case("long", case.optimizer, format_, case.contract)
+        model = Model(workload, own.layout.dtype, CPU)
+        tail = contracts.build("fusedopt", own, model.params)
+        assert check(own, tail, model) <= 1
+
+        model.reset()
+        broken = contracts.build("fusedopt", own, model.params)
+        with pytest.raises(AssertionError, match="rounding explains"):
+            check(own, Tail(broken.optimizer, without_the_last(broken, model.params[0]), broken.read), model)
+
+
+def without_the_last(tail, param):
+    """A step that leaves the parameter's last element as it was."""
+
+    def step():
+        last = param.detach()[-1].clone()
+        tail.run()
+        param.data[-1] = last
+
+    return step
