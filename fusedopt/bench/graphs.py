@@ -71,7 +71,7 @@ def _captured(tail: Tail, params: Params) -> Tail:
     with torch.cuda.graph(graph):
         tail.run()
     for entry in tail.optimizer.state.values():
-        for value in entry.values():
+        for value in filter(torch.is_tensor, entry.values()):
             value.zero_()
     for param in params:
         param.grad = None

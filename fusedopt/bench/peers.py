@@ -45,17 +45,22 @@ DEVICES = {"apex": ("cuda",), "transformer-engine": ("cuda",), "flashoptim": ("c
 """Of libraries that are not for both kinds."""
 
 
-def _reader(opt: torch.optim.Optimizer, case: Case, master: str | None = None) -> Reader:
+def _reader(
+    opt: torch.optim.Optimizer, case: Case, master: str | None = None, counting: torch.nn.Parameter | None = None
+) -> Reader:
     """For states under torch's names, and steps counted beside them or in the param group.
 
-    master: key of the full master in the state, if there is one.
+    Args:
+        master: key of the full master in the state, if there is one.
+        counting: the parameter whose state counts the steps of all, if not each one's does.
     """
 
     def read(param: torch.nn.Parameter, part: slice) -> Kept:
         entry = opt.state.get(param)
         if not entry:
             return Kept(None, cut(param, part).clone(), {})
-        steps = entry.get("step", opt.param_groups[0].get("step"))
+        counter = entry if counting is None else opt.state[counting]
+        steps = counter.get("step", opt.param_groups[0].get("step"))
         value = cut(entry[master] if master else param, part).clone()
         states = clone({key: cut(entry[key], part) for key in STATES[case.optimizer]})
         return Kept(None if steps is None else float(steps), value, states)
@@ -85,10 +90,10 @@ def _deepspeed_step(case: Case, params: Params) -> Tail:
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     if params[0].device.type == "cuda":
-        opt = FusedAdam(params, **HYPER["adamw"], adam_w_mode=True)
+        opt = FusedAdam(params, **HYPER["adamw"], adam_w_mode=True)  # counts in its last parameter's state alone
     else:
         opt = DeepSpeedCPUAdam(params, **HYPER["adamw"], adamw_mode=True)
-    return Tail(opt, opt.step, _reader(opt, case))
+    return Tail(opt, opt.step, _reader(opt, case, counting=params[-1]))
 
 
 def _flashoptim_step(case: Case, params: Params) -> Tail:

@@ -100,20 +100,34 @@ class Runner:
         """
         free_memory()
         entries = [Measured(name) for name in self.libraries(case) if self._is_chosen(name)]
-        size = self._group_size(case)
-        first, others = entries[:1], entries[1:]
-        for start in range(0, max(len(others), 1), size):
-            if start and time.monotonic() > deadline:
+        first, done = entries[:1], []
+        for number, others in enumerate(self._groups(case, entries)):
+            if number and time.monotonic() > deadline:
                 break
-            group = first + others[start : start + size]
-            group = self._run_group(group, case, model, deadline)
-            first, others[start : start + size] = group[:1], group[1:]
-            for entry in group[1:]:
+            group = self._run_group(first + others, case, model, deadline)
+            first, others = group[: len(first)], group[len(first) :]
+            for entry in others:
                 entry.tail = None  # the next group may need the room
+            done += others
             free_memory()
         for param in model.params:
             param.grad = None
-        return [self._row(case, entry) for entry in first + others if entry.error or entry.host.wall]
+        return [self._row(case, entry) for entry in first + done]
+
+    def _groups(self, case: Case, entries: list[Measured]) -> list[list[Measured]]:
+        """All but the first, in groups whose states fit into memory beside the first one's."""
+        room = total_bytes(self.device) - self._shared_bytes(case)
+        room -= sum(self._library_bytes(case, entry.library) for entry in entries[:1])
+        groups: list[list[Measured]] = [[]]
+        left = room
+        for entry in entries[1:]:
+            needed = self._library_bytes(case, entry.library)
+            if needed > left and groups[-1]:
+                groups.append([])
+                left = room
+            groups[-1].append(entry)
+            left -= needed
+        return groups
 
     def _run_group(self, group: list[Measured], case: Case, model: Model, deadline: float) -> list[Measured]:
         stages = [self._prepare] + [self._measure] * self.repeats.rounds
@@ -176,23 +190,22 @@ class Runner:
 
     def too_large(self, case: Case) -> str | None:
         """Why the case cannot be measured here: the memory that it needs; None if it fits."""
-        needed, there = self._shared_bytes(case) + self._library_bytes(case), total_bytes(self.device)
+        needed = self._shared_bytes(case) + self._library_bytes(case, "fusedopt")
+        there = total_bytes(self.device)
         if needed <= there:
             return None
         return f"needs {needed / 1e9:.1f} GB of memory, {self.device.type} has {there / 1e9:.1f} GB"
 
-    def _group_size(self, case: Case) -> int:
-        """How many libraries have room for their states beside the first one."""
-        room = total_bytes(self.device) - self._shared_bytes(case) - self._library_bytes(case)
-        return max(1, int(room / self._library_bytes(case)))
-
     def _shared_bytes(self, case: Case) -> int:
+        """Of the tensors that all libraries work on, and of one in float32 that a step takes for a while."""
         tensors = SHARED_TENSORS + (accumulation.MICRO_BATCHES - 1) * isinstance(case, AccumulationCase)
-        return WORKLOADS[case.workload].numel * tensors * case.layout.dtype.itemsize + RESERVE_BYTES[self.device.type]
+        per_param = tensors * case.layout.dtype.itemsize + torch.float32.itemsize
+        return WORKLOADS[case.workload].numel * per_param + RESERVE_BYTES[self.device.type]
 
-    def _library_bytes(self, case: Case) -> int:
-        """States as fusedopt keeps them, and a tensor more: other libraries' masters, gradients of their own."""
-        return WORKLOADS[case.workload].numel * (case.state_bytes_per_param + torch.float32.itemsize)
+    def _library_bytes(self, case: Case, library: str) -> int:
+        """States as fusedopt keeps them, and the gradients of a step in a CUDA graph."""
+        static = case.layout.dtype.itemsize if library.endswith("-captured") else 0
+        return WORKLOADS[case.workload].numel * (case.state_bytes_per_param + static)
 
     def _memory(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -200,6 +213,8 @@ class Runner:
     # The stages of a library.
 
     def _prepare(self, entry: Measured, case: Case, model: Model) -> None:
+        if entry.tail is not None:  # for an earlier group
+            return
         model.reset()  # some optimizers copy the parameters when they are made
         for param in model.params:
             param.grad = None
