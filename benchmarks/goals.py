@@ -1,13 +1,22 @@
-"""The figures that a run is to show: what was asked of rows, and what they came to."""
+"""The figures that a run is to show: what was asked of rows, and what they came to.
+
+python benchmarks/goals.py benchmarks/results/bench-h100.json     # of fusedopt bench --suite standard
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import click
 import torch
 from rich.console import Console
 from rich.table import Table
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 from fusedopt.bench.report import Row
 
@@ -225,3 +234,108 @@ def print_goals(console: Console, goals: list[Row]) -> None:
         value = "-" if goal["value"] is None else f"{goal['value']:.4g}"
         table.add_row(goal["name"], value, f"{goal['relation']} {goal['bound']:g}", verdict)
     console.print(table)
+
+
+# ------------------------------------------------------------------------------ what fusedopt bench is to show
+
+
+STANDARD_SHARES = {
+    "llama-1.3B/adamw/fp32/scaler_clip_step": 0.99,
+    "llama-1.3B/adamw/fp32/clip_step": 0.99,
+    "llama-1.3B/adamw/fp32/step": 0.99,
+    "gpt2-124M/adamw/fp32/scaler_clip_step": 0.985,
+    "gpt2-124M/adamw/fp32/clip_step": 0.985,
+    "vit-l/adamw/fp32/clip_step": 0.985,
+    "bert-large/adamw/fp32/scaler_clip_step": 0.985,
+    "one-huge/adamw/fp32/clip_step": 0.985,
+    "llama-1.3B/lion/fp32/step": 0.985,
+    "llama-1.3B/adamw/bf16+split16/clip_step": 0.985,
+    "llama-8B-shard/adamw/bf16+split16/clip_step": 0.985,
+    "llama-1.3B/adamw/bf16/step": 0.97,
+    "llama-1.3B/adamw/bf16+split8+int8/step": 0.92,
+    "llama-1.3B/adamw/bf16+int8/step": 0.92,
+}
+"""Of the copy floor, by case of the suite ``standard``."""
+
+
+def _over_best(case: str, bound: float) -> Goal:
+    return Goal(f"{case}: times faster than the best other", _figure("over_best", case), ">=", bound)
+
+
+def _eager_wall(case: str) -> Callable[[Rows], float | None]:
+    """Wall time of torch's best eager way over ours."""
+
+    def value(rows: Rows) -> float | None:
+        eager = (rows.figure("wall_ms", case, f"torch-{name}") for name in ("fused", "foreach", "grad-scale"))
+        best, ours = min(filter(None, eager), default=None), rows.figure("wall_ms", case, "fusedopt-cuda")
+        return best / ours if best and ours else None
+
+    return value
+
+
+def _beside_aligned(workload: str) -> Callable[[Rows], float | None]:
+    """Efficiency over that of the aligned workload."""
+
+    def value(rows: Rows) -> float | None:
+        case = f"{workload}/adamw/fp32/step"
+        own, aligned = (rows.figure("efficiency", one, "fusedopt-cuda") for one in (case, "llama-1.3B/adamw/fp32/step"))
+        return own / aligned if own and aligned else None
+
+    return value
+
+
+def _cpu_rate(rows: Rows) -> float | None:
+    """Byte rate of clip + AdamW over that of torch's fused AdamW alone."""
+    ours = rows.figure("gbps", CPU_CLIP, "fusedopt-cpu")
+    theirs = rows.figure("gbps", "cpu-100M/adamw/fp32/step", "torch-fused")
+    return ours / theirs if ours and theirs else None
+
+
+def _wall(case: str, bound: float) -> Goal:
+    return Goal(f"{case}: wall, times faster than torch", _ratio("wall_ms", case, "torch-fused"), ">=", bound)
+
+
+STANDARD_GOALS = [
+    *(_share_goal(case, share) for case, share in STANDARD_SHARES.items()),
+    *(_over_best(case, 2.0 if "int8" in case else 1.0) for case in STANDARD_SHARES),
+    Goal(
+        "llama-1.3B/adamw/fp32/scaler_clip_step: times faster than torch's scaler + clip + fused",
+        _ratio("gpu_ms", "llama-1.3B/adamw/fp32/scaler_clip_step", "torch-fused"),
+        ">=",
+        1.65,
+    ),
+    *(
+        Goal(f"{case}: wall, times faster than torch's best eager way", _eager_wall(case), ">=", 30)
+        for case in (SMALL, "10000-tiny/adamw/fp32/scaler_clip_step")
+    ),
+    Goal(f"{SMALL}: captured, GPU ms", lambda rows: rows.figure("gpu_ms", SMALL, "fusedopt-captured"), "<=", 0.030),
+    _wall("resnet50/adamw/fp32/scaler_clip_step", 5.0),
+    _wall("bert-large/adamw/fp32/scaler_clip_step", 1.6),
+    *(
+        Goal(f"{workload}/adamw/fp32/step: over the aligned share", _beside_aligned(workload), ">=", bound)
+        for workload, bound in (
+            ("llama-1.3B-misaligned", 0.95),
+            ("llama-1.3B-odd", 0.95),
+            ("llama-1.3B-misaligned-apart", 0.70),
+        )
+    ),
+]
+STANDARD_CPU_GOALS = [
+    Goal(f"{CPU_CLIP}: byte rate over torch's fused step", _cpu_rate, ">=", 0.95),
+    Goal(f"{CPU_CLIP}: times faster than torch", _ratio("wall_ms", CPU_CLIP, "torch-fused", "fusedopt-cpu"), ">=", 1.3),
+]
+GOALS["cuda"]["standard"], GOALS["cpu"]["standard"] = STANDARD_GOALS, STANDARD_CPU_GOALS
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def main(results: tuple[Path, ...]) -> None:
+    """Judge results of ``fusedopt bench --suite standard``, one file or several of one run."""
+    loaded = [json.loads(path.read_text()) for path in results]
+    rows = [row for result in loaded for row in result["rows"]]
+    device = torch.device(loaded[0]["device_type"])
+    print_goals(Console(), judge_goals(device, ("standard",), rows, []))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,7 @@ STEP_COLUMNS: list[Column] = [
     ("GPU ms", "gpu_ms"),
     ("launches", "launches"),
     ("share of the floor", "efficiency"),
+    ("over the best other", "over_best"),
     ("wall ms", "wall_ms"),
     ("host ms", "host_ms"),
     ("state B/param", "state_bytes"),
@@ -136,7 +137,7 @@ def _cell(row: Row, key: str) -> str:
     if key.endswith("_ms"):
         low, high = row.get(f"{key}_q1"), row.get(f"{key}_q3")
         return f"{value:.3f}" + ("" if low is None else f" ± {(high - low) / 2:.3f}")
-    return f"{value:.3f}×" if key == "speedup" else f"{value:,.0f}"
+    return f"{value:.3f}×" if key in ("speedup", "over_best") else f"{value:,.0f}"
 
 
 def command(row: Row, device_type: str) -> str:

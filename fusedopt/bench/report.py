@@ -94,6 +94,7 @@ def print_rows(console: Console, rows: list[Row]) -> None:
         "floor",
         "share",
         "GB/s",
+        "over best",
         "launches",
         "wall ms",
         "",
@@ -128,7 +129,8 @@ def _cells(row: Row) -> list[str]:
     memory = ["-" if kept is None else f"{kept / row['params']:.2f}", "-" if peak is None else f"{peak / 1e9:.2f}"]
     gpu, wall, host = (_with_spread(row, key) for key in ("gpu_ms", "wall_ms", "host_ms"))
     rate = "-" if row.get("gbps") is None else f"{row['gbps']:,.1f}"
-    return [*gpu, floor, share, rate, launches, *wall, *host, *memory]
+    best = "-" if row.get("over_best") is None else f"{row['over_best']:.2f}x"
+    return [*gpu, floor, share, rate, best, launches, *wall, *host, *memory]
 
 
 def _with_spread(row: Row, key: str) -> tuple[str, str]:

@@ -377,6 +377,21 @@ def measure_cases(
     return rows, left_out
 
 
+def add_speedups(rows: list[Row], measured: str) -> None:
+    """``over_best``: of a row of ours, how many times as long the fastest other library takes; None without others."""
+    best: dict[tuple[object, ...], float] = {}
+    for row in rows:
+        if not str(row["library"]).startswith("fusedopt") and row[measured] is not None:
+            best[_case_key(row)] = min(row[measured], best.get(_case_key(row), math.inf))
+    for row in rows:
+        known = str(row["library"]).startswith("fusedopt") and row[measured] and _case_key(row) in best
+        row["over_best"] = best[_case_key(row)] / row[measured] if known else None
+
+
+def _case_key(row: Row) -> tuple[object, ...]:
+    return tuple(row[key] for key in ("workload", "optimizer", "format", "contract"))
+
+
 def progress_bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)

@@ -14,7 +14,7 @@ from . import accumulation, contracts, graphs, peers, timing
 from .accumulation import AccumulationCase
 from .contracts import Case
 from .report import Row, environment, write
-from .runner import CACHES, WARM_UP_STEPS, Repeats, Runner, add_floor, measure_cases, progress_bar
+from .runner import CACHES, WARM_UP_STEPS, Repeats, Runner, add_floor, add_speedups, measure_cases, progress_bar
 
 TORCH = ("torch-fused", "torch-foreach", "torch-grad-scale", "torch-captured", "torch-compiled")
 PEERS = (*TORCH, *peers.MODULES)
@@ -101,7 +101,9 @@ def measure(
 def _result(runner: BenchRunner, cases: list[Case], rows: list[Row], left_out: list[str]) -> Row:
     device = runner.device
     copy_gbps = max(runner.copy_gbps)
-    add_floor(rows, copy_gbps, measured="gpu_ms" if device.type == "cuda" else "wall_ms")
+    measured = "gpu_ms" if device.type == "cuda" else "wall_ms"
+    add_floor(rows, copy_gbps, measured)
+    add_speedups(rows, measured)
     wanted = {name for case in cases for name in peers.offered(case, device) if name in runner.against}
     missing = {name: reason for name in sorted(wanted) if (reason := peers.why_missing(name)) is not None}
     return {
@@ -115,6 +117,18 @@ def _result(runner: BenchRunner, cases: list[Case], rows: list[Row], left_out: l
         "library_versions": {name: peers.version(name) for name in sorted(wanted - missing.keys())},
         "missing_libraries": missing,
     }
+
+
+def without_case(cases: list[Case], device: torch.device, against: Iterable[str]) -> list[str]:
+    """Those of ``against`` that have nothing to compare with any of the cases on this kind of device."""
+    offered: set[str] = set()
+    for case in cases:
+        if isinstance(case, AccumulationCase):
+            offered |= set(accumulation.LIBRARIES)
+        else:
+            for module in (contracts, graphs, peers):
+                offered |= set(module.offered(case, device))
+    return [name for name in against if name not in offered]
 
 
 def _method(runner: BenchRunner) -> Row:

@@ -61,6 +61,8 @@ def bench(context, listing, **options) -> None:
         return
     started = time.monotonic()
     cases, runner = _planned(options)
+    if options["against"]:
+        _name_those_without_a_case(cases, runner)
     limit = options["time_limit"]
     deadline = float("inf") if limit is None else started + limit
     _run(cases, runner, deadline, options["path"], options["plots"])
@@ -109,6 +111,13 @@ def _planned(options):
     if options["rounds"]:
         repeats = replace(repeats, rounds=options["rounds"])
     return cases, BenchRunner(torch.device(device_type), repeats, against, options["backends"])
+
+
+def _name_those_without_a_case(cases, runner) -> None:
+    from ..bench.session import without_case
+
+    for name in without_case(cases, runner.device, runner.against):
+        click.echo(f"{name} has nothing to compare with these cases on {runner.device.type}", err=True)
 
 
 def _check_names(chosen) -> None:

@@ -116,6 +116,15 @@ def test_a_time_limit_leaves_out_the_rest_and_keeps_what_there_is():
     assert run(CASES, (), deadline=0.0)["left_out"] == list(map(str, CASES))
 
 
+def test_speedups_are_over_the_fastest_other_library():
+    names = {"workload": "tiny", "optimizer": "adamw", "format": "fp32", "contract": "step"}
+    times = {"fusedopt-cuda": 2.0, "torch-fused": 5.0, "apex": 3.0, "optimi": None}
+    rows = [names | {"library": library, "gpu_ms": ms} for library, ms in times.items()]
+    rows.append(names | {"format": "bf16", "library": "fusedopt-cuda", "gpu_ms": 2.0})
+    runner.add_speedups(rows, "gpu_ms")
+    assert [row["over_best"] for row in rows] == [1.5, None, None, None, None]
+
+
 def test_result_says_how_it_was_measured():
     result = run(CASES[:1], ("torch-fused",))
     assert result["triad_gbps"] > 0 and len(result["copy_gbps_start_end"]) == 2

@@ -13,7 +13,8 @@ from rich.console import Console
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
-from benchmarks import tables, train_step
+from benchmarks import goals, tables, train_step
+from fusedopt.bench import suites
 from fusedopt.bench.contracts import reported_name
 
 
@@ -57,6 +58,44 @@ def test_a_library_that_fails_costs_its_row(monkeypatch):
 def test_time_limit(monkeypatch):
     result = train_step.measure(torch.device("cpu"), train_step.TINY, 0.0, Console(file=io.StringIO()))
     assert result["rows"] == [] and len(result["left_out"]) == len(train_step.TINY[0].batches)
+
+
+# ---- goals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_goals_are_about_cases_of_the_standard_suite(device_type):
+    names = set(map(str, suites.select_cases("standard", device_type)))
+    assert {goal.name.split(":")[0] for goal in goals.GOALS[device_type]["standard"]} <= names
+
+
+def test_goals_of_the_standard_suite():
+    def row(case, library, **figures):
+        return (
+            dict(zip(("workload", "optimizer", "format", "contract"), case.split("/"))) | {"library": library} | figures
+        )
+
+    small, step = "1000-small/adamw/fp32/scaler_clip_step", "llama-1.3B/adamw/fp32/step"
+    rows = [
+        row(small, "fusedopt-cuda", wall_ms=0.5),
+        row(small, "torch-fused", wall_ms=20.0),
+        row(small, "torch-grad-scale", wall_ms=14.0),
+        row(small, "torch-captured", wall_ms=0.1),  # no eager way
+        row(step, "fusedopt-cuda", efficiency=0.98),
+        row(step.replace("1.3B", "1.3B-odd"), "fusedopt-cuda", efficiency=0.95),
+    ]
+    judged = goals.judge_goals(torch.device("cuda"), ("standard",), rows, [])
+    found = {goal["name"]: (goal["value"], goal["reached"]) for goal in judged if goal["value"] is not None}
+    assert found == {
+        f"{small}: wall, times faster than torch's best eager way": (28.0, False),
+        f"{step}: share of the floor": (0.98, False),
+        "llama-1.3B-odd/adamw/fp32/step: over the aligned share": (0.95 / 0.98, True),
+    }
+    cpu = "cpu-100M/adamw/fp32/"
+    rows = [row(f"{cpu}clip_step", "fusedopt-cpu", wall_ms=2.0, gbps=18.0)]
+    rows += [row(f"{cpu}clip_step", "torch-fused", wall_ms=3.0), row(f"{cpu}step", "torch-fused", gbps=20.0)]
+    judged = goals.judge_goals(torch.device("cpu"), ("standard",), rows, [])
+    assert [(goal["value"], goal["reached"]) for goal in judged] == [(0.9, False), (1.5, True)]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def test_a_quick_run_measures_the_cpu_engine(run):
     assert all(row["error"] is None and row["wall_ms"] > 0 for row in result["rows"])
     assert result["left_out"] == [] and result["missing_libraries"] == {}  # apex is for GPUs
     assert "torch-fused" in output and "triad" in output
+    assert "apex has nothing to compare with these cases on cpu" in output
 
 
 def test_plots_are_drawn(run):
