@@ -2,6 +2,7 @@
 
 import click
 
+from .doctor import doctor
 from .verify import verify
 from .warmup import warmup
 
@@ -14,5 +15,6 @@ def main() -> None:
     """Fused optimizer kernels for PyTorch."""
 
 
+main.add_command(doctor)
 main.add_command(verify)
 main.add_command(warmup)
