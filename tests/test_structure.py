@@ -58,7 +58,9 @@ RANKS = {
     "testing": 8,
     "__init__": 9,
     "bench": 10,
+    "doctor": 10,
     "cli": 11,
+    "__main__": 12,
 }
 
 

@@ -133,12 +133,7 @@ __device__ __forceinline__ void measure_pass(const PassArgs& args, const Table& 
   const Pass pass(tensor, grad, split);
   const int whole = pass.whole_rounds();
   typename Pass::Registers registers;
-  if (whole > 0)
-    pass.load_whole(registers, 0);
-  else
-    pass.load_part(registers, 0);
-  if (Pass::kPipelined && whole > 1) pass.prefetch(1);
-  shared_plan.template prepare<false>(args, table, tensor);
+  begin_chunk<false, kTuning>(pass, registers, whole, shared_plan, args, table, tensor, nullptr);
   __syncthreads();
   const auto& plan = shared_plan;
   if (plan.skip) return;

@@ -132,8 +132,9 @@ __device__ __forceinline__ void finish_norm(const PassArgs& args) {
 template <class G, class M, NormType kType, Tuning kTuning, class Table>
 __device__ __forceinline__ void norm_pass(const PassArgs& args, const Table& table) {
   __shared__ bool last;
-  Norm<G, M, kType, kTuning> norm(args);
+  // Asked for before the scale, which is read and divided by meanwhile.
   Chunk next = int(blockIdx.x) < args.num_chunks ? args.chunks[blockIdx.x] : Chunk{0, 0, 0};
+  Norm<G, M, kType, kTuning> norm(args);
   for (int c = blockIdx.x; c < args.num_chunks; c += gridDim.x) {
     const Chunk chunk = next;
     if (c + int(gridDim.x) < args.num_chunks) next = args.chunks[c + gridDim.x];  // while this one is under way

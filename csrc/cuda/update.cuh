@@ -27,6 +27,11 @@ __device__ __forceinline__ uint32 warp_maximum(uint32 x) {
 #endif
 }
 
+// The steps that a tensor has taken, for the threads of `BlockPlan::prepare` that want to know.
+__device__ __forceinline__ float steps_taken(const TensorEntry& tensor) {
+  return threadIdx.x % 64 == 0 ? *static_cast<volatile float*>(tensor.step) : 0.0f;
+}
+
 // What all threads of a block need to know, worked out by some of them, in different warps, while loads are under way.
 template <class Rule, class T>
 struct BlockPlan {
@@ -37,15 +42,15 @@ struct BlockPlan {
   float step;  // taken before this one
   bool skip;
 
-  // norms: the tensor's, for the second phase of a rule of two; else null.
+  // taken: of `steps_taken`. norms: the tensor's, for the second phase of a rule of two; else null.
   template <bool kNoise, class Table>
   __device__ __forceinline__ void prepare(const PassArgs& args, const Table& table, const TensorEntry& tensor,
-                                          [[maybe_unused]] const double* norms = nullptr) {
+                                          float taken, [[maybe_unused]] const double* norms) {
     if (kNoise && threadIdx.x == 64) {
-      random = {args.seed, tensor.id, uint32(*static_cast<volatile float*>(tensor.step)) + 1};
+      random = {args.seed, tensor.id, uint32(taken) + 1};
       dither = dither_key(random);
     } else if (threadIdx.x == 0) {
-      step = *static_cast<volatile float*>(tensor.step);
+      step = taken;
       const Hyper hyper = hyper_of(args, table, tensor.group);
       coefficients = Rule::template prepare<T>(hyper.value, double(step) + 1.0);
       if constexpr (kNorms<Rule> > 0)
@@ -409,6 +414,21 @@ struct Update {
   }
 };
 
+// Loads a chunk's first round while some threads work out the block's plan, which `__syncthreads` makes known to all.
+template <bool kNoise, Tuning kTuning, class Pass, class Table>
+__device__ __forceinline__ void begin_chunk(const Pass& pass, typename Pass::Registers& registers, int whole,
+                                            typename Pass::Plan& plan, const PassArgs& args, const Table& table,
+                                            const TensorEntry& tensor, const double* norms) {
+  // Where a block's latency counts, the warps with the plan work it out before they queue for memory with the others.
+  if (kTuning == Tuning::kLatency) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  if (whole > 0)
+    pass.load_whole(registers, 0);
+  else
+    pass.load_part(registers, 0);
+  if (Pass::kPipelined && whole > 1) pass.prefetch(1);
+  if (kTuning == Tuning::kBandwidth) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+}
+
 template <class Rule, class P, class G, class S, class M, Tuning kTuning, class Table>
 __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& table) {
   using Pass = Update<Rule, P, G, S, M, kTuning>;
@@ -425,13 +445,8 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
   const Pass pass(tensor, grad, split);
   const int whole = pass.whole_rounds();
   typename Pass::Registers registers;
-  if (whole > 0)
-    pass.load_whole(registers, 0);
-  else
-    pass.load_part(registers, 0);
-  if (Pass::kPipelined && whole > 1) pass.prefetch(1);
   const double* const norms = kNorms<Rule> > 0 ? norms_row<Rule>(args, chunk) : nullptr;
-  shared_plan.template prepare<Pass::kNoise>(args, table, tensor, norms);
+  begin_chunk<Pass::kNoise, kTuning>(pass, registers, whole, shared_plan, args, table, tensor, norms);
   __syncthreads();
   const auto& plan = shared_plan;
   if (threadIdx.x == 0) {

@@ -3,6 +3,7 @@
 import click
 
 from .bench import bench
+from .doctor import doctor
 from .verify import verify
 from .warmup import warmup
 
@@ -16,5 +17,6 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(doctor)
 main.add_command(verify)
 main.add_command(warmup)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from .reports import json_option
+
 __all__ = ["bench"]
 
 _SUITES = ("standard", "formats", "rules", "sizes", "host", "full", "quick")
@@ -48,7 +50,7 @@ def _console():
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each library.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Start no case after so long.")
-@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
+@json_option("Write the results here, after each case.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw plots into this folder.")
 @click.option("--list", "listing", is_flag=True, help="Name workloads, formats, ... and libraries, and run nothing.")
 def bench(context, listing, **options) -> None:
@@ -65,7 +67,8 @@ def bench(context, listing, **options) -> None:
         _name_those_without_a_case(cases, runner)
     limit = options["time_limit"]
     deadline = float("inf") if limit is None else started + limit
-    _run(cases, runner, deadline, options["path"], options["plots"])
+    path = Path(options["json_path"]) if options["json_path"] else None
+    _run(cases, runner, deadline, path, options["plots"])
 
 
 def _require_numpy() -> None:
@@ -104,7 +107,7 @@ def _planned(options):
         against = resolve_peers(options["against"] or ("default",))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--against") from error
-    _check_outputs(options["path"], options["plots"])
+    _check_plots(options["plots"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     repeats = QUICK if options["quick"] else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
@@ -133,14 +136,14 @@ def _check_names(chosen) -> None:
                 )
 
 
-def _check_outputs(path: Path | None, plots: Path | None) -> None:
-    for folder in ([path.parent] if path else []) + ([plots] if plots else []):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise click.UsageError(f"{folder} cannot be made: {error.strerror}; name another place") from error
-    if plots:
-        _require_matplotlib()
+def _check_plots(folder: Path | None) -> None:
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"{folder} cannot be made: {error.strerror}; name another folder") from error
+    _require_matplotlib()
 
 
 def _require_matplotlib() -> None:
@@ -229,7 +232,7 @@ def plot(results: tuple[Path, ...], out: Path) -> None:
     """Draw the plots of one or more JSON files of one device."""
     from ..bench.compare import load
 
-    _check_outputs(None, out)
+    _check_plots(out)
     try:
         loaded = [load(path) for path in results]
     except ValueError as error:

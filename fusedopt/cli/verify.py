@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import click
+
+from .reports import check_writable, json_option
 
 __all__ = ["verify"]
 
@@ -30,7 +31,7 @@ def _several(name: str, text: str):
 @_several("transform", "Only these: none, scale, clip, value_clip, accumulate.")
 @_several("case", "Only these adversarial cases, such as zeros, or cases with this in their name.")
 @click.option("--list", "listing", is_flag=True, help="Write the names of the cases, and run none.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every case with its figures here.")
+@json_option("Write every case with its figures here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write a page with plots here.")
 @click.option("--markdown", "markdown_path", type=click.Path(dir_okay=False), help="Write a table of the figures here.")
 def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) -> None:
@@ -46,7 +47,7 @@ def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) ->
     if listing:
         click.echo("\n".join(case.name for case in planned.cases))
         return
-    _check_reports(html_path, json_path, markdown_path)
+    _check_reports(html_path, markdown_path)
     with _progress(len(planned.cases)) as advance:
         run = run_plan(planned=planned, command=_command(), on_result=advance)
     if not run.judged:
@@ -76,17 +77,7 @@ def _check_reports(html_path: str | None, *others: str | None) -> None:
     """Before any case runs."""
     from ..testing.page import require_matplotlib
 
-    for path in (html_path, *others):
-        if path is None:
-            continue
-        existed = Path(path).exists()
-        try:
-            with open(path, "a"):
-                pass
-        except OSError as error:
-            raise click.UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
-        if not existed:
-            os.remove(path)
+    check_writable(html_path, *others)
     if html_path is not None:
         try:
             require_matplotlib()

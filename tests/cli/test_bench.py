@@ -18,7 +18,7 @@ def invoke(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    path = folder / "out" / "result.json"
+    path = folder / "result.json"
     done = invoke(*QUICK, "--against", "torch-fused,apex", "--json", path, "--plots", folder / "plots")
     assert done.exit_code == 0, done.output
     return path, done.output
@@ -39,7 +39,7 @@ def test_a_quick_run_measures_the_cpu_engine(run):
 
 def test_plots_are_drawn(run):
     path, _ = run
-    assert (path.parents[1] / "plots" / "memory-per-parameter.png").stat().st_size > 5000
+    assert (path.parent / "plots" / "memory-per-parameter.png").stat().st_size > 5000
 
 
 def test_a_time_limit_leaves_out_every_case(tmp_path):
@@ -79,10 +79,11 @@ def test_cuda_without_a_gpu_is_refused():
     assert done.exit_code == 2 and "torch finds no GPU here" in done.output
 
 
-def test_an_output_that_cannot_be_made_is_refused(tmp_path):
+def test_outputs_that_cannot_be_made_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    done = invoke(*QUICK, "--json", tmp_path / "file" / "below" / "result.json")
-    assert done.exit_code == 2 and "cannot be made" in done.output
+    for option, expected in (("--json", "cannot be written"), ("--plots", "cannot be made")):
+        done = invoke(*QUICK, option, tmp_path / "file" / "below")
+        assert done.exit_code == 2 and expected in done.output, done.output
 
 
 def test_compare_has_an_exit_code(run, tmp_path):
