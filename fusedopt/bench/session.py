@@ -20,8 +20,8 @@ TORCH = ("torch-fused", "torch-foreach", "torch-grad-scale", "torch-captured", "
 PEERS = (*TORCH, *peers.MODULES)
 """That ``--against`` takes, beside "torch", "all", "default" and "none"."""
 
-SLOW_TO_COMPILE = ("torch-compiled", "torchao")
-"""Minutes for a thousand tensors: run when they are asked for."""
+ON_REQUEST = ("torch-compiled", "torchao", "torch-foreach")
+"""Not of the default: two compile for minutes; foreach is slower than fused, and runs where there is no fused step."""
 
 STEADY = 0.9  # copies at the start and at the end that differ by more mean that something else was running
 
@@ -35,7 +35,7 @@ def resolve_peers(names: Iterable[str]) -> tuple[str, ...]:
     groups = {
         "torch": TORCH,
         "all": PEERS,
-        "default": tuple(name for name in PEERS if name not in SLOW_TO_COMPILE),
+        "default": tuple(name for name in PEERS if name not in ON_REQUEST),
         "none": (),
     }
     found: list[str] = []
@@ -59,10 +59,12 @@ class BenchRunner(Runner):
             return [name for name in accumulation.LIBRARIES if name == "fusedopt" or name in self.against]
         ours = ["fusedopt", *[f"fusedopt-{name}" for name in self.backends]]
         ours = [name for name in ours if name == "fusedopt" or name in contracts.other_backends(self.device)]
-        captured = graphs.offered(case, self.device)
+        plain, captured = contracts.offered(case, self.device), graphs.offered(case, self.device)
         ours += [name for name in captured if name == "fusedopt-captured" and "torch-captured" in self.against]
-        there = [*contracts.offered(case, self.device), *captured, *self._installed(case)]
-        return ours + [name for name in there if name in self.against]
+        wanted = set(self.against)
+        if "torch-fused" in wanted and "torch-fused" not in plain:
+            wanted.add("torch-foreach")
+        return ours + [name for name in (*plain, *captured, *self._installed(case)) if name in wanted]
 
     def _installed(self, case: Case) -> list[str]:
         wanted = [name for name in peers.offered(case, self.device) if name in self.against]

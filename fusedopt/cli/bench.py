@@ -42,7 +42,7 @@ def _console():
     multiple=True,
     metavar="LIBRARY",
     help="Compare with these: a list with commas of torch-fused, apex, ..., or torch, default, all, none. --list names "
-    "them. Default: all that are installed, but for those that compile for minutes.",
+    "them. Default: all that are installed, but for those that compile for minutes, and foreach where fused is there.",
 )
 @click.option("--backend", "backends", multiple=True, type=click.Choice(["triton"]), help="fusedopt on this one too.")
 @click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is one.")

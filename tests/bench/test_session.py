@@ -116,6 +116,12 @@ def test_a_time_limit_leaves_out_the_rest_and_keeps_what_there_is():
     assert run(CASES, (), deadline=0.0)["left_out"] == list(map(str, CASES))
 
 
+def test_foreach_stands_in_where_torch_has_no_fused_step():
+    bench = BenchRunner(CPU, SHORT, resolve_peers(("default",)), ())
+    assert "torch-foreach" in bench.libraries(make_case("tiny", "rmsprop", "fp32", "step"))
+    assert "torch-foreach" not in bench.libraries(make_case("tiny", "adamw", "fp32", "step"))
+
+
 def test_speedups_are_over_the_fastest_other_library():
     names = {"workload": "tiny", "optimizer": "adamw", "format": "fp32", "contract": "step"}
     times = {"fusedopt-cuda": 2.0, "torch-fused": 5.0, "apex": 3.0, "optimi": None}
@@ -140,7 +146,7 @@ def test_peers_are_named_singly_in_lists_and_by_groups():
     assert set(resolve_peers(("torch",))) == set(session.TORCH)
     assert set(resolve_peers(("all",))) == set(session.PEERS)
     assert resolve_peers(("none",)) == ()
-    assert not set(resolve_peers(("default",))) & set(session.SLOW_TO_COMPILE)
+    assert not set(resolve_peers(("default",))) & set(session.ON_REQUEST)
     with pytest.raises(ValueError, match=r"got 'apx', expected some of .*apex"):
         resolve_peers(("apx",))
 
