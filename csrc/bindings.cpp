@@ -273,7 +273,7 @@ PYBIND11_MODULE(_C, m) {
       .def("refresh", &Watch::refresh, py::arg("param_groups"), py::arg("state"), py::arg("relayout"),
            py::arg("bump") = false)
       .def("bump_versions", &Watch::bump_versions)
-      .def("num_grads", &Watch::num_grads)
+      .def("has_grads", &Watch::has_grads)
       .def("hold", &Watch::hold)
       .def("drop_grads", &Watch::drop_grads)
       .def("__len__", &Watch::size);
@@ -285,13 +285,17 @@ PYBIND11_MODULE(_C, m) {
   // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector does not see what
   // pybind11 keeps.
   py::class_<RepeatedStep>(m, "RepeatedStep", py::custom_type_setup(&make_collectable<RepeatedStep>))
-      .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, py::object scalars, py::object hooks,
-                       py::object backend, py::object is_profiled, py::object context_backend, py::object run_passes) {
-             return new RepeatedStep(watch, std::move(hypers), {scalars, hooks, backend, is_profiled, context_backend},
-                                     run_passes);
+      .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, const std::vector<PassArgs*>& all_args,
+                       py::tuple finding, py::object scalars, py::object hooks, py::object backend,
+                       py::object is_profiled, py::object context_backend, bool reports, py::object run_passes) {
+             std::vector<Scaling*> scalings;
+             for (PassArgs* args : all_args) scalings.push_back(&args->scaling);
+             return new RepeatedStep(watch, std::move(hypers), {std::move(scalings), finding},
+                                     {scalars, hooks, backend, is_profiled, context_backend, reports}, run_passes);
            }),
-           py::arg("watch"), py::arg("hypers"), py::arg("scalars"), py::arg("hooks"), py::arg("backend"),
-           py::arg("is_profiled"), py::arg("context_backend"), py::arg("run_passes"))
+           py::arg("watch"), py::arg("hypers"), py::arg("args"), py::arg("finding"), py::arg("scalars"),
+           py::arg("hooks"), py::arg("backend"), py::arg("is_profiled"), py::arg("context_backend"), py::arg("reports"),
+           py::arg("run_passes"))
       .def("launch_on", &RepeatedStep::launch_on)
       .def("add",
            [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,

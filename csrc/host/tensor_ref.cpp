@@ -36,6 +36,7 @@ struct TorchFunctions {
   void (*bump_version)(const Tensor&);      // torch::autograd::impl::bump_version(at::Tensor const&)
   int32 dtypes[kNumTensorDTypes];
   int32 strided;
+  PyObject* make_handle;  // torch._C._aoti.unsafe_alloc_void_ptr_from_tensor
   const void* undefined;  // the one c10::TensorImpl of all undefined tensors
 };
 
@@ -78,9 +79,7 @@ bool find_all(TorchFunctions& f) {
 // The c10::TensorImpl of a Python tensor; null if torch does not give it.
 void* impl_of(const TorchFunctions& f, py::handle tensor) {
   try {
-    const py::object make =
-        py::module_::import("torch").attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
-    const py::object capsule = make(tensor);
+    const py::object capsule = py::handle(f.make_handle)(tensor);
     auto* handle = static_cast<Tensor*>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
     if (!handle) throw py::error_already_set();
     void* impl = const_cast<void*>(*handle);
@@ -112,6 +111,8 @@ bool read_through(const TorchFunctions& f, Tensor* tensor, TensorInfo& info) {
 bool answers_rightly(TorchFunctions& f) {
   try {
     const py::module_ torch = py::module_::import("torch");
+    py::object make_handle = torch.attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
+    f.make_handle = make_handle.release().ptr();  // lives for ever, as `f` does
     const py::object make = torch.attr("zeros");
     const py::object param = make(2, 3, py::arg("dtype") = torch.attr("bfloat16")).attr("t")().attr("requires_grad_")();
     Tensor impl = impl_of(f, param);

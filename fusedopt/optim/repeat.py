@@ -11,7 +11,6 @@ from torch.optim import optimizer as torch_optimizer
 from .. import _C, backends
 
 if TYPE_CHECKING:
-    from .. import passes
     from ..plan import DeviceTables
     from .base import FusedOptimizer
     from .plan import OptimizerPlan
@@ -20,14 +19,17 @@ __all__ = ["repetition_of"]
 
 
 def repetition_of(
-    optimizer: FusedOptimizer, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...]
+    optimizer: FusedOptimizer, plan: OptimizerPlan, names: tuple[str, ...], reports: bool
 ) -> _C.RepeatedStep | None:
-    """Of the step of these passes that has just been made, if it was on one device, without scalers or accumulation.
+    """Of the step of these passes that has just been made, if it was on one device, without accumulation.
 
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
-    that one is different, asks for another backend, or because hooks or a profiler want to be told of it.
+    that one is different, asks for another backend, or because hooks or a profiler want to be told of it. ``grad_scale``
+    and ``found_inf`` may be there or not, and be other tensors each time.
+
+    reports: whether ``fusedopt.GradScaler`` was told what the norm pass found.
     """
-    if len(plan.tables) > 1 or plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
+    if len(plan.tables) > 1 or plan.copies or optimizer._accumulator is not None or not _C.has_torch_functions():
         return None
     tables = plan.tables[0]
     launches = tables.backend.launches(tables, names) if hasattr(tables.backend, "launches") else None
@@ -35,11 +37,14 @@ def repetition_of(
     step = _C.RepeatedStep(
         watch=plan.watch,
         hypers=list(tables.hypers.values()),
-        scalars=scalars,
+        args=[bucket.args for bucket in tables.buckets],
+        finding=(tables.device, tables.control.norm_found_inf),
+        scalars=optimizer._scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
         backend=optimizer._backend,
         is_profiled=torch.autograd._profiler_enabled,
         context_backend=backends.context_backend,
+        reports=reports,
         run_passes=torch.compiler.disable(partial(repeat, tables, names)) if launches is None else None,
     )
     if launches is not None:
