@@ -12,8 +12,8 @@ class GivenScalar {
   // like: a float32 tensor on the device where kernels will read the scalar.
   explicit GivenScalar(pybind11::handle like);
 
-  // value: None or null for "not given". False, with nothing changed, where kernels cannot read it where it is: anything
-  // but a torch.Tensor with one float32 on that device.
+  // value: None or null for "not given". False, with nothing changed, where kernels cannot read it where it is:
+  // anything but a torch.Tensor with one float32 on that device.
   bool take(PyObject* value);
 
   // Null where it was not given. What was last taken is kept until the next one is: kernels may not have read it yet.

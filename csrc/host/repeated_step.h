@@ -1,6 +1,6 @@
 // A step that differs from the one before it in gradients, hyper-parameters and what a scaler hands over only: reads
-// them and launches, in one call from Python. With caches that the backward pass has filled with other things, each line
-// of Python on the way costs microseconds.
+// them and launches, in one call from Python. With caches that the backward pass has filled with other things, each
+// line of Python on the way costs microseconds.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -24,8 +24,8 @@ def repetition_of(
     """Of the step of these passes that has just been made, if it was on one device, without accumulation.
 
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
-    that one is different, asks for another backend, or because hooks or a profiler want to be told of it. ``grad_scale``
-    and ``found_inf`` may be there or not, and be other tensors each time.
+    that one is different, asks for another backend, or because hooks or a profiler want to be told of it. A scaler's
+    ``grad_scale`` and ``found_inf`` may be there or not, and be other tensors each time.
 
     reports: whether ``fusedopt.GradScaler`` was told what the norm pass found.
     """
