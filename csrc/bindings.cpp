@@ -287,15 +287,18 @@ PYBIND11_MODULE(_C, m) {
   py::class_<RepeatedStep>(m, "RepeatedStep", py::custom_type_setup(&make_collectable<RepeatedStep>))
       .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, const std::vector<PassArgs*>& all_args,
                        py::tuple finding, py::object scalars, py::object hooks, py::object backend,
-                       py::object is_profiled, py::object context_backend, bool reports, py::object run_passes) {
+                       py::object is_profiled, py::object context_backend, bool reports, py::object accumulator,
+                       py::object divisor, bool has_own_grads, py::object run_passes) {
              std::vector<Scaling*> scalings;
              for (PassArgs* args : all_args) scalings.push_back(&args->scaling);
-             return new RepeatedStep(watch, std::move(hypers), {std::move(scalings), finding},
-                                     {scalars, hooks, backend, is_profiled, context_backend, reports}, run_passes);
+             return new RepeatedStep(
+                 watch, std::move(hypers), {std::move(scalings), finding},
+                 {scalars, hooks, backend, is_profiled, context_backend, reports, accumulator, divisor, has_own_grads},
+                 run_passes);
            }),
            py::arg("watch"), py::arg("hypers"), py::arg("args"), py::arg("finding"), py::arg("scalars"),
            py::arg("hooks"), py::arg("backend"), py::arg("is_profiled"), py::arg("context_backend"), py::arg("reports"),
-           py::arg("run_passes"))
+           py::arg("accumulator"), py::arg("divisor"), py::arg("has_own_grads"), py::arg("run_passes"))
       .def("launch_on", &RepeatedStep::launch_on)
       .def("add",
            [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,

@@ -25,6 +25,11 @@ class RepeatedStep {
     pybind11::object context_backend;  // () -> str or None, what `use_backend` asks for
     // Whether our own scaler asked to be told what the norm pass found, by the dict `_nonfinite_found`.
     bool reports;
+    pybind11::object accumulator;  // the optimizer's `_accumulator`
+    // () -> what divides the gradients of this step as a float; None where the accumulator tells it anything else that
+    // is new. Empty without an accumulator.
+    pybind11::object divisor;
+    bool has_own_grads;  // beside what is accumulated
   };
 
   // What scalers exchange with a step by attributes of the optimizer.
@@ -70,6 +75,7 @@ class RepeatedStep {
   bool asks_as_before() const;  // for the same backend
   bool is_like_the_last(PyObject* optimizer) const;
   bool take_what_scalers_give(PyObject* optimizer);
+  bool take_divisor();
   void report(PyObject* optimizer) const;
   void run_passes() const;
   void launch() const;
@@ -78,6 +84,7 @@ class RepeatedStep {
   std::vector<Hypers*> hypers_;
   Scalers scalers_;
   GivenScalar grad_scale_, found_inf_;
+  double divisor_ = 1.0;
   Conditions conditions_;
   pybind11::object asked_;  // what `context_backend` said of the last step
   pybind11::object run_passes_;

@@ -360,7 +360,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         names = ("norm", "update") if takes_norm else ("update",)
         reports = "_nonfinite_found" in self.__dict__
-        if plan.repetition is not None and not plan.repetition.serves(self._scalars, reports):
+        if self._accumulator is not None or not (plan.repetition and plan.repetition.serves(self._scalars, reports)):
             plan.repetition = None  # before anything can fail: the passes are told other things now
         self._run_passes(plan, scalars, names, self.param_groups)
         if plan.repetition is None:

@@ -30,9 +30,9 @@ def long_steps(monkeypatch):
     """A list with an element for each step that took the long way."""
     taken, begin = [], passes.begin
 
-    def counted(*args, **kwargs):
-        taken.append(1)
-        return begin(*args, **kwargs)
+    def counted(tables, scalars, names, *args, **kwargs):
+        taken.extend([1] * ("update" in names))
+        return begin(tables, scalars, names, *args, **kwargs)
 
     monkeypatch.setattr(passes, "begin", counted)
     return taken
@@ -265,6 +265,103 @@ def test_release_refuses_a_scaler_after_repeated_steps(device, long_steps):
     opt.grad_scale = torch.ones((), device=device)
     opt.step()
     assert_long(long_steps, 0)
+
+
+# ---- accumulated gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("hooks", [False, True], ids=["", "hooks"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaler"])
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_accumulated_steps_are_repeated(case, scaled, hooks, reduction, device, long_steps):
+    """Of two micro-batches, then of three; only the first takes the long way."""
+    memories = []
+    for make in (lambda opt: opt, long_way):
+        params = parameters(SIZES, device=device)
+        opt, (scaler, _) = make(case.make(params, max_grad_norm=0.5)), scalers(device)
+        accumulator = fusedopt.GradAccumulator(opt, reduction=reduction, hooks=hooks)
+        long_steps.clear()
+        for step in range(8):
+            for last in [False] * (1 + step // 4) + [True]:
+                bad = math.inf if scaled and step == 2 and last else None
+                backward(params, accumulator, scaler if scaled else None, 10 * step + last, bad)
+                if hooks or not last:
+                    accumulator.accumulate()
+            assert accumulator.holds
+            scaler.step(opt) if scaled else opt.step()
+            scaler.update() if scaled else None
+            assert not accumulator.holds
+            opt.zero_grad()
+            assert opt.step_was_skipped.item() is (scaled and step == 2)
+        assert_long(long_steps, 8 if make is long_way else 1)
+        memories.append([*memory(opt), opt.grad_norm])
+    assert_same_bits(*memories)
+
+
+def backward(params, accumulator, scaler, seed, bad):
+    """Gradients as a backward pass leaves them, of which an accumulator's hooks are told."""
+    if scaler is None:
+        set_gradients(params, seed=seed)
+    else:
+        scaled_gradients(params, scaler, seed, bad)
+    for param in params if accumulator._hooks else ():
+        accumulator._fold(param)
+
+
+WEIGHTS = {
+    "none": lambda step, device: (None, 1.0),
+    "numbers": lambda step, device: (0.5 + step, 1.0),
+    "own number": lambda step, device: (0.5 + step, 2.0),
+    "tensors": lambda step, device: (torch.tensor(0.5 + step, device=device), torch.tensor(1.0, device=device)),
+}
+
+
+def test_accumulation_changes_between_steps(device, long_steps):
+    """Weights, steps without gradients of their own, without a sum, without either, and scalers, in any order."""
+    memories, rng = [], random.Random(1)
+    plan = [(rng.choice(sorted(WEIGHTS)), rng.choice("so+ "), rng.random() < 0.3) for _ in range(40)]
+    plan += [("none", "+", False)] * 3 + [("numbers", "+", True)] * 3
+    for make in (lambda opt: opt, long_way):
+        params = parameters(SIZES, device=device)
+        opt, (scaler, _) = make(fusedopt.AdamW(params, max_grad_norm=0.5)), scalers(device)
+        accumulator, results = fusedopt.GradAccumulator(opt), []
+        train(opt, params, 2)
+        long_steps.clear()
+        for step, (weights, kind, scaled) in enumerate(plan):
+            earlier, own = WEIGHTS[weights](step, device)
+            if kind in "s+":  # a sum of earlier micro-batches
+                backward(params, accumulator, scaler if scaled else None, 2 * step, None)
+                accumulator.accumulate(earlier)
+            if kind in "o+":  # gradients of the step's own
+                backward(params, accumulator, scaler if scaled else None, 2 * step + 1, None)
+                accumulator.weight = own
+            if scaled and kind != " ":
+                scaler.step(opt)
+                scaler.update()
+            else:
+                opt.step()
+            opt.zero_grad()
+            results += [*memory(opt), opt.grad_norm]
+        memories.append((results, len(long_steps)))
+    assert_same_bits(memories[0][0], memories[1][0])
+    if _C.has_torch_functions():
+        assert memories[0][1] < memories[1][1] - 4
+
+
+def test_torchs_scaler_is_refused_beside_repeated_accumulation(device):
+    params = parameters(SIZES, device=device)
+    opt = fusedopt.AdamW(params, max_grad_norm=1.0)
+    accumulator, (_, scaler) = fusedopt.GradAccumulator(opt), scalers(device)
+    for step in range(3):
+        set_gradients(params, seed=step)
+        accumulator.accumulate()
+        set_gradients(params, seed=10 + step)
+        if step < 2:
+            opt.step()
+    scaler.scale(torch.zeros((), device=device))
+    with pytest.raises(RuntimeError, match="GradAccumulator"):
+        scaler.step(opt)
 
 
 # ---- random histories -----------------------------------------------------------------------------------------------
