@@ -29,6 +29,12 @@ bool GivenScalar::take(PyObject* value) {
     return true;
   }
   if (Py_TYPE(value) != type_) return false;
+  const void* impl = TensorRef::impl_of_torch_tensor(value);
+  if (const void* address = impl ? TensorRef::address_of_like(impl, look_, dtype_, 0, nullptr, nullptr) : nullptr) {
+    kept_ = py::reinterpret_borrow<py::object>(value);
+    address_ = static_cast<const float*>(address);
+    return true;
+  }
   const TensorRef tensor(value);
   TensorInfo info;
   if (!tensor.impl() || !tensor.read(info) || info.dtype != dtype_ || info.device_type != device_type_ ||
@@ -36,6 +42,7 @@ bool GivenScalar::take(PyObject* value) {
     return false;
   kept_ = py::reinterpret_borrow<py::object>(value);
   address_ = static_cast<const float*>(info.data);
+  if (info.ndim == 0) look_ = TensorRef::look_of(tensor.impl());
   return true;
 }
 

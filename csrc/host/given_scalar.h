@@ -24,6 +24,7 @@ class GivenScalar {
 
  private:
   PyTypeObject* type_;
+  GradLook look_ = {};  // of tensors without dimensions that were found good
   int32 dtype_, device_type_, device_index_;
   pybind11::object kept_;
   const float* address_ = nullptr;

@@ -28,7 +28,7 @@ const Names& names() {
   return *all;
 }
 
-bool is_empty(PyObject* container) { return container && PyObject_Size(container) == 0; }
+bool is_empty(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_Size(dict) == 0; }
 
 // Tells the passes of a scaler's tensors and an accumulator's divisor for a scope. Outside of it they are told of no
 // tensors, and of the divisor of before: the long way tells them of scalars only where these have changed since it did.
@@ -91,7 +91,7 @@ bool RepeatedStep::is_like_the_last(PyObject* optimizer) const {
     if (!is_empty(PyDict_GetItem(optimizer, hooks))) return false;
   for (const py::handle hooks : conditions_.hooks)
     if (!is_empty(hooks.ptr())) return false;
-  return asks_as_before() && !conditions_.is_profiled().cast<bool>();
+  return asks_as_before() && !is_profiled();
 }
 
 bool RepeatedStep::take_what_scalers_give(PyObject* optimizer) {

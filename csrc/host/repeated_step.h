@@ -21,7 +21,6 @@ class RepeatedStep {
     pybind11::object scalars;          // the optimizer's `_scalars` in the last step
     pybind11::object hooks;            // tuple of the dicts with the hooks of all optimizers
     pybind11::object backend;          // the optimizer's `_backend`
-    pybind11::object is_profiled;      // builtin function: () -> bool
     pybind11::object context_backend;  // () -> str or None, what `use_backend` asks for
     // Whether our own scaler asked to be told what the norm pass found, by the dict `_nonfinite_found`.
     bool reports;

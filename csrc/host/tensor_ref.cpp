@@ -34,6 +34,7 @@ struct TorchFunctions {
   int32 (*delete_tensor)(Tensor*);
   const Tensor& (*grad)(const void* impl);  // c10::TensorImpl::grad() const
   void (*bump_version)(const Tensor&);      // torch::autograd::impl::bump_version(at::Tensor const&)
+  bool (*profiler_enabled)();               // torch::profiler::impl::profilerEnabled()
   int32 dtypes[kNumTensorDTypes];
   int32 strided;
   PyObject* make_handle;  // torch._C._aoti.unsafe_alloc_void_ptr_from_tensor
@@ -67,6 +68,7 @@ bool find_all(TorchFunctions& f) {
          find(f.is_defined, "aoti_torch_is_defined") && find(f.delete_tensor, "aoti_torch_delete_tensor_object") &&
          find(f.grad, "_ZNK3c1010TensorImpl4gradEv") &&
          find(f.bump_version, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE") &&
+         find(f.profiler_enabled, "_ZN5torch8profiler4impl15profilerEnabledEv") &&
          find_code(f.dtypes[int32(DType::kFloat32)], "aoti_torch_dtype_float32") &&
          find_code(f.dtypes[int32(DType::kBFloat16)], "aoti_torch_dtype_bfloat16") &&
          find_code(f.dtypes[int32(DType::kFloat16)], "aoti_torch_dtype_float16") &&
@@ -113,6 +115,7 @@ bool answers_rightly(TorchFunctions& f) {
     const py::module_ torch = py::module_::import("torch");
     py::object make_handle = torch.attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
     f.make_handle = make_handle.release().ptr();  // lives for ever, as `f` does
+    if (f.profiler_enabled() != torch.attr("autograd").attr("_profiler_enabled")().cast<bool>()) return false;
     const py::object make = torch.attr("zeros");
     const py::object param = make(2, 3, py::arg("dtype") = torch.attr("bfloat16")).attr("t")().attr("requires_grad_")();
     Tensor impl = impl_of(f, param);
@@ -198,6 +201,13 @@ bool read_attributes(py::handle tensor, TensorInfo& info) {
 }  // namespace
 
 bool has_torch_functions() { return torch_functions() != nullptr; }
+
+bool is_profiled() { return torch_functions()->profiler_enabled(); }
+
+const void* TensorRef::impl_of_torch_tensor(const PyObject* tensor) {
+  const TensorLayout* layout = tensor_layout();
+  return layout && layout->impl ? reinterpret_cast<const void* const*>(tensor)[layout->impl] : nullptr;
+}
 
 TensorRef::TensorRef(py::handle tensor) : object_(tensor.ptr()), impl_(nullptr) {
   if (const TorchFunctions* f = torch_functions()) impl_ = impl_of(*f, object_);

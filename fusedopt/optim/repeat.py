@@ -47,7 +47,6 @@ def repetition_of(
         scalars=optimizer._scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
         backend=optimizer._backend,
-        is_profiled=torch.autograd._profiler_enabled,
         context_backend=backends.context_backend,
         reports=reports,
         accumulator=accumulator,
