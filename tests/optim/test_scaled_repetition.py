@@ -109,6 +109,26 @@ def test_plain_steps_of_torchs_scaler_are_repeated(device, long_steps):
     assert_long(long_steps, 1)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_on_other_backends(backend, device, long_steps):
+    """Which read the scaler's addresses where the step table was packed."""
+    if not fusedopt.backends()[backend].available:
+        pytest.skip(fusedopt.backends()[backend].reason)
+    memories = []
+    for make in (lambda opt: opt, long_way):
+        params = parameters([5, 33], device=device)
+        opt, (scaler, _) = make(fusedopt.AdamW(params, backend=backend)), scalers(device)
+        long_steps.clear()
+        for step in range(5):
+            scaled_gradients(params, scaler, step, math.nan if step == 2 else None)
+            scaler.step(opt)
+            assert opt.step_was_skipped.item() is (step == 2)
+            scaler.update()
+        assert_long(long_steps, 5 if make is long_way else 1)
+        memories.append([*memory(opt), opt.grad_norm])
+    assert_same_bits(*memories)
+
+
 def test_two_optimizers_and_one_scaler(device, long_steps):
     states = []
     for make in (lambda opt: opt, long_way):
