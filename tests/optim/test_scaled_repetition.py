@@ -341,7 +341,8 @@ def test_accumulation_changes_between_steps(device, long_steps):
     """Weights, steps without gradients of their own, without a sum, without either, and scalers, in any order."""
     memories, rng = [], random.Random(1)
     plan = [(rng.choice(sorted(WEIGHTS)), rng.choice("so+ "), rng.random() < 0.3) for _ in range(40)]
-    plan += [("none", "+", False)] * 3 + [("numbers", "+", True)] * 3
+    plan += [("none", kind, False) for a in "so+ " for b in "so+ " for kind in (a, a, b)]
+    plan += [("numbers", "+", True)] * 3
     for make in (lambda opt: opt, long_way):
         params = parameters(SIZES, device=device)
         opt, (scaler, _) = make(fusedopt.AdamW(params, max_grad_norm=0.5)), scalers(device)
