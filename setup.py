@@ -29,6 +29,7 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/passes.cpp",
+    "csrc/host/given_scalar.cpp",
     "csrc/host/repeated_step.cpp",
     "csrc/host/tensor_layout.cpp",
     "csrc/host/threads.cpp",

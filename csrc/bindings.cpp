@@ -226,6 +226,31 @@ void make_collectable(PyHeapTypeObject* heap_type) {
   };
 }
 
+// ---- repeated steps -----------------------------------------------------------------------------------------
+
+PyObject* run_repeated_step(PyObject* self, PyObject* optimizer) {
+  try {
+    auto* const instance = reinterpret_cast<py::detail::instance*>(self);
+    auto* const step = instance->get_value_and_holder().value_ptr<RepeatedStep>();
+    if (!PyDict_Check(optimizer)) throw py::type_error("RepeatedStep.run: got something else than a __dict__");
+    return PyBool_FromLong(step->run(py::reinterpret_borrow<py::dict>(optimizer)));
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// The method that every step calls. Python calls it directly: with cold caches pybind11's own way takes microseconds.
+void add_run(const py::object& repeated_step) {
+  static PyMethodDef method = {"run", &run_repeated_step, METH_O, "(optimizer's __dict__) -> bool"};
+  auto* const type = reinterpret_cast<PyTypeObject*>(repeated_step.ptr());
+  repeated_step.attr("run") = py::reinterpret_steal<py::object>(PyDescr_NewMethod(type, &method));
+}
+
 }  // namespace
 }  // namespace fusedopt
 
@@ -273,7 +298,7 @@ PYBIND11_MODULE(_C, m) {
       .def("refresh", &Watch::refresh, py::arg("param_groups"), py::arg("state"), py::arg("relayout"),
            py::arg("bump") = false)
       .def("bump_versions", &Watch::bump_versions)
-      .def("num_grads", &Watch::num_grads)
+      .def("has_grads", &Watch::has_grads)
       .def("hold", &Watch::hold)
       .def("drop_grads", &Watch::drop_grads)
       .def("__len__", &Watch::size);
@@ -285,21 +310,27 @@ PYBIND11_MODULE(_C, m) {
   // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector does not see what
   // pybind11 keeps.
   py::class_<RepeatedStep>(m, "RepeatedStep", py::custom_type_setup(&make_collectable<RepeatedStep>))
-      .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, py::object scalars, py::object hooks,
-                       py::object backend, py::object is_profiled, py::object context_backend, py::object run_passes) {
-             return new RepeatedStep(watch, std::move(hypers), {scalars, hooks, backend, is_profiled, context_backend},
-                                     run_passes);
+      .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, const std::vector<PassArgs*>& all_args,
+                       py::tuple finding, py::object scalars, py::object hooks, py::object backend,
+                       py::object context_backend, bool reports, py::object accumulator, py::object divisor,
+                       bool has_own_grads, py::object run_passes) {
+             std::vector<Scaling*> scalings;
+             for (PassArgs* args : all_args) scalings.push_back(&args->scaling);
+             return new RepeatedStep(
+                 watch, std::move(hypers), {std::move(scalings), finding},
+                 {scalars, hooks, backend, context_backend, reports, accumulator, divisor, has_own_grads}, run_passes);
            }),
-           py::arg("watch"), py::arg("hypers"), py::arg("scalars"), py::arg("hooks"), py::arg("backend"),
-           py::arg("is_profiled"), py::arg("context_backend"), py::arg("run_passes"))
+           py::arg("watch"), py::arg("hypers"), py::arg("args"), py::arg("finding"), py::arg("scalars"),
+           py::arg("hooks"), py::arg("backend"), py::arg("context_backend"), py::arg("reports"), py::arg("accumulator"),
+           py::arg("divisor"), py::arg("has_own_grads"), py::arg("run_passes"))
       .def("launch_on", &RepeatedStep::launch_on)
       .def("add",
            [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
               uint32 grid, size_t capacity) {
              step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
            })
-      .def("serves", &RepeatedStep::serves)
-      .def("run", &RepeatedStep::run);
+      .def("serves", &RepeatedStep::serves);
+  add_run(m.attr("RepeatedStep"));
   m.def("cpu_update", &bind_cpu_update);
   m.def("cpu_norm", &bind_cpu_norm);
   m.def("cpu_accumulate", &bind_cpu_accumulate);

@@ -148,7 +148,7 @@ class GradAccumulator:
             )
         weight = self._weight if weight is None else self._checked_weight(weight)
         plan = self._refreshed()
-        if plan.watch.num_grads():
+        if plan.watch.has_grads():
             plan.run(weight)
         elif not self._open:
             raise RuntimeError(

@@ -1,6 +1,6 @@
-// A step that differs from the one before it in gradients and hyper-parameters only: reads both and launches, in one
-// call from Python. With caches that the backward pass has filled with other things, each line of Python on the way
-// costs microseconds.
+// A step that differs from the one before it in gradients, hyper-parameters and what a scaler hands over only: reads
+// them and launches, in one call from Python. With caches that the backward pass has filled with other things, each
+// line of Python on the way costs microseconds.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda_driver.h"
+#include "given_scalar.h"
 #include "hypers.h"
 #include "watch.h"
 
@@ -20,14 +21,27 @@ class RepeatedStep {
     pybind11::object scalars;          // the optimizer's `_scalars` in the last step
     pybind11::object hooks;            // tuple of the dicts with the hooks of all optimizers
     pybind11::object backend;          // the optimizer's `_backend`
-    pybind11::object is_profiled;      // builtin function: () -> bool
     pybind11::object context_backend;  // () -> str or None, what `use_backend` asks for
+    // Whether our own scaler asked to be told what the norm pass found, by the dict `_nonfinite_found`.
+    bool reports;
+    pybind11::object accumulator;  // the optimizer's `_accumulator`
+    // () -> what divides the gradients of this step as a float; None where the accumulator tells it anything else that
+    // is new. Empty without an accumulator.
+    pybind11::object divisor;
+    bool has_own_grads;  // beside what is accumulated
   };
 
-  // watch, hypers: the plan's own, as what is added; whoever holds this holds them. hypers: of every rule.
+  // What scalers exchange with a step by attributes of the optimizer.
+  struct Scalers {
+    std::vector<Scaling*> scalings;  // where the passes look for grad_scale and found_inf; none are given between steps
+    pybind11::tuple finding;         // (device, tensor): where the norm pass leaves whether it met inf or NaN
+  };
+
+  // watch, hypers, scalings: the plan's own, as what is added; whoever holds this holds them. hypers: of every rule.
   // run_passes: () -> None, the passes, when gradients and hyper-parameters have been read; empty where there are
   // launches instead.
-  RepeatedStep(Watch& watch, std::vector<Hypers*> hypers, Conditions conditions, pybind11::object run_passes);
+  RepeatedStep(Watch& watch, std::vector<Hypers*> hypers, Scalers scalers, Conditions conditions,
+               pybind11::object run_passes);
 
   // stream_of: builtin function, (device index) -> int, the current stream.
   void launch_on(pybind11::object stream_of, pybind11::object device);
@@ -35,8 +49,10 @@ class RepeatedStep {
   // last step. capacity: bytes of step table that the kernel takes as a parameter.
   void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
 
-  // Whether it may repeat a step that is told these scalars.
-  bool serves(pybind11::handle scalars) const { return conditions_.scalars.is(scalars) && asks_as_before(); }
+  // Whether it may repeat a step that is told these scalars, and to report or not.
+  bool serves(pybind11::handle scalars, bool reports) const {
+    return conditions_.scalars.is(scalars) && conditions_.reports == reports && asks_as_before();
+  }
 
   // optimizer: its __dict__. False, with nothing launched, where this step is not like the last one.
   bool run(pybind11::dict optimizer);
@@ -56,11 +72,18 @@ class RepeatedStep {
   };
 
   bool asks_as_before() const;  // for the same backend
-  bool is_plain(PyObject* optimizer) const;
+  bool is_like_the_last(PyObject* optimizer) const;
+  bool take_what_scalers_give(PyObject* optimizer);
+  bool take_divisor();
+  void report(PyObject* optimizer) const;
+  void run_passes() const;
   void launch() const;
 
   Watch& watch_;
   std::vector<Hypers*> hypers_;
+  Scalers scalers_;
+  GivenScalar grad_scale_, found_inf_;
+  double divisor_ = 1.0;
   Conditions conditions_;
   pybind11::object asked_;  // what `context_backend` said of the last step
   pybind11::object run_passes_;

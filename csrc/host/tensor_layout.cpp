@@ -48,6 +48,18 @@ bool find_storage(TensorLayout& layout, const py::object& tensor, const py::obje
   return false;
 }
 
+// 0 where it is not found: nothing else depends on it.
+int find_impl(const py::object& tensor, const py::object& other) {
+  const int end = int(Py_TYPE(tensor.ptr())->tp_basicsize / Py_ssize_t(sizeof(void*)));
+  for (int at = 2; at < end; ++at) {  // after Python's count and type, perhaps a mark
+    const auto points_to = [&](const py::object& each) {
+      return reinterpret_cast<const void* const*>(each.ptr())[at] == words_of(each);
+    };
+    if (points_to(tensor) && points_to(other)) return at;
+  }
+  return 0;
+}
+
 bool find_object(TensorLayout& layout, const py::object& tensor, const py::object& other) {
   const auto points_to = [&](const py::object& each) {
     return words_of(each)[layout.object] / 8 == reinterpret_cast<uint64>(each.ptr()) / 8;
@@ -91,6 +103,7 @@ bool find_layout(TensorLayout& layout) {
     layout.storage_offset = layout.sizes + 2 * kInlineDims;
     layout.type = layout.storage_offset + 2;
     if (!find_storage(layout, tensor, other) || !find_object(layout, tensor, other)) return false;
+    layout.impl = find_impl(tensor, other);
     if (!tells_apart(layout, tensor)) return false;
     const uint64 negative = lazy_key(layout, tensor, "_neg_view");
     const uint64 conjugate = lazy_key(layout, sample("complex64", "cpu", 0), "_conj");

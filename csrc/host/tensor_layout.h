@@ -11,6 +11,7 @@
 namespace fusedopt {
 
 struct TensorLayout {
+  int impl;  // of a Python object of type torch.Tensor, in words: pointer to its c10::TensorImpl; 0 if unknown
   // Of a c10::TensorImpl, in words of 8 bytes.
   int storage;         // pointer to its c10::StorageImpl
   int object;          // pointer to its Python object, with marks in the lowest bits

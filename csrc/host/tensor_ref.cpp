@@ -34,8 +34,10 @@ struct TorchFunctions {
   int32 (*delete_tensor)(Tensor*);
   const Tensor& (*grad)(const void* impl);  // c10::TensorImpl::grad() const
   void (*bump_version)(const Tensor&);      // torch::autograd::impl::bump_version(at::Tensor const&)
+  bool (*profiler_enabled)();               // torch::profiler::impl::profilerEnabled()
   int32 dtypes[kNumTensorDTypes];
   int32 strided;
+  PyObject* make_handle;  // torch._C._aoti.unsafe_alloc_void_ptr_from_tensor
   const void* undefined;  // the one c10::TensorImpl of all undefined tensors
 };
 
@@ -66,6 +68,7 @@ bool find_all(TorchFunctions& f) {
          find(f.is_defined, "aoti_torch_is_defined") && find(f.delete_tensor, "aoti_torch_delete_tensor_object") &&
          find(f.grad, "_ZNK3c1010TensorImpl4gradEv") &&
          find(f.bump_version, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE") &&
+         find(f.profiler_enabled, "_ZN5torch8profiler4impl15profilerEnabledEv") &&
          find_code(f.dtypes[int32(DType::kFloat32)], "aoti_torch_dtype_float32") &&
          find_code(f.dtypes[int32(DType::kBFloat16)], "aoti_torch_dtype_bfloat16") &&
          find_code(f.dtypes[int32(DType::kFloat16)], "aoti_torch_dtype_float16") &&
@@ -78,9 +81,7 @@ bool find_all(TorchFunctions& f) {
 // The c10::TensorImpl of a Python tensor; null if torch does not give it.
 void* impl_of(const TorchFunctions& f, py::handle tensor) {
   try {
-    const py::object make =
-        py::module_::import("torch").attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
-    const py::object capsule = make(tensor);
+    const py::object capsule = py::handle(f.make_handle)(tensor);
     auto* handle = static_cast<Tensor*>(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
     if (!handle) throw py::error_already_set();
     void* impl = const_cast<void*>(*handle);
@@ -112,6 +113,9 @@ bool read_through(const TorchFunctions& f, Tensor* tensor, TensorInfo& info) {
 bool answers_rightly(TorchFunctions& f) {
   try {
     const py::module_ torch = py::module_::import("torch");
+    py::object make_handle = torch.attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor");
+    f.make_handle = make_handle.release().ptr();  // lives for ever, as `f` does
+    if (f.profiler_enabled() != torch.attr("autograd").attr("_profiler_enabled")().cast<bool>()) return false;
     const py::object make = torch.attr("zeros");
     const py::object param = make(2, 3, py::arg("dtype") = torch.attr("bfloat16")).attr("t")().attr("requires_grad_")();
     Tensor impl = impl_of(f, param);
@@ -197,6 +201,13 @@ bool read_attributes(py::handle tensor, TensorInfo& info) {
 }  // namespace
 
 bool has_torch_functions() { return torch_functions() != nullptr; }
+
+bool is_profiled() { return torch_functions()->profiler_enabled(); }
+
+const void* TensorRef::impl_of_torch_tensor(const PyObject* tensor) {
+  const TensorLayout* layout = tensor_layout();
+  return layout && layout->impl ? reinterpret_cast<const void* const*>(tensor)[layout->impl] : nullptr;
+}
 
 TensorRef::TensorRef(py::handle tensor) : object_(tensor.ptr()), impl_(nullptr) {
   if (const TorchFunctions* f = torch_functions()) impl_ = impl_of(*f, object_);

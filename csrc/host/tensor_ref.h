@@ -56,6 +56,9 @@ struct TensorInfo {
 // Whether torch's own functions are used.
 bool has_torch_functions();
 
+// Whether torch's profiler records what this thread does. Only where torch's own functions are used.
+bool is_profiled();
+
 // Where a tensor's elements are: its address, and what that was made from.
 struct Memory {
   void* data;
@@ -99,6 +102,8 @@ class TensorRef {
   static const void* address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
                                      const int64* shape, const int64* strides);
   static GradLook look_of(const void* found);
+  // Of a Python object whose type is torch.Tensor itself; null where that cannot be told without asking torch.
+  static const void* impl_of_torch_tensor(const PyObject* tensor);
   // Whether memory holds the negatives or the conjugates of its elements. Where that cannot be told: complex ones may.
   static bool may_be_lazy(const void* found, int32 dtype);
   // Hints, in this order and some tensors ahead: fetch the tensor's memory, then what it points to.

@@ -239,10 +239,10 @@ bool Watch::bump_versions() const {
   return true;
 }
 
-size_t Watch::num_grads() const {
-  size_t count = 0;
-  for (const Row& row : rows_) count += row.table && row.table->has_own(row.slot);
-  return count;
+bool Watch::has_grads() const {
+  for (const Row& row : rows_)
+    if (row.table && row.table->has_own(row.slot)) return true;
+  return false;
 }
 
 void Watch::hold() {

@@ -62,8 +62,8 @@ class Watch {
   // Tells autograd that the parameters in tables were written. False: torch must be asked in Python.
   bool bump_versions() const;
 
-  // How many parameters have a gradient of their own in this step.
-  size_t num_grads() const;
+  // Whether any parameter has a gradient of its own in this step.
+  bool has_grads() const;
 
   // For an accumulator: the main gradients of all parameters that had a gradient hold something now.
   void hold();

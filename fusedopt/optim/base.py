@@ -349,19 +349,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             scalars = scalars._replace(grad_scale=given.get("grad_scale"), found_inf=given.get("found_inf"))
         if "_nonfinite_found" in given:
             scalars = scalars._replace(skip_nonfinite=True)
-            if plan.watch.num_grads() > 0 or self._has_accumulated():
+            if plan.watch.has_grads() or self._has_accumulated():
                 given["_nonfinite_found"].update({each.device: each.control.norm_found_inf for each in plan.tables})
         if self._accumulator is not None:
-            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
+            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
         return scalars
 
     def _run(self, plan: OptimizerPlan) -> None:
         scalars = self._step_scalars(plan)
         takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
         names = ("norm", "update") if takes_norm else ("update",)
+        reports = "_nonfinite_found" in self.__dict__
+        if self._accumulator is not None or not (plan.repetition and plan.repetition.serves(self._scalars, reports)):
+            plan.repetition = None  # before anything can fail: the passes are told other things now
         self._run_passes(plan, scalars, names, self.param_groups)
-        if plan.repetition is None or not plan.repetition.serves(scalars):
-            plan.repetition = repetition_of(self, plan, scalars, names)
+        if plan.repetition is None:
+            plan.repetition = repetition_of(self, plan, names, reports)
 
     def _run_passes(
         self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
@@ -388,7 +391,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The update of one parameter, inside a backward pass."""
         scalars = self._scalars
         if self._accumulator is not None:
-            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.num_grads() > 0))
+            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
         self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
         if self._accumulator is not None:
             self._accumulator.release(param)

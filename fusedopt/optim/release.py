@@ -73,6 +73,8 @@ class GradientRelease:
             hook.remove()
         self._hooks.clear()
         self._plans.clear()
+        if self._optimizer._release is self:
+            self._optimizer._release = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -11,23 +11,30 @@ from torch.optim import optimizer as torch_optimizer
 from .. import _C, backends
 
 if TYPE_CHECKING:
-    from .. import passes
     from ..plan import DeviceTables
-    from .base import FusedOptimizer
+    from .base import Accumulator, FusedOptimizer
     from .plan import OptimizerPlan
 
 __all__ = ["repetition_of"]
 
 
 def repetition_of(
-    optimizer: FusedOptimizer, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...]
+    optimizer: FusedOptimizer, plan: OptimizerPlan, names: tuple[str, ...], reports: bool
 ) -> _C.RepeatedStep | None:
-    """Of the step of these passes that has just been made, if it was on one device, without scalers or accumulation.
+    """Of the step of these passes that has just been made, if it was on one device.
 
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
-    that one is different, asks for another backend, or because hooks or a profiler want to be told of it.
+    that one is different, asks for another backend, or because hooks or a profiler want to be told of it. A scaler's
+    ``grad_scale`` and ``found_inf`` may be there or not, and be other tensors each time; of an accumulator the number
+    may differ that divides its sum.
+
+    reports: whether ``fusedopt.GradScaler`` was told what the norm pass found.
     """
-    if len(plan.tables) > 1 or plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
+    if len(plan.tables) > 1 or plan.copies or not _C.has_torch_functions():
+        return None
+    accumulator, has_own_grads = optimizer._accumulator, plan.watch.has_grads()
+    divisor = None if accumulator is None else partial(_divisor, accumulator, has_own_grads)
+    if divisor is not None and divisor() is None:
         return None
     tables = plan.tables[0]
     launches = tables.backend.launches(tables, names) if hasattr(tables.backend, "launches") else None
@@ -35,11 +42,16 @@ def repetition_of(
     step = _C.RepeatedStep(
         watch=plan.watch,
         hypers=list(tables.hypers.values()),
-        scalars=scalars,
+        args=[bucket.args for bucket in tables.buckets],
+        finding=(tables.device, tables.control.norm_found_inf),
+        scalars=optimizer._scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
         backend=optimizer._backend,
-        is_profiled=torch.autograd._profiler_enabled,
         context_backend=backends.context_backend,
+        reports=reports,
+        accumulator=accumulator,
+        divisor=divisor,
+        has_own_grads=has_own_grads,
         run_passes=torch.compiler.disable(partial(repeat, tables, names)) if launches is None else None,
     )
     if launches is not None:
@@ -47,6 +59,16 @@ def repetition_of(
         for launch in launches:
             step.add(*launch)
     return step
+
+
+def _divisor(accumulator: Accumulator, own: bool) -> float | None:
+    """Of the sum in the step under way; None where it is a tensor, or the step's own gradients have a weight but 1.
+
+    own: whether there are any.
+    """
+    weight, divisor = accumulator.step_scalars(own).values()
+    plain = not isinstance(weight, torch.Tensor) and not isinstance(divisor, torch.Tensor) and weight == 1.0
+    return float(divisor) if plain else None
 
 
 def _run_passes(tables: DeviceTables, names: tuple[str, ...]) -> None:

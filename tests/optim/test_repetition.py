@@ -177,7 +177,7 @@ def test_autograd_notices_that_parameters_were_written(device):
     assert param._version == version
 
 
-def test_accumulators_and_release_end_the_repetition(device):
+def test_an_accumulator_comes_and_goes(device):
     params, opt = make(ONE_EACH[1], device)
     expected_params, expected = make(ONE_EACH[1], device)
     for ps, one in ((params, opt), (expected_params, expected)):
