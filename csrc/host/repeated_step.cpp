@@ -26,7 +26,12 @@ const Names& names() {
   return *all;
 }
 
-bool is_empty(PyObject* container) { return container && PyObject_Size(container) == 0; }
+bool is_empty(PyObject* container) {
+  if (!container) return false;
+  const Py_ssize_t size = PyObject_Size(container);
+  if (size < 0) throw py::error_already_set();
+  return size == 0;
+}
 
 }  // namespace
 
@@ -44,6 +49,7 @@ void RepeatedStep::launch_on(py::object stream_of, py::object device) {
 
 void RepeatedStep::add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid,
                        size_t capacity) {
+  Table::check_capacity(capacity);
   launches_.push_back({&table, &hypers, args, context, function, grid, capacity});
 }
 
@@ -65,6 +71,7 @@ bool RepeatedStep::is_plain(PyObject* optimizer) const {
 }
 
 void RepeatedStep::launch() const {
+  if (!stream_of_) throw std::logic_error("RepeatedStep.run: got no stream, expected launch_on() before");
   for (const Launch& each : launches_) each.table->pack(each.hypers->rows(), each.capacity);
   auto* const stream = reinterpret_cast<void*>(stream_of_(device_).cast<uint64>());
   for (const Launch& each : launches_) {
@@ -75,10 +82,14 @@ void RepeatedStep::launch() const {
 }
 
 bool RepeatedStep::run(py::dict optimizer) {
+  if (cleared_) return false;
   watch_.summon();
   if (!is_plain(optimizer.ptr())) return false;
-  const auto groups = py::reinterpret_borrow<py::list>(PyDict_GetItem(optimizer.ptr(), names().groups));
-  const auto state = py::reinterpret_borrow<py::dict>(PyDict_GetItem(optimizer.ptr(), names().state));
+  PyObject* const found_groups = PyDict_GetItem(optimizer.ptr(), names().groups);
+  PyObject* const found_state = PyDict_GetItem(optimizer.ptr(), names().state);
+  if (!found_groups || !PyList_Check(found_groups) || !found_state || !PyDict_Check(found_state)) return false;
+  const auto groups = py::reinterpret_borrow<py::list>(found_groups);
+  const auto state = py::reinterpret_borrow<py::dict>(found_state);
   const py::list relayout;
   if (!watch_.refresh(groups, state, relayout, true) || !relayout.empty()) return false;
   for (Hypers* hypers : hypers_)
@@ -94,6 +105,7 @@ int RepeatedStep::traverse(visitproc visit, void* arg) const {
   Py_VISIT(conditions_.scalars.ptr());
   Py_VISIT(conditions_.hooks.ptr());
   Py_VISIT(run_passes_.ptr());
+  for (const py::object& object : owned_) Py_VISIT(object.ptr());
   return 0;
 }
 
@@ -101,6 +113,9 @@ void RepeatedStep::clear() {
   hypers_.clear();
   launches_.clear();
   run_passes_ = py::none();
+  cleared_ = true;
+  const auto owned = std::move(owned_);  // freed last, because freeing may call back into Python
+  owned_.clear();
 }
 
 }  // namespace fusedopt

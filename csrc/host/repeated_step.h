@@ -24,9 +24,8 @@ class RepeatedStep {
     pybind11::object context_backend;  // () -> str or None, what `use_backend` asks for
   };
 
-  // watch, hypers: the plan's own, as what is added; whoever holds this holds them. hypers: of every rule.
-  // run_passes: () -> None, the passes, when gradients and hyper-parameters have been read; empty where there are
-  // launches instead.
+  // watch, hypers: the plan's own. hypers: of every rule. run_passes: () -> None, the passes, when gradients and
+  // hyper-parameters have been read; None where there are launches instead.
   RepeatedStep(Watch& watch, std::vector<Hypers*> hypers, Conditions conditions, pybind11::object run_passes);
 
   // stream_of: builtin function, (device index) -> int, the current stream.
@@ -34,6 +33,9 @@ class RepeatedStep {
   // In the order in which the kernels are launched. hypers: of the table's rule. args: PassArgs, as they were for the
   // last step. capacity: bytes of step table that the kernel takes as a parameter.
   void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
+
+  // Keeps what the others are given by reference or by pointer.
+  void own(pybind11::object object) { owned_.push_back(std::move(object)); }
 
   // Whether it may repeat a step that is told these scalars.
   bool serves(pybind11::handle scalars) const { return conditions_.scalars.is(scalars) && asks_as_before(); }
@@ -66,6 +68,8 @@ class RepeatedStep {
   pybind11::object run_passes_;
   pybind11::object stream_of_, device_;
   std::vector<Launch> launches_;
+  std::vector<pybind11::object> owned_;
+  bool cleared_ = false;  // by Python's collector
 };
 
 }  // namespace fusedopt
