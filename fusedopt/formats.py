@@ -364,23 +364,25 @@ def _split(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _from_word((high << 16) % 2**32).to(torch.bfloat16), low.to(torch.int16 if bits == 16 else torch.int8)
 
 
-def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> None:
+def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> bool:
     """Gives the state of one (dense) parameter the second tensor that ``wanted`` keeps, and removes any other.
 
     A new one starts from the parameter. One of another format is converted; then the parameter is written too, because
     formats round ties differently. ``split16`` keeps a float32 master exactly, ``split8`` its upper 24 bits.
+
+    Returns whether the parameter was written, which is the last thing to happen: nothing fails after it.
     """
     key, dtype = wanted.extra or (None, None)
     present = [name for name in ("master_param", "param_remainder") if name in entry]
     if present == [key] and entry[key].dtype == getattr(torch, dtype):
-        return
+        return False
     if key is None:
         for name in present:
             del entry[name]
-        return
+        return False
     if not present and key == "param_remainder":
         entry[key] = torch.zeros_like(param, dtype=getattr(torch, dtype), requires_grad=False)
-        return
+        return False
     value = decode_master(entry, param)
     if key == "master_param":
         main, extra = value.to(param.dtype), value
@@ -392,3 +394,4 @@ def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamForm
     if present:
         with torch.no_grad():
             param.copy_(main)
+    return bool(present)

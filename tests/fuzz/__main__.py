@@ -29,7 +29,7 @@ _LAST = 6000  # characters of a dead process's last words
 
 
 def sanitized_environment(folder: Path) -> dict[str, str]:
-    """For processes that load the build in ``folder``. The sanitizer must come before everything else."""
+    """For processes that load the build in ``folder``. The sanitizer's library must be there before all others."""
     if not list((folder / "fusedopt").glob("_C.*.so")):
         raise click.UsageError(
             f"--sanitized: got {folder}, expected a folder with fusedopt/_C.*.so; build it with `make sanitized`"
@@ -43,7 +43,6 @@ def sanitized_environment(folder: Path) -> dict[str, str]:
         for name in names
     ]
     return {
-        "PYTHONPATH": str(folder),
         "LD_PRELOAD": " ".join(paths),
         "PYTHONMALLOC": "malloc",  # so that Python's own objects are watched too
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python never frees all it has
@@ -54,9 +53,10 @@ def sanitized_environment(folder: Path) -> dict[str, str]:
 class Job:
     """One share of the inputs, in one process after another."""
 
-    def __init__(self, seed: int, first: int, stop: int, stride: int, environment: dict[str, str]) -> None:
+    def __init__(self, seed: int, first: int, stop: int, stride: int, sanitized: Path | None) -> None:
         self.arguments = [seed, first, stop, stride]
-        self.environment = environment
+        self.sanitized = sanitized
+        self.extension = ""
         self.done = 0
         self.findings: list[dict] = []
         self.counts: dict[str, dict[str, int]] = {}
@@ -83,28 +83,32 @@ class Job:
 
     def run_process(self, arguments: list, begin: int) -> str | None:
         """What a process said before it died; None where it did not die."""
-        command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.worker", *map(str, arguments)]
+        path = [str(self.sanitized), str(ROOT)] if self.sanitized else [str(ROOT)]
+        code = f"import sys; sys.path[:0] = {path}; from tests.fuzz.worker import main; main(*{arguments})"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        environment = {**os.environ, **(sanitized_environment(self.sanitized) if self.sanitized else {})}
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                cwd=ROOT,
-                env={**os.environ, **self.environment},
-            )
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
             for line in process.stdout:
                 self.take(json.loads(line), begin, arguments[3])
             if process.wait() == 0:
+                self.check_extension()
                 return None
             errors.seek(0)
             return f"exit status {process.returncode}\n{errors.read()[-_LAST:]}"
+
+    def check_extension(self) -> None:
+        """That what was fuzzed was the build that was asked for."""
+        if self.sanitized and not Path(self.extension).is_relative_to(self.sanitized):
+            self.findings.append({"input": -1, "text": f"fuzzed {self.extension}, expected a file in {self.sanitized}"})
 
     def take(self, message: dict, begin: int, stride: int) -> None:
         if "at" in message:
             self.done = len(range(begin, message["at"], stride))
         elif "finding" in message:
             self.findings.append({"input": message["finding"], "text": message["text"]})
+        elif "extension" in message:
+            self.extension = message["extension"]
         else:
             self.counts = message["counts"]
 
@@ -151,9 +155,11 @@ def summary(jobs: list[Job], seed: int, seconds: float, sanitized: bool) -> dict
 def main(inputs: int, seed: int, first: int, jobs: int, sanitized: Path | None, json_path: str | None) -> None:
     """Exit code 0 if there was no finding, 1 if there were, 2 for bad input."""
     console = Console(stderr=True)
-    environment = sanitized_environment(sanitized.resolve()) if sanitized else {}
+    folder = sanitized.resolve() if sanitized else None
+    if folder:
+        sanitized_environment(folder)  # raises here, before a thread does
     begun = time.monotonic()
-    running = [Job(seed, first + k, first + inputs, jobs, environment) for k in range(min(jobs, inputs))]
+    running = [Job(seed, first + k, first + inputs, jobs, folder) for k in range(min(jobs, inputs))]
     watch(running, inputs, console)
     result = summary(running, seed, time.monotonic() - begun, sanitized is not None)
     if json_path:

@@ -6,6 +6,8 @@ the right size and alignment is there is the caller's part, so here it is, to th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import random
 from collections import Counter
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fusedopt import _C
+from fusedopt import _C, structs
 from fusedopt.specs import PARAM_FORMATS, RULES, STATE_FORMATS
 
 from .memory import Memory
@@ -197,7 +199,8 @@ class _Codes:
 
 def _address(rng: random.Random, memory: Memory, size: int, chance: float = 0.01) -> int:
     """Missing, now and then."""
-    return 0 if size == 0 and rng.random() < 0.5 or rng.random() < chance else memory.block(size)
+    missing = rng.random() < (0.5 if size == 0 else chance)
+    return 0 if missing else memory.block(size)
 
 
 def _add_memory(rng: random.Random, memory: Memory, call: Calls, table: _C.Table, codes: _Codes, groups: int) -> None:
@@ -279,15 +282,7 @@ def _passes(rng: random.Random, call: Calls, memory: Memory) -> None:
             call("pack_step", _C.pack_step, to, previous, args, table, hypers)
 
 
-def _size_of_args() -> int:
-    import ctypes
-
-    from fusedopt.structs import PassArgs
-
-    return ctypes.sizeof(PassArgs)
-
-
-_ARGS_SIZE = _size_of_args()
+_ARGS_SIZE = ctypes.sizeof(structs.PassArgs)
 
 
 # ---- the watch over tensors ---------------------------------------------------------------------------------------
@@ -296,10 +291,8 @@ _ARGS_SIZE = _size_of_args()
 def _param(rng: random.Random) -> Any:
     value = tensor(rng) if rng.random() < 0.95 else hostile(rng)
     if isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad and rng.random() < 0.7:
-        try:
+        with contextlib.suppress(RuntimeError):  # of a layout that has no zeros
             value.grad = torch.zeros_like(value).detach()
-        except RuntimeError:  # a layout that has no zeros
-            pass
     if isinstance(value, torch.Tensor) and rng.random() < 0.2:
         value.main_grad = rng.choice((None, torch.zeros(value.shape), hostile(rng)))
     return value
@@ -400,7 +393,8 @@ def _repetition(rng: random.Random, call: Calls, memory: Memory) -> None:
     if rng.random() < 0.05:
         gc.collect()
     optimizer = {
-        "_scalars": scalars, "_accumulator": None, "_backend": None, "param_groups": _maybe(rng, groups), "state": _maybe(rng, state),
+        "_scalars": scalars, "_accumulator": None, "_backend": None,
+        "param_groups": _maybe(rng, groups), "state": _maybe(rng, state),
         "_optimizer_step_pre_hooks": _maybe(rng, {}), "_optimizer_step_post_hooks": _maybe(rng, {}),
     }  # fmt: skip
     if rng.random() < 0.1:

@@ -39,8 +39,8 @@ INTEGERS = (0, 1, 2, -1, 3, 4, 7, 255, 256, 1023, 2**15, 2**31 - 1, 2**31, 2**32
 INTEGERS += (2**64 - 1, 2**64, -(2**63), -(2**64), 10**40)
 NUMBERS = (0.0, -0.0, 1.0, 0.5, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"), 5e-324)
 HOSTILE: tuple[Any, ...] = (
-    None, True, "", "lr", "\ud800", "x" * 5000, b"bytes", (), [], {}, [None], [[]], [1, "a"], (1, 2, 3), {1: 2}, {"params": 1},
-    object, object(), len, 1j, range(3), float("nan"), 2**70, -1, Ellipsis, NotImplemented,
+    None, True, "", "lr", "\ud800", "x" * 5000, b"bytes", (), [], {}, [None], [[]], [1, "a"], (1, 2, 3), {1: 2},
+    {"params": 1}, object, object(), len, 1j, range(3), float("nan"), 2**70, -1, Ellipsis, NotImplemented,
 )  # fmt: skip
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)

@@ -1,4 +1,4 @@
-"""Runs inputs one after another, in a process of its own: ``python -m tests.fuzz.worker SEED FIRST STOP STRIDE``.
+"""Runs inputs one after another, in a process of its own.
 
 Prints JSON lines: inputs about to be run, findings, and at the end how often each function came back and refused.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import traceback
 from collections import Counter
+
+from fusedopt import _C
 
 from . import scenarios
 
@@ -17,7 +18,8 @@ _REPORT = 100
 
 
 def main(seed: int, first: int, stop: int, stride: int, marker: str) -> None:
-    """marker: file whose contents are the number of the input under way."""
+    """Of every ``stride``-th input. marker: file whose contents are the number of the one under way."""
+    print(json.dumps({"extension": _C.__file__}), flush=True)
     counts: Counter = Counter()
     with open(marker, "r+b", buffering=0) as at:
         for done, index in enumerate(range(first, stop, stride)):
@@ -33,7 +35,3 @@ def main(seed: int, first: int, stop: int, stride: int, marker: str) -> None:
     for (name, outcome), count in sorted(counts.items()):
         table.setdefault(name, {"done": 0, "refused": 0})[outcome] = count
     print(json.dumps({"counts": table}), flush=True)
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:5]), sys.argv[5])
