@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
 #include <functional>
 #include <memory>
 
@@ -162,11 +164,11 @@ bool pack_step(uint64 to, uint64 previous, const PassArgs& args, Table& table, c
   const size_t bytes = table.packed_bytes(hypers.rows().size());
   const char* last = address<char>(previous);
   if (last && std::memcmp(last, &args, sizeof(args)) == 0 &&
-      std::memcmp(last + sizeof(args), table.packed(), bytes) == 0)
+      std::equal(table.packed(), table.packed() + bytes, last + sizeof(args)))
     return false;
   if (!to) throw std::invalid_argument("pack_step: got no address to write to, expected a host address");
   std::memcpy(address<char>(to), &args, sizeof(args));
-  std::memcpy(address<char>(to) + sizeof(args), table.packed(), bytes);
+  std::copy_n(table.packed(), bytes, address<char>(to) + sizeof(args));
   return true;
 }
 
@@ -188,7 +190,7 @@ void cuda_upload(uint64 context, uint64 function, uint64 stream, uint64 to, Tabl
       size_t(bytes) > table.packed_size() - offset)
     throw std::invalid_argument("cuda_upload: got a part that the packed table or the capacity does not hold");
   std::vector<char> part(capacity);
-  std::memcpy(part.data(), table.packed() + offset, size_t(bytes));
+  std::copy_n(table.packed() + offset, size_t(bytes), part.data());
   void* params[3] = {&to, &bytes, part.data()};
   CudaDriver::instance().launch(address<void>(context), address<void>(function), 1, kCudaThreads, address<void>(stream),
                                 params);

@@ -7,6 +7,7 @@ new state, checkpoints of another format, exports. Conversions round to nearest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -169,11 +170,19 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
     """ValueError unless a parameter's state, empty or complete, has shapes and dtypes of some format."""
     if not entry:
         return
-    missing = [key for key in ("step", *rule.states) if key not in entry]
+    missing = [key for key in ("step", *rule.states) if entry.get(key) is None]
     if missing and rule.torch_counts:
         raise ValueError(
             f"{where} has keys {sorted(map(str, entry))}, expected {missing} too; load a checkpoint of an optimizer "
             f"with the state of '{rule.name}'"
+        )
+    step = entry.get("step", 0.0)
+    if isinstance(step, bool) or not (
+        step.numel() == 1 and not step.is_complex() if isinstance(step, torch.Tensor) else isinstance(step, Real)
+    ):
+        got = f"of shape {tuple(step.shape)}" if isinstance(step, torch.Tensor) else f"{step!r:.50}"
+        raise ValueError(
+            f"{where}['step'] is {got}, expected a number or a tensor of one element; load a complete checkpoint"
         )
     for key, moment in _present(entry, rule):
         dtypes = (_name(param.dtype),) if param.is_complex() else (*DTYPES, *STATE_FORMATS["int8"].dtypes)

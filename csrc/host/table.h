@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -62,8 +62,10 @@ class Table {
     check_capacity(capacity);
     const size_t hyper_bytes = hypers.size() * sizeof(Hyper);
     packed_.resize(std::max(capacity, packed_bytes(hypers.size())));
-    std::memcpy(packed_.data(), hypers.data(), hyper_bytes);
-    std::memcpy(packed_.data() + hyper_bytes, grads_.data(), grads_.size() * sizeof(void*));
+    const auto* rows = reinterpret_cast<const char*>(hypers.data());  // null where there are none
+    const auto* grads = reinterpret_cast<const char*>(grads_.data());
+    std::copy_n(rows, hyper_bytes, packed_.begin());
+    std::copy_n(grads, grads_.size() * sizeof(void*), packed_.begin() + std::ptrdiff_t(hyper_bytes));
   }
   static void check_capacity(size_t capacity) {
     if (capacity > kMostParameters)

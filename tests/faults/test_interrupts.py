@@ -39,7 +39,11 @@ def same(a, b) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-OPTIONS = {"plain": {}, "clipped": {"max_grad_norm": 1.0}, "int8": {"state_dtype": "int8", "min_8bit_size": 0, "seed": 1}}
+OPTIONS = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 1.0},
+    "int8": {"state_dtype": "int8", "min_8bit_size": 0, "seed": 1},
+}
 
 
 @pytest.mark.parametrize("before", [0, 2], ids=["first_step", "third_step"])
