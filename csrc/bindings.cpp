@@ -257,7 +257,13 @@ void make_collectable(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fusedopt;
-  m.doc() = "CPU engine and host side of fusedopt";
+  m.doc() = R"(CPU engine and host side of fusedopt.
+
+Addresses are integers, 0 for none. Table.add, Table.set_grad, Hypers.set_lr_address, set_scalars and PassArgs keep
+them and read nothing there; the functions cpu_*, pack_step and cuda_* do. That they are those of memory in the named
+dtype, as large as the tensor, aligned to its elements, on the device, and alive until then, nobody can check: it is
+the caller's part. Everything else is checked: ValueError, TypeError, IndexError or OverflowError for what does not fit,
+before anything is written. tests/fuzz holds it to that.)";
   m.def("rules", &rules, "What csrc/rules/all.h lists.");
   m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
   m.def("has_tensor_layout", [] { return tensor_layout() != nullptr; }, "Whether tensors are read in place.");
@@ -265,13 +271,18 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Table>(m, "Table")
       .def(py::init<int64>(), py::arg("chunk_size"))
-      .def("add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
-           py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"))
-      .def("set_grad",
-           [](Table& table, int32 index, uint64 grad) {
-             if (grad & 1) throw std::invalid_argument("Table.set_grad: got an odd address, expected that of elements");
-             table.set_grad(index, address<void>(grad), table.has_main(index));
-           })
+      .def(
+          "add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
+          py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"),
+          "A tensor of numel elements; returns its slot. Addresses: param, extra, states (up to 4), main_grad of numel "
+          "elements, scales of one float32 for 256 of them, step of one float32.")
+      .def(
+          "set_grad",
+          [](Table& table, int32 index, uint64 grad) {
+            if (grad & 1) throw std::invalid_argument("Table.set_grad: got an odd address, expected that of elements");
+            table.set_grad(index, address<void>(grad), table.has_main(index));
+          },
+          "The gradient of a slot: the address of numel elements, or 0 where it has none in this step.")
       .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
       .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })
       .def("pack", [](Table& table, const Hypers& hypers, size_t capacity) { table.pack(hypers.rows(), capacity); })
@@ -308,9 +319,12 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &Watch::size);
 
   bind_pass_args(m);
-  m.def("set_scalars", &set_scalars);
-  m.def("pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"),
-        py::arg("hypers"));
+  m.def("set_scalars", &set_scalars,
+        "What passes are told besides tables; addresses of one float32, clip_coef float64.");
+  m.def(
+      "pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"), py::arg("hypers"),
+      "Writes PassArgs, hyper-parameters and gradient addresses to `to`, unless `previous` (or 0) holds the same: host "
+      "addresses of sizeof(PassArgs) + table.packed_bytes(groups) bytes. Returns whether it wrote.");
   py::class_<RepeatedStep>(m, "RepeatedStep", py::custom_type_setup(&make_collectable<RepeatedStep>))
       .def(py::init([](Watch& watch, const std::vector<std::reference_wrapper<Hypers>>& hypers, py::object scalars,
                        py::object hooks, py::object backend, py::object is_profiled, py::object context_backend,
@@ -335,10 +349,16 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("serves", &RepeatedStep::serves)
       .def("run", &RepeatedStep::run);
-  m.def("cpu_update", &bind_cpu_update);
-  m.def("cpu_norm", &bind_cpu_norm);
-  m.def("cpu_accumulate", &bind_cpu_accumulate);
-  m.def("cpu_scale", &bind_cpu_scale);
+  m.def("cpu_update", &bind_cpu_update,
+        "(table, hypers, rule, param_format, grad_dtype, main_dtype, state_format, args, threads): the update pass "
+        "over a "
+        "table's memory, which must be in these formats.");
+  m.def("cpu_norm", &bind_cpu_norm,
+        "(table, grad_dtype, main_dtype, args, sum, nonfinite, threads): `sum` and `nonfinite` with the gradients' "
+        "added.");
+  m.def("cpu_accumulate", &bind_cpu_accumulate,
+        "(table, grad_dtype, main_dtype, args, threads): gradients added to main gradients.");
+  m.def("cpu_scale", &bind_cpu_scale, "(table, grad_dtype, args, threads): gradients multiplied and clamped in place.");
   m.def("cpu_finalize_norm", [](const PassArgs& args, double sum, double nonfinite) {
     if (!args.control)
       throw std::invalid_argument("cpu_finalize_norm: got no `control` to write to, expected its address in `args`");
@@ -350,6 +370,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_load", [](uint64 context, const std::string& cubin, const std::string& name) {
     return reinterpret_cast<uint64>(CudaDriver::instance().load(address<void>(context), cubin, name));
   });
-  m.def("cuda_launch", &cuda_launch);
-  m.def("cuda_upload", &cuda_upload);
+  m.def("cuda_launch", &cuda_launch,
+        "(context, function, grid, stream, args, table or None): handles of the driver; the table packed with as many "
+        "bytes as the kernel takes.");
+  m.def("cuda_upload", &cuda_upload,
+        "(context, function, stream, to, table, offset, bytes, capacity): a part of the packed table to the device "
+        "address `to`.");
 }
