@@ -343,9 +343,16 @@ def _disturb(rng: random.Random, groups: list, params: list, state: dict) -> Non
         groups[0][rng.choice(("params", "amsgrad"))] = hostile(rng)
 
 
+class _Groups(list):
+    """pybind11 prints what it refuses, and torch cannot print a tensor whose memory was given back."""
+
+    def __repr__(self) -> str:
+        return "param groups"
+
+
 def _watched(rng: random.Random, call: Calls) -> tuple[_C.Watch, _C.Table, list, dict]:
     watch, table = _C.Watch(), _C.Table(256)
-    groups = []
+    groups = _Groups()
     for g in range(rng.choice((1, 1, 2))):
         params = [_param(rng) for _ in range(rng.choice((0, 1, 2, 3, 40)))]
         groups.append({"params": params, "amsgrad": _maybe(rng, False)})
