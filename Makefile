@@ -2,6 +2,7 @@
 # make test       lint, then the test suite (on a GPU too, where there is one)
 # make gpu-test   the GPU tests alone; writes tests/results/gpu.json
 # make bench      time the step tail, and what a training loop does around it, beside torch's
+# make fuzz       100,000 inputs for the extension's functions, under the address and the undefined-behaviour sanitizer
 # make lint       ruff and clang-format
 # make clean      remove everything that was made, .venv included
 #
@@ -20,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools are started as modules: beside a torch that was there already they may have been there too, outside $(BIN).
 CLANG_FORMAT := $(BIN)/python -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint gpu-test bench clean
+.PHONY: demo test lint gpu-test bench sanitized fuzz clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_gpt.py --out demo_out
@@ -41,6 +42,16 @@ bench: $(VENV)/demo.stamp
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/step.py --device $(DEVICE) --first-step --json benchmarks/results/step-$(DEVICE).json
 	$(BIN)/python benchmarks/loop.py --device $(DEVICE) --json benchmarks/results/loop-$(DEVICE).json
+
+# The extension built for gcc's sanitizers, with the Python sources, in build/sanitized/lib.
+sanitized: $(VENV)/test.stamp
+	$(PIP_INSTALL) 'setuptools>=64' 'pybind11>=2.12' ninja
+	FUSEDOPT_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
+
+fuzz: sanitized
+	$(BIN)/python -m tests.fuzz --inputs 100000 --seed 0 --jobs $(WORKERS) --sanitized build/sanitized/lib \
+	  --json tests/results/fuzz.json
 
 clean:
 	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,8 @@
 """Builds the extension ``fusedopt._C`` with ninja. Everything else about the package is in pyproject.toml.
 
 Neither torch nor a CUDA toolkit is needed: the extension takes addresses, and CUDA kernels are compiled at run time.
+
+FUSEDOPT_SANITIZE=address,undefined (or thread) builds it for gcc's sanitizers; see docs/testing.md.
 """
 
 import os
@@ -27,6 +29,7 @@ ISA_FLAGS = {
 }
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/cpu/checks.cpp",
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/passes.cpp",
     "csrc/host/given_scalar.cpp",
@@ -40,6 +43,22 @@ SOURCES = [
 ]
 if X86:
     SOURCES += list(ISA_FLAGS)
+
+
+def sanitizer_flags() -> list[str]:
+    """Of the compiler and of the linker. A finding of any sanitizer ends the process."""
+    wanted = os.environ.get("FUSEDOPT_SANITIZE", "")
+    if not wanted:
+        return []
+    unknown = sorted(set(wanted.split(",")) - {"address", "undefined", "thread"})
+    if unknown:
+        raise SystemExit(
+            f"FUSEDOPT_SANITIZE: got {unknown[0]!r}, expected 'address', 'undefined' or 'thread', joined by commas; "
+            "leave it empty for an ordinary build"
+        )
+    # -O1: the engines compile for minutes otherwise. pybind11 calls through types that it has not exported: no vptr.
+    checks = [f"-fsanitize={wanted}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    return [*checks, "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 class NinjaBuildExt(build_ext):
@@ -65,8 +84,9 @@ class NinjaBuildExt(build_ext):
         # $in is escaped by ninja for the shell; paths in this file need "$ " for a space.
         escape = lambda text: str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
         flags = COMMON_FLAGS + ARITHMETIC_FLAGS + (["-DFUSEDOPT_X86"] if X86 else [])
-        flags += [f"'-I{path}'" for path in includes] + os.environ.get("CXXFLAGS", "").split()
+        flags += [f"'-I{path}'" for path in includes] + os.environ.get("CXXFLAGS", "").split() + sanitizer_flags()
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-ldl"]
+        shared += sanitizer_flags()
         lines = [
             f"flags = {' '.join(flags)}",
             f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags $isa -c $in -o $out\n  depfile = $out.d",

@@ -2,6 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <memory>
+
+#include "cpu/checks.h"
 #include "cpu/passes.h"
 #include "cuda/args.h"
 #include "host/cuda_driver.h"
@@ -20,6 +26,12 @@ namespace {
 template <class T>
 T* address(uint64 value) {
   return reinterpret_cast<T*>(value);
+}
+
+// The Python object of something that came from Python.
+template <class T>
+py::object owner(T& value) {
+  return py::cast(&value, py::return_value_policy::reference);
 }
 
 // ---- rules ----------------------------------------------------------------------------------------------
@@ -81,6 +93,7 @@ bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
 void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
                      int32 main_dtype, int32 state_format, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
+  check_update(table, hypers.rows().size(), rule, param_format, grad_dtype, main_dtype, state_format);
   const UpdateJob job = {grad_table(table, grad_dtype, main_dtype),
                          ParamFormat(param_format),
                          StateFormat(state_format),
@@ -100,6 +113,7 @@ void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param
 std::pair<double, double> bind_cpu_norm(Table& table, int32 grad_dtype, int32 main_dtype, const PassArgs& args,
                                         double sum, double nonfinite, int threads) {
   const py::gil_scoped_release release;
+  check_dtypes("cpu_norm", grad_dtype, main_dtype);
   const NormJob job = {grad_table(table, grad_dtype, main_dtype), args.scaling, args.norm.type};
   cpu_norm(job, table.chunks(), threads, sum, nonfinite);
   return {sum, nonfinite};
@@ -107,32 +121,37 @@ std::pair<double, double> bind_cpu_norm(Table& table, int32 grad_dtype, int32 ma
 
 void bind_cpu_accumulate(Table& table, int32 grad_dtype, int32 main_dtype, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
+  check_accumulate(table, grad_dtype, main_dtype);
   cpu_accumulate({grad_table(table, grad_dtype, main_dtype), args.scaling}, table.chunks(), threads);
 }
 
 void bind_cpu_scale(Table& table, int32 grad_dtype, const PassArgs& args, int threads) {
   const py::gil_scoped_release release;
+  check_dtypes("cpu_scale", grad_dtype, grad_dtype);
   cpu_scale({grad_table(table, grad_dtype, grad_dtype), args.scaling, args.nonfinite_out}, table.chunks(), threads);
 }
 
 // ---- the scalars of a step --------------------------------------------------------------------------------
 
-void set_scalars(const std::vector<PassArgs*>& all, uint64 grad_scale, uint64 found_inf, uint64 clip_coef,
-                 uint64 norm_found_inf, double max_grad_value, double max_norm, int32 norm_type, bool skip_nonfinite,
-                 uint64 nonfinite_out, double grad_weight, uint64 grad_weight_at, double grad_divisor,
-                 uint64 grad_divisor_at) {
-  for (PassArgs* args : all) {
-    args->scaling = {address<float>(grad_scale),
-                     address<float>(found_inf),
-                     address<double>(clip_coef),
-                     max_grad_value,
-                     grad_weight,
-                     grad_divisor,
-                     address<float>(grad_weight_at),
-                     address<float>(grad_divisor_at)};
-    args->norm_found_inf = address<float>(norm_found_inf);
-    args->norm = {max_norm, NormType(norm_type), skip_nonfinite};
-    args->nonfinite_out = address<float>(nonfinite_out);
+void set_scalars(const std::vector<std::reference_wrapper<PassArgs>>& all, uint64 grad_scale, uint64 found_inf,
+                 uint64 clip_coef, uint64 norm_found_inf, double max_grad_value, double max_norm, int32 norm_type,
+                 bool skip_nonfinite, uint64 nonfinite_out, double grad_weight, uint64 grad_weight_at,
+                 double grad_divisor, uint64 grad_divisor_at) {
+  if (norm_type < 0 || norm_type > int32(NormType::kInf))
+    throw std::invalid_argument("set_scalars: got norm_type=" + std::to_string(norm_type) +
+                                ", expected 0 to 2; pass a code of fusedopt.specs");
+  for (PassArgs& args : all) {
+    args.scaling = {address<float>(grad_scale),
+                    address<float>(found_inf),
+                    address<double>(clip_coef),
+                    max_grad_value,
+                    grad_weight,
+                    grad_divisor,
+                    address<float>(grad_weight_at),
+                    address<float>(grad_divisor_at)};
+    args.norm_found_inf = address<float>(norm_found_inf);
+    args.norm = {max_norm, NormType(norm_type), skip_nonfinite};
+    args.nonfinite_out = address<float>(nonfinite_out);
   }
 }
 
@@ -145,16 +164,19 @@ bool pack_step(uint64 to, uint64 previous, const PassArgs& args, Table& table, c
   const size_t bytes = table.packed_bytes(hypers.rows().size());
   const char* last = address<char>(previous);
   if (last && std::memcmp(last, &args, sizeof(args)) == 0 &&
-      std::memcmp(last + sizeof(args), table.packed(), bytes) == 0)
+      std::equal(table.packed(), table.packed() + bytes, last + sizeof(args)))
     return false;
+  if (!to) throw std::invalid_argument("pack_step: got no address to write to, expected a host address");
   std::memcpy(address<char>(to), &args, sizeof(args));
-  std::memcpy(address<char>(to) + sizeof(args), table.packed(), bytes);
+  std::copy_n(table.packed(), bytes, address<char>(to) + sizeof(args));
   return true;
 }
 
 // ---- CUDA passes ----------------------------------------------------------------------------------------
 
 void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, PassArgs& args, Table* table) {
+  if (table && table->packed_size() == 0)
+    throw std::invalid_argument("cuda_launch: got a table that was not packed, expected Table.pack before");
   void* params[2] = {&args, table ? table->packed() : nullptr};
   CudaDriver::instance().launch(address<void>(context), address<void>(function), grid, kCudaThreads,
                                 address<void>(stream), params);
@@ -163,8 +185,12 @@ void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, Pa
 // Writes `bytes` bytes of the packed step table, from `offset` on, to the device address `to`.
 void cuda_upload(uint64 context, uint64 function, uint64 stream, uint64 to, Table& table, size_t offset, int32 bytes,
                  size_t capacity) {
+  Table::check_capacity(capacity);
+  if (bytes < 0 || size_t(bytes) > capacity || offset > table.packed_size() ||
+      size_t(bytes) > table.packed_size() - offset)
+    throw std::invalid_argument("cuda_upload: got a part that the packed table or the capacity does not hold");
   std::vector<char> part(capacity);
-  std::memcpy(part.data(), table.packed() + offset, size_t(bytes));
+  std::copy_n(table.packed() + offset, size_t(bytes), part.data());
   void* params[3] = {&to, &bytes, part.data()};
   CudaDriver::instance().launch(address<void>(context), address<void>(function), 1, kCudaThreads, address<void>(stream),
                                 params);
@@ -256,7 +282,13 @@ void add_run(const py::object& repeated_step) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fusedopt;
-  m.doc() = "CPU engine and host side of fusedopt";
+  m.doc() = R"(CPU engine and host side of fusedopt.
+
+Addresses are integers, 0 for none. Table.add, Table.set_grad, Hypers.set_lr_address, set_scalars and PassArgs keep
+them and read nothing there; the functions cpu_*, pack_step and cuda_* do. That they are those of memory in the named
+dtype, as large as the tensor, aligned to its elements, on the device, and alive until then, nobody can check: it is
+the caller's part. Everything else is checked: ValueError, TypeError, IndexError or OverflowError for what does not fit,
+before anything is written. tests/fuzz holds it to that.)";
   m.def("rules", &rules, "What csrc/rules/all.h lists.");
   m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
   m.def("has_tensor_layout", [] { return tensor_layout() != nullptr; }, "Whether tensors are read in place.");
@@ -264,10 +296,18 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Table>(m, "Table")
       .def(py::init<int64>(), py::arg("chunk_size"))
-      .def("add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
-           py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"))
-      .def("set_grad", [](Table& table, int32 index,
-                          uint64 grad) { table.set_grad(index, address<void>(grad), table.has_main(index)); })
+      .def(
+          "add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
+          py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"),
+          "A tensor of numel elements; returns its slot. Addresses: param, extra, states (up to 4), main_grad of numel "
+          "elements, scales of one float32 for 256 of them, step of one float32.")
+      .def(
+          "set_grad",
+          [](Table& table, int32 index, uint64 grad) {
+            if (grad & 1) throw std::invalid_argument("Table.set_grad: got an odd address, expected that of elements");
+            table.set_grad(index, address<void>(grad), table.has_main(index));
+          },
+          "The gradient of a slot: the address of numel elements, or 0 where it has none in this step.")
       .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
       .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })
       .def("pack", [](Table& table, const Hypers& hypers, size_t capacity) { table.pack(hypers.rows(), capacity); })
@@ -304,21 +344,31 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &Watch::size);
 
   bind_pass_args(m);
-  m.def("set_scalars", &set_scalars);
-  m.def("pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"),
-        py::arg("hypers"));
-  // Its plan holds it and all that it refers to. It keeps nothing alive by itself: Python's collector does not see what
-  // pybind11 keeps.
+  m.def("set_scalars", &set_scalars,
+        "What passes are told besides tables; addresses of one float32, clip_coef float64.");
+  m.def(
+      "pack_step", &pack_step, py::arg("to"), py::arg("previous"), py::arg("args"), py::arg("table"), py::arg("hypers"),
+      "Writes PassArgs, hyper-parameters and gradient addresses to `to`, unless `previous` (or 0) holds the same: host "
+      "addresses of sizeof(PassArgs) + table.packed_bytes(groups) bytes. Returns whether it wrote.");
   py::class_<RepeatedStep>(m, "RepeatedStep", py::custom_type_setup(&make_collectable<RepeatedStep>))
-      .def(py::init([](Watch& watch, std::vector<Hypers*> hypers, const std::vector<PassArgs*>& all_args,
-                       py::tuple finding, py::object scalars, py::object hooks, py::object backend,
-                       py::object context_backend, bool reports, py::object accumulator, py::object divisor,
-                       bool has_own_grads, py::object run_passes) {
+      .def(py::init([](Watch& watch, const std::vector<std::reference_wrapper<Hypers>>& hypers,
+                       const std::vector<std::reference_wrapper<PassArgs>>& all_args, py::tuple finding,
+                       py::object scalars, py::object hooks, py::object backend, py::object context_backend,
+                       bool reports, py::object accumulator, py::object divisor, bool has_own_grads,
+                       py::object run_passes) {
+             std::vector<Hypers*> pointers;
+             for (Hypers& each : hypers) pointers.push_back(&each);
              std::vector<Scaling*> scalings;
-             for (PassArgs* args : all_args) scalings.push_back(&args->scaling);
-             return new RepeatedStep(
-                 watch, std::move(hypers), {std::move(scalings), finding},
-                 {scalars, hooks, backend, context_backend, reports, accumulator, divisor, has_own_grads}, run_passes);
+             for (PassArgs& args : all_args) scalings.push_back(&args.scaling);
+             auto step =
+                 std::make_unique<RepeatedStep>(watch, pointers, RepeatedStep::Scalers{std::move(scalings), finding},
+                                                RepeatedStep::Conditions{scalars, hooks, backend, context_backend,
+                                                                         reports, accumulator, divisor, has_own_grads},
+                                                run_passes);
+             step->own(owner(watch));
+             for (Hypers& each : hypers) step->own(owner(each));
+             for (PassArgs& args : all_args) step->own(owner(args));
+             return step;
            }),
            py::arg("watch"), py::arg("hypers"), py::arg("args"), py::arg("finding"), py::arg("scalars"),
            py::arg("hooks"), py::arg("backend"), py::arg("context_backend"), py::arg("reports"), py::arg("accumulator"),
@@ -328,14 +378,23 @@ PYBIND11_MODULE(_C, m) {
            [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
               uint32 grid, size_t capacity) {
              step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
+             step.own(owner(table)), step.own(owner(hypers)), step.own(owner(args));
            })
       .def("serves", &RepeatedStep::serves);
   add_run(m.attr("RepeatedStep"));
-  m.def("cpu_update", &bind_cpu_update);
-  m.def("cpu_norm", &bind_cpu_norm);
-  m.def("cpu_accumulate", &bind_cpu_accumulate);
-  m.def("cpu_scale", &bind_cpu_scale);
+  m.def("cpu_update", &bind_cpu_update,
+        "(table, hypers, rule, param_format, grad_dtype, main_dtype, state_format, args, threads): the update pass "
+        "over a "
+        "table's memory, which must be in these formats.");
+  m.def("cpu_norm", &bind_cpu_norm,
+        "(table, grad_dtype, main_dtype, args, sum, nonfinite, threads): `sum` and `nonfinite` with the gradients' "
+        "added.");
+  m.def("cpu_accumulate", &bind_cpu_accumulate,
+        "(table, grad_dtype, main_dtype, args, threads): gradients added to main gradients.");
+  m.def("cpu_scale", &bind_cpu_scale, "(table, grad_dtype, args, threads): gradients multiplied and clamped in place.");
   m.def("cpu_finalize_norm", [](const PassArgs& args, double sum, double nonfinite) {
+    if (!args.control)
+      throw std::invalid_argument("cpu_finalize_norm: got no `control` to write to, expected its address in `args`");
     cpu_finalize_norm(*args.control, sum, nonfinite, args.norm);
   });
   m.def("cuda_driver_version", [] { return CudaDriver::instance().version(); });
@@ -344,6 +403,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_load", [](uint64 context, const std::string& cubin, const std::string& name) {
     return reinterpret_cast<uint64>(CudaDriver::instance().load(address<void>(context), cubin, name));
   });
-  m.def("cuda_launch", &cuda_launch);
-  m.def("cuda_upload", &cuda_upload);
+  m.def("cuda_launch", &cuda_launch,
+        "(context, function, grid, stream, args, table or None): handles of the driver; the table packed with as many "
+        "bytes as the kernel takes.");
+  m.def("cuda_upload", &cuda_upload,
+        "(context, function, stream, to, table, offset, bytes, capacity): a part of the packed table to the device "
+        "address `to`.");
 }

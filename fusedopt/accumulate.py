@@ -366,18 +366,19 @@ class GradAccumulator:
         """Continues a sum that :meth:`state_dict` has saved, in another dtype of main gradients if need be.
 
         Raises:
-            ValueError: missing keys, parameters that are not there, other shapes. Nothing has been changed then.
+            ValueError: missing keys, parameters that are not there, other shapes. Nothing has been changed then, nor
+            where memory runs out.
         """
         params, main_grads = self.params, _checked_state(state, self.params)
-        total = state["weight"]
+        total, count = state["weight"], int(state["micro_batches"])
+        total = total.to(params[0].device) if isinstance(total, torch.Tensor) else float(total)
+        self._adopt((params[i] for i in main_grads), anew=True)
         self.reset()
-        self._adopt(params[i] for i in main_grads)
         for i, grad in main_grads.items():
             main = self._mains[params[i]]
             main.tensor.copy_(grad)
             main.held.value = True
-        self._total = total.to(params[0].device) if isinstance(total, torch.Tensor) else float(total)
-        self._count = int(state["micro_batches"])
+        self._total, self._count = total, count
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -390,12 +391,12 @@ class GradAccumulator:
     def _trained(self) -> list[torch.Tensor]:
         return [param for param in self.params if param.requires_grad]
 
-    def _adopt(self, params: Iterable[torch.Tensor]) -> None:
-        """Gives main gradients to those that have none, or an empty one that no longer fits."""
+    def _adopt(self, params: Iterable[torch.Tensor], anew: bool = False) -> None:
+        """Gives main gradients to those that have none, or an empty one (anew: any) that no longer fits."""
         new = []
         for param in params:
             main = self._mains.get(param)
-            if main is None or not (main.held.value or main.fits(param)):
+            if main is None or not (main.fits(param) or (main.held.value and not anew)):
                 new.append(param)
         if new:
             self._mains.update(make_main_grads(new, self.dtype, self._epoch))

@@ -7,6 +7,7 @@ new state, checkpoints of another format, exports. Conversions round to nearest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -169,11 +170,19 @@ def check_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor, rule:
     """ValueError unless a parameter's state, empty or complete, has shapes and dtypes of some format."""
     if not entry:
         return
-    missing = [key for key in ("step", *rule.states) if key not in entry]
+    missing = [key for key in ("step", *rule.states) if entry.get(key) is None]
     if missing and rule.torch_counts:
         raise ValueError(
             f"{where} has keys {sorted(map(str, entry))}, expected {missing} too; load a checkpoint of an optimizer "
             f"with the state of '{rule.name}'"
+        )
+    step = entry.get("step", 0.0)
+    if isinstance(step, bool) or not (
+        step.numel() == 1 and not step.is_complex() if isinstance(step, torch.Tensor) else isinstance(step, Real)
+    ):
+        got = f"of shape {tuple(step.shape)}" if isinstance(step, torch.Tensor) else f"{step!r:.50}"
+        raise ValueError(
+            f"{where}['step'] is {got}, expected a number or a tensor of one element; load a complete checkpoint"
         )
     for key, moment in _present(entry, rule):
         dtypes = (_name(param.dtype),) if param.is_complex() else (*DTYPES, *STATE_FORMATS["int8"].dtypes)
@@ -364,23 +373,25 @@ def _split(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _from_word((high << 16) % 2**32).to(torch.bfloat16), low.to(torch.int16 if bits == 16 else torch.int8)
 
 
-def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> None:
+def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> bool:
     """Gives the state of one (dense) parameter the second tensor that ``wanted`` keeps, and removes any other.
 
     A new one starts from the parameter. One of another format is converted; then the parameter is written too, because
     formats round ties differently. ``split16`` keeps a float32 master exactly, ``split8`` its upper 24 bits.
+
+    Returns whether the parameter was written, which is the last thing to happen: nothing fails after it.
     """
     key, dtype = wanted.extra or (None, None)
     present = [name for name in ("master_param", "param_remainder") if name in entry]
     if present == [key] and entry[key].dtype == getattr(torch, dtype):
-        return
+        return False
     if key is None:
         for name in present:
             del entry[name]
-        return
+        return False
     if not present and key == "param_remainder":
         entry[key] = torch.zeros_like(param, dtype=getattr(torch, dtype), requires_grad=False)
-        return
+        return False
     value = decode_master(entry, param)
     if key == "master_param":
         main, extra = value.to(param.dtype), value
@@ -392,3 +403,4 @@ def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamForm
     if present:
         with torch.no_grad():
             param.copy_(main)
+    return bool(present)

@@ -426,7 +426,7 @@ def test_structs_read_what_the_extension_packs():
     hypers, args = _C.Hypers([("lr", -1), ("betas", 1)]), _C.PassArgs()
     hypers.pack([{"lr": 0.5, "betas": (0.25, 0.75)}, {"lr": 1, "betas": (0.0, 0.125), "maximize": True}])
     hypers.set_lr_address(1, 13, True)
-    table.set_grad(0, 17)
+    table.set_grad(0, 18)
     for name in ("tensors", "chunks", "step_table", "control", "partials", "norms", "seed"):
         setattr(args, name, 100 + len(name))
     for name in ("num_groups", "num_chunks", "lead", "first_partial", "num_partials", "finalize"):
@@ -451,7 +451,7 @@ def test_structs_read_what_the_extension_packs():
     rows = structs.rows(structs.Hyper, packed[size:end])
     assert [list(row.value)[:2] for row in rows] == [[0.5, 0.75], [1.0, 0.125]]
     assert [(row.lr, row.lr_is_double, row.maximize) for row in rows][1] == (13, 1, 1)
-    assert int.from_bytes(packed[end:], "little") == 17
+    assert int.from_bytes(packed[end:], "little") == 18
     assert not _C.pack_step(0, buffer.data_ptr(), args, table, hypers)  # nothing new: nothing written
 
 

@@ -60,8 +60,11 @@ void CudaDriver::check(int status, const char* what) const {
   if (status == 0) return;
   const char* message = nullptr;
   cuGetErrorString_(status, &message);
+  // 3: CUDA_ERROR_NOT_INITIALIZED, which is what a process sees that was forked from one that uses CUDA.
+  const char* remedy =
+      status == 3 ? "; a process that was forked from one that uses CUDA cannot use it: start it with 'spawn'" : "";
   throw std::runtime_error(std::string("fusedopt: ") + what + " failed: " + (message ? message : "unknown error") +
-                           " (CUDA error " + std::to_string(status) + ")");
+                           " (CUDA error " + std::to_string(status) + ")" + remedy);
 }
 
 int CudaDriver::version() const {

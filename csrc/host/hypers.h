@@ -31,15 +31,21 @@ class Hypers {
       for (size_t k = 0; k < keys_.size(); ++k)
         if (!number(find(group, keys_[k]), rows_[g].value[k])) others.emplace_back(int(g), int(k));
       PyObject* maximize = PyDict_GetItem(group, maximize_.ptr());
-      rows_[g].maximize = maximize && PyObject_IsTrue(maximize) == 1;
+      const int is_true = maximize ? PyObject_IsTrue(maximize) : 0;
+      if (is_true < 0) throw pybind11::error_already_set();
+      rows_[g].maximize = uint32(is_true);
     }
     return others;
   }
 
-  void set_value(int group, int k, double value) { rows_.at(group).value[k] = value; }
+  void set_value(int group, int k, double value) {
+    if (k < 0 || k >= kMaxHyper) throw std::out_of_range("Hypers.set_value: got no hyper-parameter's index");
+    rows_.at(size_t(group)).value[k] = value;
+  }
   void set_lr_address(int group, uint64 address, bool is_double) {
-    rows_.at(group).lr = reinterpret_cast<const void*>(address);
-    rows_.at(group).lr_is_double = is_double;
+    Hyper& row = rows_.at(size_t(group));
+    row.lr = reinterpret_cast<const void*>(address);
+    row.lr_is_double = is_double;
   }
   const std::vector<Hyper>& rows() const { return rows_; }
 
@@ -67,6 +73,7 @@ class Hypers {
   static bool number(PyObject* value, double& result) {
     if (!value || !(PyFloat_Check(value) || PyLong_Check(value))) return false;
     result = PyFloat_Check(value) ? PyFloat_AS_DOUBLE(value) : PyLong_AsDouble(value);
+    if (result == -1.0 && PyErr_Occurred()) throw pybind11::error_already_set();  // an int beyond all doubles
     return true;
   }
 

@@ -76,6 +76,7 @@ void RepeatedStep::launch_on(py::object stream_of, py::object device) {
 
 void RepeatedStep::add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid,
                        size_t capacity) {
+  Table::check_capacity(capacity);
   launches_.push_back({&table, &hypers, args, context, function, grid, capacity});
 }
 
@@ -133,6 +134,7 @@ void RepeatedStep::run_passes() const {
 }
 
 void RepeatedStep::launch() const {
+  if (!stream_of_) throw std::logic_error("RepeatedStep.run: got no stream, expected launch_on() before");
   for (const Launch& each : launches_) each.table->pack(each.hypers->rows(), each.capacity);
   auto* const stream = reinterpret_cast<void*>(stream_of_(device_).cast<uint64>());
   for (const Launch& each : launches_) {
@@ -143,10 +145,14 @@ void RepeatedStep::launch() const {
 }
 
 bool RepeatedStep::run(py::dict optimizer) {
+  if (cleared_) return false;
   watch_.summon();
   if (!is_like_the_last(optimizer.ptr()) || !take_what_scalers_give(optimizer.ptr()) || !take_divisor()) return false;
-  const auto groups = py::reinterpret_borrow<py::list>(PyDict_GetItem(optimizer.ptr(), names().groups));
-  const auto state = py::reinterpret_borrow<py::dict>(PyDict_GetItem(optimizer.ptr(), names().state));
+  PyObject* const found_groups = PyDict_GetItem(optimizer.ptr(), names().groups);
+  PyObject* const found_state = PyDict_GetItem(optimizer.ptr(), names().state);
+  if (!found_groups || !PyList_Check(found_groups) || !found_state || !PyDict_Check(found_state)) return false;
+  const auto groups = py::reinterpret_borrow<py::list>(found_groups);
+  const auto state = py::reinterpret_borrow<py::dict>(found_state);
   const py::list relayout;
   if (!watch_.refresh(groups, state, relayout, true) || !relayout.empty()) return false;
   for (Hypers* hypers : hypers_)
@@ -165,6 +171,7 @@ int RepeatedStep::traverse(visitproc visit, void* arg) const {
   Py_VISIT(conditions_.accumulator.ptr());
   Py_VISIT(conditions_.divisor.ptr());
   Py_VISIT(run_passes_.ptr());
+  for (const py::object& object : owned_) Py_VISIT(object.ptr());
   const int stop = grad_scale_.traverse(visit, arg);
   return stop ? stop : found_inf_.traverse(visit, arg);
 }
@@ -177,6 +184,9 @@ void RepeatedStep::clear() {
   found_inf_.clear();
   run_passes_ = py::none();
   conditions_.accumulator = conditions_.divisor = py::none();
+  cleared_ = true;
+  const auto owned = std::move(owned_);  // freed last, because freeing may call back into Python
+  owned_.clear();
 }
 
 }  // namespace fusedopt

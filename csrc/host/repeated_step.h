@@ -37,9 +37,8 @@ class RepeatedStep {
     pybind11::tuple finding;         // (device, tensor): where the norm pass leaves whether it met inf or NaN
   };
 
-  // watch, hypers, scalings: the plan's own, as what is added; whoever holds this holds them. hypers: of every rule.
-  // run_passes: () -> None, the passes, when gradients and hyper-parameters have been read; empty where there are
-  // launches instead.
+  // watch, hypers, scalings: the plan's own. hypers: of every rule. run_passes: () -> None, the passes, when gradients
+  // and hyper-parameters have been read; None where there are launches instead.
   RepeatedStep(Watch& watch, std::vector<Hypers*> hypers, Scalers scalers, Conditions conditions,
                pybind11::object run_passes);
 
@@ -48,6 +47,9 @@ class RepeatedStep {
   // In the order in which the kernels are launched. hypers: of the table's rule. args: PassArgs, as they were for the
   // last step. capacity: bytes of step table that the kernel takes as a parameter.
   void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
+
+  // Keeps what the others are given by reference or by pointer.
+  void own(pybind11::object object) { owned_.push_back(std::move(object)); }
 
   // Whether it may repeat a step that is told these scalars, and to report or not.
   bool serves(pybind11::handle scalars, bool reports) const {
@@ -89,6 +91,8 @@ class RepeatedStep {
   pybind11::object run_passes_;
   pybind11::object stream_of_, device_;
   std::vector<Launch> launches_;
+  std::vector<pybind11::object> owned_;
+  bool cleared_ = false;  // by Python's collector
 };
 
 }  // namespace fusedopt

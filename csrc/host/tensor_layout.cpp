@@ -109,7 +109,8 @@ bool find_layout(TensorLayout& layout) {
     const uint64 conjugate = lazy_key(layout, sample("complex64", "cpu", 0), "_conj");
     layout.lazy = negative | conjugate;
     return negative != 0 && conjugate != 0;
-  } catch (py::error_already_set&) {
+  } catch (py::error_already_set& error) {
+    pass_interrupts(error);
     return false;
   }
 }

@@ -87,7 +87,8 @@ void* impl_of(const TorchFunctions& f, py::handle tensor) {
     void* impl = const_cast<void*>(*handle);
     f.delete_tensor(handle);
     return impl;
-  } catch (py::error_already_set&) {
+  } catch (py::error_already_set& error) {
+    pass_interrupts(error);
     return nullptr;
   }
 }
@@ -135,7 +136,8 @@ bool answers_rightly(TorchFunctions& f) {
            reinterpret_cast<uint64>(grad_info.data) == grad.attr("data_ptr")().cast<uint64>() && info.ndim == 2 &&
            info.shape[0] == 3 && info.shape[1] == 2 && info.strides[0] == 1 && info.strides[1] == 3 &&
            info.device_type == 0;
-  } catch (py::error_already_set&) {
+  } catch (py::error_already_set& error) {
+    pass_interrupts(error);
     return false;
   }
 }
@@ -193,7 +195,8 @@ bool read_attributes(py::handle tensor, TensorInfo& info) {
     info.shape = extents.data();
     info.strides = extents.data() + info.ndim;
     return true;
-  } catch (py::error_already_set&) {
+  } catch (py::error_already_set& error) {
+    pass_interrupts(error);
     return false;
   }
 }
@@ -223,7 +226,8 @@ void* TensorRef::data() const {
   if (!impl_) {
     try {
       return reinterpret_cast<void*>(py::handle(object_).attr("data_ptr")().cast<uint64>());
-    } catch (py::error_already_set&) {  // not a tensor, or one without memory
+    } catch (py::error_already_set& error) {  // not a tensor, or one without memory
+      pass_interrupts(error);
       return nullptr;
     }
   }

@@ -38,6 +38,11 @@ class Once {
   std::atomic<bool> done_{false};
 };
 
+// What is no Exception, as KeyboardInterrupt, is no answer to a question either.
+inline void pass_interrupts(pybind11::error_already_set& error) {
+  if (!error.matches(PyExc_Exception)) throw error;
+}
+
 constexpr int32 kUnsupportedDType = -1;
 // Of tensors that kernels see as twice as many real numbers. Codes shared with fusedopt/specs.py (COMPLEX_DTYPES).
 constexpr int32 kComplex64 = kNumDTypes, kComplex128 = kNumDTypes + 1, kNumTensorDTypes = kNumDTypes + 2;

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace fusedopt {
@@ -16,11 +17,12 @@ class Pool {
  public:
   void run(int threads, int64 count, const std::function<void(int64)>& task) {
     std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
-    const int helpers = int(std::min<int64>(threads, count)) - 1;
+    int helpers = int(std::min<int64>({threads, count, kMostThreads})) - 1;
     int asleep;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       hire(helpers);
+      helpers = std::min(helpers, workers_);
       asleep = helpers - awake_;
       summoned_ = 0;
       task_ = &task;
@@ -38,14 +40,18 @@ class Pool {
 
   void summon(int helpers) {
     std::lock_guard<std::mutex> lock(mutex_);
-    hire(helpers);
-    summoned_ = std::max(helpers - awake_, 0);
+    hire(std::min(helpers, kMostThreads - 1));
+    summoned_ = std::max(std::min(helpers, workers_) - awake_, 0);
     if (summoned_ > 0) start_.notify_one();  // who wakes the next one
   }
 
  private:
+  // Where the system gives no more threads, those that are there do the work.
   void hire(int helpers) {
-    for (; workers_ < helpers; ++workers_) std::thread(&Pool::work, this, generation_.load()).detach();
+    try {
+      for (; workers_ < helpers; ++workers_) std::thread(&Pool::work, this, generation_.load()).detach();
+    } catch (const std::system_error&) {
+    }
   }
 
   void drain() {
@@ -84,6 +90,7 @@ class Pool {
   }
 
   static constexpr std::chrono::microseconds kPatience{200};
+  static constexpr int kMostThreads = 1024;
 
   std::mutex run_mutex_, mutex_;
   std::condition_variable start_, done_;

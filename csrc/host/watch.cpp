@@ -35,7 +35,9 @@ bool same_strides(const TensorInfo& info, const int64* strides) {
 // Whether a param group has the key, with a value that counts as true.
 bool is_set(PyObject* group, const py::object& key) {
   PyObject* value = PyDict_GetItem(group, key.ptr());
-  return value && PyObject_IsTrue(value) == 1;
+  const int is_true = value ? PyObject_IsTrue(value) : 0;
+  if (is_true < 0) throw py::error_already_set();
+  return is_true == 1;
 }
 
 constexpr size_t kAhead = 8;           // tensors whose memory is fetched before it is looked at
@@ -56,12 +58,37 @@ int threads_for(size_t parts) {
 
 }  // namespace
 
+// What a pass takes for granted where it walks the table.
+void Watch::check_row(const TensorInfo& param, const TensorInfo& seen, const Table& table, int32 grad_dtype, int32 slot,
+                      bool is_held) {
+  if (slot < 0 || size_t(slot) >= table.entries().size())
+    throw py::value_error("Watch.add: got a slot that the table does not have, expected one that Table.add returned");
+  if (grad_dtype < 0 || grad_dtype >= kNumTensorDTypes)
+    throw py::value_error("Watch.add: got an unknown grad_dtype, expected a code of fusedopt.specs");
+  int64 numel = seen.dtype == kComplex64 || seen.dtype == kComplex128 ? 2 : 1;
+  for (int32 d = 0; d < seen.ndim; ++d) numel *= seen.shape[d];
+  const TensorEntry& entry = table.entries()[size_t(slot)];
+  if (numel != entry.numel || !same_shape(seen, param.ndim, param.shape))
+    throw py::value_error("Watch.add: got tensors of other sizes, expected those of the table's row");
+  if (is_held && !entry.main_grad && numel)
+    throw py::value_error("Watch.add: got `held` for a row without a main gradient, expected one with");
+}
+
 void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dtype, py::object table, int32 slot,
                 bool has_main_grad, std::shared_ptr<Held> held) {
   TensorInfo info, seen;
   const TensorRef ref(param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
+  const std::vector<int64> shape(info.shape, info.shape + info.ndim);  // borrowed until another tensor is read
+  info.shape = shape.data();
+  if (!seen_ref.read(seen)) throw py::type_error("Watch.add: as_seen is not a dense tensor");
+  if (!py::isinstance<Table>(table) && !table.is_none())
+    throw py::type_error("Watch.add: table is neither a Table nor None");
   Table* const rows_table = table.is_none() ? nullptr : table.cast<Table*>();
+  if (group < 0 || (!rows_.empty() && group < rows_.back().group))
+    throw py::value_error("Watch.add: got a group before the last row's, expected rows in the order of the groups");
+  if (seen.ndim != info.ndim) throw py::value_error("Watch.add: as_seen has other dimensions than param");
+  if (rows_table) check_row(info, seen, *rows_table, grad_dtype, slot, held != nullptr);
   Row row = {ref,       ref.memory(),    GradLook{},    rows_table,       slot,
              group,     info.dtype,      grad_dtype,    info.device_type, info.device_index,
              info.ndim, extents_.size(), has_main_grad, std::nullopt,     std::move(held)};
@@ -70,7 +97,6 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
     if (!main_grad.is_none()) row.main_grad.emplace(main_grad);
     owned_.push_back(std::move(main_grad));
   }
-  if (!seen_ref.read(seen)) throw py::type_error("Watch.add: as_seen is not a dense tensor");
   extents_.insert(extents_.end(), seen.shape, seen.shape + seen.ndim);
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);
   rows_.push_back(row);

@@ -26,7 +26,9 @@ struct Epoch {
 // Whether a main gradient holds anything: set by an accumulator, and read where its optimizer looks for gradients.
 class Held {
  public:
-  explicit Held(std::shared_ptr<Epoch> epoch) : epoch_(std::move(epoch)) {}
+  explicit Held(std::shared_ptr<Epoch> epoch) : epoch_(std::move(epoch)) {
+    if (!epoch_) throw pybind11::type_error("Held: got None, expected an Epoch");
+  }
   bool value() const { return since_ == epoch_->now; }
   void set(bool value) { since_ = value ? epoch_->now : -1; }
 
@@ -41,7 +43,8 @@ class Watch {
   // copy of it; complex where the parameter is, whatever kernels make of it). grad_dtype: see TensorInfo. table, slot:
   // where its gradient pointer goes; table is None while it never had a gradient.
   // has_main_grad: whether param has an attribute main_grad, which is its gradient unless it is None. held: of the
-  // accumulator's main gradient for param; null where there is none.
+  // accumulator's main gradient for param; null where there is none. Rows of a group follow one another. Python's
+  // TypeError or ValueError, with the watch as it was, for tensors and tables that do not fit each other.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
            int32 slot, bool has_main_grad, std::shared_ptr<Held> held);
 
@@ -102,6 +105,8 @@ class Watch {
     size_t first_row;
   };
 
+  static void check_row(const TensorInfo& param, const TensorInfo& seen, const Table& table, int32 grad_dtype,
+                        int32 slot, bool is_held);
   bool find_params(PyObject* param_groups, std::vector<ParamList>& lists) const;
   bool same_flags(PyObject* param_groups) const;
   bool same_main_grads() const;

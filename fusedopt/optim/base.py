@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
@@ -328,13 +329,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(self) -> OptimizerPlan:
         self._plan = None
         with torch.no_grad():
-            plan = OptimizerPlan.make(self, self._rule_names(), self._controls, wanted(self._backend))
-        if not plan.refresh(self):
-            raise RuntimeError(
-                f"{type(self).__name__}.step: parameters or gradients changed while they were being read"
-            )
-        self._plan = plan
-        return plan
+            self._plan = OptimizerPlan.make(self, self._rule_names(), self._controls, wanted(self._backend))
+        return self._plan
 
     def _step_scalars(self, plan: OptimizerPlan) -> passes.StepScalars:
         scalars = self._scalars
@@ -356,15 +352,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         return scalars
 
     def _run(self, plan: OptimizerPlan) -> None:
-        scalars = self._step_scalars(plan)
-        takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
-        names = ("norm", "update") if takes_norm else ("update",)
-        reports = "_nonfinite_found" in self.__dict__
-        if self._accumulator is not None or not (plan.repetition and plan.repetition.serves(self._scalars, reports)):
-            plan.repetition = None  # before anything can fail: the passes are told other things now
-        self._run_passes(plan, scalars, names, self.param_groups)
+        with self._fresh_state_only_if_used(plan):
+            scalars = self._step_scalars(plan)
+            takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
+            names = ("norm", "update") if takes_norm else ("update",)
+            reports = "_nonfinite_found" in self.__dict__
+            if self._accumulator is not None or not (plan.repetition and plan.repetition.serves(self._scalars, reports)):
+                plan.repetition = None  # before anything can fail: the passes are told other things now
+            self._run_passes(plan, scalars, names, self.param_groups)
         if plan.repetition is None:
             plan.repetition = repetition_of(self, plan, names, reports)
+
+    @contextmanager
+    def _fresh_state_only_if_used(self, plan: OptimizerPlan) -> Iterator[None]:
+        """A step that fails before its update pass leaves no new state behind."""
+        try:
+            yield
+        except BaseException:
+            plan.forget_fresh_state(self)
+            raise
 
     def _run_passes(
         self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
@@ -375,6 +381,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan.gather_copies()
         if "norm" in names:
             passes.norm(plan.tables)
+        plan.fresh = []
         passes.run_update(plan.tables)
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
@@ -390,9 +397,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
         scalars = self._scalars
-        if self._accumulator is not None:
-            scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
-        self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
+        with self._fresh_state_only_if_used(plan):
+            if self._accumulator is not None:
+                scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
+            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
         if self._accumulator is not None:
             self._accumulator.release(param)
 

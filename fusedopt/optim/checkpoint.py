@@ -9,33 +9,40 @@ which hold half of a split one, are sure to be loaded too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 
 from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
-from ..specs import RULES
+from ..specs import RULES, RuleSpec
 
 __all__ = ["load"]
 
 
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
+    where = f"{type(optimizer).__name__}.load_state_dict"
+    _require_dict(where, state_dict, "a checkpoint")
     state_dict = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
 
-    where = f"{type(optimizer).__name__}.load_state_dict"
     params = _match(where, optimizer.param_groups, state_dict)
     groups = [_merge(old, new) for old, new in zip(optimizer.param_groups, state_dict["param_groups"])]
     group_of = {param: group for group in groups for param in group["params"]}
     rules = [RULES[optimizer._rule_name({**optimizer.defaults, **group})] for group in groups]
     rule_of = {param: rule for group, rule in zip(groups, rules) for param in group["params"]}
+    for g, (group, rule) in enumerate(zip(groups, rules)):
+        _check_hyperparameters(f"{where}: param_groups[{g}]", {**optimizer.defaults, **group}, rule)
     for index, param in params.items():
-        check_entry(f"{where}: state[{index}]", state_dict["state"].get(index, {}), param, rule_of[param])
+        entry = state_dict["state"].get(index, {})
+        _require_dict(where, entry, f"state[{index}]")
+        check_entry(f"{where}: state[{index}]", entry, param, rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         param = params.get(index)
@@ -62,6 +69,17 @@ def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[A
                 f"{where}: got keys {sorted(map(str, state_dict))}, expected '{key}'; pass opt.state_dict()"
             )
     saved = state_dict["param_groups"]
+    _require_dict(where, state_dict["state"], "'state'")
+    if not isinstance(saved, list | tuple):
+        raise ValueError(
+            f"{where}: got 'param_groups' of type {type(saved).__name__}, expected a list; pass opt.state_dict()"
+        )
+    for g, group in enumerate(saved):
+        _require_dict(where, group, f"param_groups[{g}]")
+        if not isinstance(group.get("params"), list | tuple):
+            raise ValueError(
+                f"{where}: got param_groups[{g}] without a list of 'params', expected one; pass opt.state_dict()"
+            )
     got, expected = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
     if got != expected:
         raise ValueError(
@@ -70,6 +88,25 @@ def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[A
         )
     indices = chain.from_iterable(g["params"] for g in saved)
     return dict(zip(indices, chain.from_iterable(g["params"] for g in groups)))
+
+
+def _require_dict(where: str, value: Any, what: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{where}: got {what} of type {type(value).__name__}, expected a dict; pass what opt.state_dict() returned"
+        )
+
+
+def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
+    """ValueError where a step could not read one of the rule's."""
+    for _, key, index in rule.hyper:
+        value = group.get(key)
+        if index >= 0:
+            value = value[index] if isinstance(value, list | tuple) and len(value) > index else None
+        if not (value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, Real)):
+            raise ValueError(
+                f"{where}: got {key}={group.get(key)!r:.50}, expected numbers; load a checkpoint of this optimizer"
+            )
 
 
 def _merge(old: dict, new: dict) -> dict:

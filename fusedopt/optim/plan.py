@@ -120,6 +120,8 @@ class OptimizerPlan:
     """Where the plan is for one parameter."""
     has_complex: bool = False
     """Whether a complex parameter has had a gradient."""
+    fresh: list[torch.Tensor] = field(default_factory=list)
+    """Parameters whose state is new, until a pass writes to it."""
 
     @classmethod
     def make(
@@ -130,13 +132,14 @@ class OptimizerPlan:
         backend: str | None = None,
         only: torch.Tensor | None = None,
     ) -> OptimizerPlan:
-        """Checks everything, then creates what state is missing and builds the tables.
+        """Checks everything, then creates what state is missing, builds the tables and finds this step's gradients.
 
         rules: name of each param group's rule. backend: as ``for_device``. only: the one parameter of the optimizer
         that the plan is for; by default all.
 
-        Raises as ``check_grad``, ``check_param`` and ``check_complex_clipping``, and RuntimeError under graph capture;
-        state is as it was then.
+        Raises as ``check_grad``, ``check_param`` and ``check_complex_clipping``, and RuntimeError under graph capture.
+        Whatever is raised, memory that runs out included, no parameter has new state then; state that had to be
+        converted has been, all of a parameter's or nothing.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             # A replay would copy the tables again, from memory that is gone.
@@ -157,11 +160,16 @@ class OptimizerPlan:
                 _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
-            return cls._build(optimizer, controls, backend, tracked, only)
+            plan = cls._build(optimizer, controls, backend, tracked, only)
+            if not plan.refresh(optimizer):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step: parameters or gradients changed while they were being read"
+                )
         except BaseException:
-            for param in fresh:
-                optimizer.state.pop(param, None)
+            _forget_state(optimizer, fresh)
             raise
+        plan.fresh = fresh
+        return plan
 
     @classmethod
     def _build(cls, optimizer, controls, backend, tracked, only) -> OptimizerPlan:
@@ -214,6 +222,10 @@ class OptimizerPlan:
             self.grads.append(grad)
             bucket.table.set_grad(slot, grad.data_ptr() or 2)
         return True
+
+    def forget_fresh_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """For a step that failed before a pass wrote anything: state is as it was before the plan was made."""
+        _forget_state(optimizer, self.fresh)
 
     def bump_versions(self) -> None:
         """Tells autograd that the parameters with a gradient were written."""
@@ -311,8 +323,13 @@ def _check_state(state: dict, rule: RuleSpec, param: torch.Tensor) -> None:
             )
 
 
+def _forget_state(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> None:
+    for param in params:
+        optimizer.state.pop(param, None)
+
+
 def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) -> None:
-    """Creates missing state, and puts step counters, layouts and formats right.
+    """Creates missing state, and puts step counters, layouts and formats right, each parameter's completely or not.
 
     New counters are views of one tensor.
     """
@@ -320,18 +337,13 @@ def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) ->
     counters: dict[torch.device, list[tuple[dict, float]]] = {}
     for each in active:
         state = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
-        rule, dense = each.rule, each.dense
-        adopt_entry(state, rule)
-        each.state_format = wanted_state_format(each.where, groups[each.group], each.param, state, rule)
-        if state:
-            _bring_into_layout(state, rule, dense)
-            convert_states(state, rule, each.state_format)
-        if not state or not all(key in state for key in rule.states):
-            state["step"] = 0.0
-            state.update(new_states(rule, each.state_format, dense, optimizer._initial_state))
-        if dense is not each.param:
-            dense.copy_(each.param.detach())
-        convert_master(state, dense.detach(), each.param_format)
+        before = dict(state)
+        try:
+            _complete_entry(state, each, groups[each.group], optimizer._initial_state)
+        except BaseException:
+            state.clear()
+            state.update(before)
+            raise
         step = state["step"]
         if not _is_counter(step, each.param.device):
             counters.setdefault(each.param.device, []).append((state, float(step)))
@@ -339,6 +351,22 @@ def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) ->
         values = torch.tensor([value for _, value in entries], dtype=torch.float32).to(device)
         for (state, _), counter in zip(entries, values.unbind()):
             state["step"] = counter
+
+
+def _complete_entry(state: dict, each: _Tracked, group: dict, initial: float) -> None:
+    rule, dense = each.rule, each.dense
+    adopt_entry(state, rule)
+    each.state_format = wanted_state_format(each.where, group, each.param, state, rule)
+    if state:
+        _bring_into_layout(state, rule, dense)
+        convert_states(state, rule, each.state_format)
+    if not state or not all(key in state for key in rule.states):
+        state["step"] = 0.0
+        state.update(new_states(rule, each.state_format, dense, initial))
+    if dense is not each.param:
+        dense.copy_(each.param.detach())
+    if convert_master(state, dense.detach(), each.param_format) and dense is not each.param:
+        each.param.detach().copy_(dense)
 
 
 def _bring_into_layout(state: dict, rule: RuleSpec, dense: torch.Tensor) -> None:

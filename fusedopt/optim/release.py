@@ -100,6 +100,5 @@ class GradientRelease:
             plan = self._plans[param] = OptimizerPlan.make(
                 optimizer, optimizer._rule_names(), optimizer._controls, backend, param
             )
-            plan.refresh(optimizer)
         optimizer._run_alone(plan, param)
         param.grad = None
