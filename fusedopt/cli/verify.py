@@ -29,11 +29,14 @@ def _several(name: str, text: str):
 @_several("dtype", "Only parameters of these dtypes; of another optimizer, default: float32 and float64.")
 @_several("transform", "Only these: none, scale, clip, value_clip, accumulate.")
 @_several("case", "Only these adversarial cases, such as zeros, or cases with this in their name.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Processes that share the cases. Default: one for each core, 16 at most."
+)
 @click.option("--list", "listing", is_flag=True, help="Write the names of the cases, and run none.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every case with its figures here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write a page with plots here.")
 @click.option("--markdown", "markdown_path", type=click.Path(dir_okay=False), help="Write a table of the figures here.")
-def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) -> None:
+def verify(optimizer, jobs, listing, json_path, html_path, markdown_path, **choice) -> None:
     """Compare optimizer steps with the float64 reference, element by element, within derived bounds."""
     from ..testing.harness import plan
     from ..testing.harness import verify as run_plan
@@ -48,7 +51,7 @@ def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) ->
         return
     _check_reports(html_path, json_path, markdown_path)
     with _progress(len(planned.cases)) as advance:
-        run = run_plan(planned=planned, command=_command(), on_result=advance)
+        run = run_plan(planned=planned, command=_command(), on_result=advance, jobs=_jobs(jobs, len(planned.cases)))
     if not run.judged:
         raise click.UsageError(f"no case means anything for {planned.subject}: {run.results[0].left_out}")
     _write_reports(run, html_path, json_path, markdown_path)
@@ -58,6 +61,12 @@ def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) ->
 
 def _command() -> str:
     return " ".join(["fusedopt", *sys.argv[1:]])
+
+
+def _jobs(wanted: int | None, cases: int) -> int:
+    """A process takes some seconds to start, so a hundred cases are enough for one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or max(1, min(cores, 16, cases // 100))
 
 
 def _check_device(device: str) -> None:

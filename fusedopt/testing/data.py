@@ -47,6 +47,9 @@ class DataSet:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self):
+        return named, (self.name,)  # other processes look it up: layouts are functions
+
     def suits(self, rule: str, transform: str) -> bool:
         keys = {key for _, key, _ in specs.RULES[rule].hyper}
         return transform in self.transforms and {key for key, _ in self.hyper} <= keys
@@ -70,6 +73,10 @@ class DataSet:
                 values.view(-1)[self.place[1]] = self.place[2]
             grads.append(GRAD_LAYOUTS[self.grad_layout](values.to(dtype)))
         return grads
+
+
+def named(name: str) -> DataSet:
+    return BY_NAME[name]
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------------

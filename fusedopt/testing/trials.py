@@ -18,7 +18,7 @@ from .bounds import Bounded, Comparison, bounded_step, compare, concatenated, hy
 from .cases import Case
 from .formats import in_order
 from .judge import alike, before_step, check_norm, judge_values, set_gradient
-from .tensors import assert_gaps_untouched, assert_same_bits, storage
+from .tensors import assert_gaps_untouched, assert_same_bits, on_cpu, storage
 
 __all__ = [
     "MAX_NORM",
@@ -66,6 +66,7 @@ class Trial:
     def __init__(self, case: Case, num_threads: int) -> None:
         self.case = case
         self.params = case.data.make_params(case.format.dtype, case.device)
+        self._indices = {id(p): i for i, p in enumerate(self.params)}
         several = sum(p.numel() for p in self.params) > specs.CPU_CHUNK  # else there is nothing to share out
         self.threads = num_threads if several else 1
 
@@ -73,9 +74,9 @@ class Trial:
         """Step ``number`` (from 0): the parameters beside the reference's. AssertionError for what else is wrong."""
         count = MICRO_BATCHES if self.case.transform == "accumulate" else 1
         batches = [self.case.data.make_grads(self.params, self.case.grad_dtype, number, k) for k in range(count)]
-        memory = [storage(p).clone() for p in self.params]
+        memory = [storage(p).clone() for p in on_cpu(self.params)]
         comparisons = self._judged_step(batches)
-        for p, before, grad in zip(self.params, memory, batches[0], strict=True):
+        for p, before, grad in zip(on_cpu(self.params), memory, batches[0], strict=True):
             if grad is None:
                 assert_same_bits(storage(p), before)
             else:
@@ -95,7 +96,7 @@ class Trial:
                 state["step"] = count
 
     def _index(self, p: Tensor) -> int:
-        return next(i for i, q in enumerate(self.params) if q is p)
+        return self._indices[id(p)]
 
 
 # ---- optimizers of fusedopt ---------------------------------------------------------------------------------------
@@ -138,9 +139,8 @@ class FusedTrial(Trial):
         if records and self.case.transform == "clip":
             check_norm(self.opt, records, **transform)
             transform["clip_coef"] = self._clip_coef()
-        for r in records:
-            if r.grad_bits is not None:
-                assert_same_bits(batches[-1][self._index(r.tensor)], r.grad_bits)
+        given = [r for r in records if r.grad_bits is not None]
+        assert_same_bits([batches[-1][self._index(r.tensor)] for r in given], [r.grad_bits for r in given])
         return [self._judge(records, transform) for records in alike(self.opt, rule, records)]
 
     def _give(self, p: Tensor, grad: Tensor | None) -> None:
@@ -243,8 +243,8 @@ class ForeignTrial(Trial):
             p.grad = None if grads[0] is None else self._sum(p, grads)
         self._transform()
         moved = [p for p in self.params if p.grad is not None]
-        before = {p: p.detach().cpu().clone().reshape(-1) for p in moved}
-        grads = {p: p.grad.detach().cpu().clone().reshape(-1) for p in moved}
+        before = {p: copy.clone().reshape(-1) for p, copy in zip(moved, on_cpu(moved))}
+        grads = {p: copy.clone().reshape(-1) for p, copy in zip(moved, on_cpu([p.grad for p in moved]))}
         with threads(self.threads):
             self.opt.step()
         groups: dict[tuple, list] = {}
@@ -287,7 +287,7 @@ class ForeignTrial(Trial):
             self._keep(known, name, expected[name], sizes)
         for k in known:
             k.step += 1
-        actual = torch.cat([p.detach().cpu().reshape(-1) for p in params])
+        actual = torch.cat([p.reshape(-1) for p in on_cpu(params)])
         comparison = compare(actual, expected["param"], f"param, {rule}")
         comparison.parts = [(self._index(p), n, n) for p, n in zip(params, sizes, strict=True)]
         comparison.before = start

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from wrong_optimizers import RIGHT, WRONG, HalfPrecisionMoment, make_adamw, make_nothing
+from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_nothing
 
 import fusedopt
 from fusedopt import reference, testing
@@ -97,6 +97,24 @@ def test_an_optimizer_that_raises_is_a_failure_not_an_error():
 
     run = testing.verify(Raises, rule=("sgd",), case=("zeros",), dtype=("float32",))
     assert run.failed and all(r.error == "OverflowError: no" for r in run.failed)
+
+
+def test_processes_that_share_cases_find_the_same():
+    """And one that dies is one failed case: the others run in another process."""
+    choice = {"rule": ("sgd",), "dtype": ("float32",), "case": ("/none/zeros", "/none/nan_last", "/none/tiny")}
+    alone = testing.verify(torch.optim.SGD, **choice)
+    run = testing.verify(Dies, jobs=2, **choice)
+    assert [r.case for r in run.results] == [r.case for r in alone.results]
+    for result, expected in zip(run.results, alone.results, strict=True):
+        if result.case.data.name == "nan_last":
+            assert result.error == "the process that ran it ended with exit code 3"
+        else:
+            assert testing.report.row_of(result) == testing.report.row_of(expected)
+
+
+def test_processes_cannot_be_given_a_closure():
+    with pytest.raises(ValueError, match="cannot be given to other processes"):
+        testing.verify(lambda params, **_: torch.optim.SGD(params), rule=("sgd",), case=("zeros",), jobs=2)
 
 
 def test_json_and_page(tmp_path):
