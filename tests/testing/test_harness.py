@@ -53,7 +53,7 @@ def test_a_sample_of_ours(device):
     plan = harness.plan(device=str(device), backend=chosen, rule=("adamw-decay",), format=forms, quick=True)
     run = testing.verify(planned=plan)
     assert not run.failed, run.failed[0].error
-    assert {r.case.data.name for r in run.judged} == {d.name for d in testing.DATA}
+    assert {r.case.data.name for r in run.judged} == {d.name for d in testing.DATA if not d.heavy}
     assert {r.case.transform for r in run.judged} == set(testing.TRANSFORMS)
     assert run.skipped == plan.total - len(run.results) > 0
 
@@ -70,7 +70,8 @@ def test_the_quick_sample_has_every_rule_format_transform_and_data_set():
     assert len({case.name for case in full}) == len(full) > 10 * len(quick)
     for backend in ("cpu", "reference"):
         for part in (lambda c: c.variant.rule, lambda c: c.format, lambda c: c.transform, lambda c: c.data.name):
-            assert {part(c) for c in quick if c.backend == backend} == {part(c) for c in full if c.backend == backend}
+            all_of = [c for c in full if c.backend == backend and not c.data.heavy]
+            assert {part(c) for c in quick if c.backend == backend} == {part(c) for c in all_of}
     assert {case.variant.rule for case in full} == reference.RULES.keys()
     assert cases.quick_cases(full) == quick
 
