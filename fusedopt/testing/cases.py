@@ -145,8 +145,9 @@ def _covered(case: Case, best: str | None) -> set[tuple]:
 
 
 def quick_cases(cases: list[Case]) -> list[Case]:
-    """A sample of ``cases``, without heavy ones unless there are no others. Of the first backend: each rule with each format and transform on mixed values, and each
-    rule and each format with each data set, where ``cases`` has it. Of others: each of these at least once."""
+    """A sample of ``cases``, without heavy ones unless there are no others. Of the first backend: each rule with each
+    format and transform on mixed values, and each rule and each format with each data set, where ``cases`` has it. Of
+    others: each of these at least once."""
     seen: set[tuple] = set()
     sample = []
     light = [case for case in cases if not case.data.heavy] or cases

@@ -198,7 +198,7 @@ DATA = (
     DataSet("channels_last", "four dimensions, channels last; gradients in another order",
             laid("channels_last", "dense"), grad_layout="reversed_dims"),
     DataSet("misaligned", "odd storage offsets", laid("odd_offset", "odd_offset"), grad_layout="misaligned", steps=2),
-    DataSet("shared_storage", "parameters that are slices of one storage", dense(33, (8, 8), 0, 257, 1031), shared=True),
+    DataSet("shared_storage", "slices of one storage", dense(33, (8, 8), 0, 257, 1031), shared=True),
     DataSet("mixed_dtypes", "a param group of two dtypes", dense(33, 257, (8, 8), 1031), mixed=True),
     DataSet("chunk_boundary", "one element less and more than a chunk of an engine",
             dense(*around(specs.CPU_CHUNK), *around(specs.CUDA_CHUNK)), steps=2),
