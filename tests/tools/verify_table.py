@@ -44,7 +44,7 @@ def sections(record: dict[str, Any]) -> list[str]:
         rows = [row for row in record["rows"] if row["backend"] == backend and not row["left_out"]]
         failed = sum(not row["passed"] for row in rows)
         where = f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]}"
-        made = f"`{environment['command']}`, {environment['seconds']:.0f} s for all backends; {where}."
+        made = f"`{environment['command']}`; {where}."
         lines += [f"### {backend}, {environment['device']}", ""]
         lines += [f"{len(rows):,} cases, {failed} failed. {made}", "", *format_table(rows), ""]
     return lines
