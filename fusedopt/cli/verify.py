@@ -23,7 +23,7 @@ def _several(name: str, text: str):
 )
 @click.option("--quick", is_flag=True, help="A sample: every rule, format, transform and adversarial case. Under 60 s.")
 @click.option("--device", default="cpu", show_default=True, help="Where the parameters are: cpu, cuda, cuda:1.")
-@_several("backend", "Only these backends of fusedopt. Default: all that can run on the device.")
+@_several("backend", "Only these backends of fusedopt. Default: all cases on the best one, a sample on the others.")
 @_several("rule", "Only these rules; of another optimizer, the rule it is to follow.")
 @_several("format", "Only these formats, such as bfloat16-split16-int8_states.")
 @_several("dtype", "Only parameters of these dtypes; of another optimizer, default: float32 and float64.")
@@ -180,6 +180,8 @@ def _show_left_out(console, run, quick: bool) -> None:
         console.print(f"{count} cases were left out: {reason}", style="yellow", markup=False)
     if run.skipped:
         why = (
-            "--quick runs a sample: each rule with each format, transform and adversarial case" if quick else "filtered"
+            "--quick runs a sample: each rule with each format, transform and adversarial case"
+            if quick
+            else "filtered, or of other backends than the best, which --backend names"
         )
         console.print(f"{run.skipped:,} other cases were not run ({why})", markup=False, soft_wrap=True)

@@ -16,8 +16,9 @@ from .runner import Result, run_case
 
 __all__ = ["run_in_processes"]
 
-PIECE = 16
-"""Cases that a process is given at a time."""
+PIECE = 64
+"""Cases that a process is given at a time, at most: some more than a rule has in one format, so that no two processes
+compile the same kernels at once."""
 
 
 def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> Iterator[tuple[int, Result]]:
@@ -27,7 +28,9 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
         ValueError: a factory or a case that another process cannot be given, such as a lambda.
         RuntimeError: a process ended before it could read its first cases.
     """
-    pieces = deque(_pieces(cases))
+    size = max(1, min(PIECE, len(cases) // (4 * jobs)))
+    # Those that take long come first, so that nobody waits for them at the end.
+    pieces = deque(sorted(_pieces(cases, size), key=lambda piece: not any(cases[i].data.heavy for i in piece)))
     if not pieces:
         return
     _require_pickling(factory, cases[0])
@@ -58,14 +61,14 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
             worker.process.terminate()
 
 
-def _pieces(cases: list[Case]) -> Iterator[list[int]]:
-    """Indices of cases that share kernels."""
+def _pieces(cases: list[Case], size: int) -> Iterator[list[int]]:
+    """Indices of cases that share kernels, so many at most."""
     groups: dict[tuple, list[int]] = {}
     for i, case in enumerate(cases):
         groups.setdefault((case.backend, case.variant.rule, str(case.format)), []).append(i)
     for group in groups.values():
-        for start in range(0, len(group), PIECE):
-            yield group[start : start + PIECE]
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _require_pickling(factory: Callable | None, case: Case) -> None:

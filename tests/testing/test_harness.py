@@ -76,6 +76,14 @@ def test_the_quick_sample_has_every_rule_format_transform_and_data_set():
     assert cases.quick_cases(full) == quick
 
 
+def test_other_backends_than_the_best_get_a_sample_unless_they_are_named():
+    choice = {"rule": ("sgd",), "dtype": ("float32",)}
+    both, named = harness.plan(**choice), harness.plan(backend=("cpu", "reference"), **choice)
+    counts = [sum(c.backend == "reference" for c in plan.cases) for plan in (both, named)]
+    assert 0 < counts[0] < counts[1] == sum(c.backend == "cpu" for c in both.cases)
+    assert both.total >= named.total
+
+
 def test_the_worst_element_is_where_it_is_said_to_be():
     class Off(torch.optim.SGD):
         def step(self):
