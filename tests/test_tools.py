@@ -106,6 +106,14 @@ def test_the_sanitized_cases_exist():
         assert data.BY_NAME[values].suits(variants.BY_NAME[variant].rule, transform)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_sanitized_cases_pass(backend, capsys):
+    if backend not in sanitize.available_backends():
+        pytest.skip(f"backend {backend!r} cannot run here")
+    assert sanitize.run_cases([backend]) == 0, capsys.readouterr().out
+
+
 # ---- the table of the documentation --------------------------------------------------------------------------------
 
 
