@@ -50,8 +50,11 @@ def verify(optimizer, jobs, listing, json_path, html_path, markdown_path, **choi
         click.echo("\n".join(case.name for case in planned.cases))
         return
     _check_reports(html_path, json_path, markdown_path)
-    with _progress(len(planned.cases)) as advance:
-        run = run_plan(planned=planned, command=_command(), on_result=advance, jobs=_jobs(jobs, len(planned.cases)))
+    try:
+        with _progress(len(planned.cases)) as advance:
+            run = run_plan(planned=planned, command=_command(), on_result=advance, jobs=_jobs(jobs, len(planned.cases)))
+    except (ValueError, RuntimeError) as error:  # of the processes that share the cases; cases raise nothing
+        raise click.ClickException(str(error)) from error
     if not run.judged:
         raise click.UsageError(f"no case means anything for {planned.subject}: {run.results[0].left_out}")
     _write_reports(run, html_path, json_path, markdown_path)

@@ -26,7 +26,7 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
 
     Raises:
         ValueError: a factory or a case that another process cannot be given, such as a lambda.
-        RuntimeError: a process ended before it could read its first cases.
+        RuntimeError: a process ended before it could read its first cases; or one after the other did in its first.
     """
     size = max(1, min(PIECE, len(cases) // (4 * jobs)))
     # Those that take long come first, so that nobody waits for them at the end.
@@ -35,6 +35,7 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
         return
     _require_pickling(factory, cases[0])
     workers: dict[Connection, _Worker] = {}
+    ends = 0  # since a case passed
     try:
         for _ in range(min(jobs, len(pieces))):
             _start(workers, factory, jobs).give(pieces.popleft(), cases)
@@ -43,8 +44,10 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
                 worker = workers[connection]
                 found = worker.receive(cases)
                 if found is not None:
+                    ends = 0 if found[1].passed else ends
                     yield found
                 if worker.dead:
+                    ends = _counted(ends, jobs, worker)
                     del workers[connection]
                     if worker.left:
                         pieces.append(worker.left)
@@ -59,6 +62,16 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
     finally:
         for worker in workers.values():
             worker.process.terminate()
+
+
+def _counted(ends: int, jobs: int, worker: _Worker) -> int:
+    """One more process that ended. RuntimeError if that goes on: none may be able to use the device."""
+    if ends > 2 * jobs:
+        raise RuntimeError(
+            f"verify: {ends} processes ended, one after the other, and no case passed; the last exit code is "
+            f"{worker.process.exitcode}, the last error: {worker.error or 'none'}; try jobs=1"
+        )
+    return ends + 1
 
 
 def _pieces(cases: list[Case], size: int) -> Iterator[list[int]]:
@@ -90,6 +103,8 @@ class _Worker:
     ready: bool = False
     """Whether it has read its first cases."""
     dead: bool = False
+    error: str = ""
+    """Of the last case."""
 
     def give(self, indices: list[int], cases: list[Case]) -> None:
         self.left = list(indices)
@@ -115,7 +130,7 @@ class _Worker:
             case = cases[self.left[0]]
             result = Result(case, error=f"the process that ran it ended with exit code {self.process.exitcode}")
         index = self.left.pop(0)
-        result.case = cases[index]
+        result.case, self.error = cases[index], result.error
         return index, result
 
     def stop(self) -> None:

@@ -121,6 +121,13 @@ def test_processes_that_share_cases_find_the_same():
             assert testing.report.row_of(result) == testing.report.row_of(expected)
 
 
+@pytest.mark.slow  # starts half a dozen processes
+def test_processes_that_all_die_are_an_error():
+    choice = {"rule": ("sgd",), "dtype": ("float32",), "case": ("nan_first", "nan_middle")}
+    with pytest.raises(RuntimeError, match="processes ended, one after the other, and no case passed"):
+        testing.verify(Dies, jobs=2, **choice)
+
+
 def test_processes_cannot_be_given_a_closure():
     with pytest.raises(ValueError, match="cannot be given to other processes"):
         testing.verify(lambda params, **_: torch.optim.SGD(params), rule=("sgd",), case=("zeros",), jobs=2)
