@@ -1,6 +1,7 @@
 # make demo       train the example with torch's AdamW and with fusedopt's; results in demo_out/
 # make test       lint, then the test suite (on a GPU too, where there is one)
 # make gpu-test   the GPU tests alone; writes tests/results/gpu.json
+# make sanitize   compute-sanitizer over every kind of kernel; writes tests/results/sanitizer.json
 # make bench      time the step tail, and what a training loop does around it, beside torch's
 # make fuzz       100,000 inputs for the extension's functions, under the address and the undefined-behaviour sanitizer
 # make lint       ruff and clang-format
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools are started as modules: beside a torch that was there already they may have been there too, outside $(BIN).
 CLANG_FORMAT := $(BIN)/python -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint gpu-test bench sanitized fuzz clean
+.PHONY: demo test lint gpu-test sanitize bench sanitized fuzz clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_gpt.py --out demo_out
@@ -37,6 +38,10 @@ lint: $(VENV)/test.stamp
 gpu-test: $(VENV)/test.stamp
 	mkdir -p tests/results
 	FUSEDOPT_GPU_RESULTS=tests/results/gpu.json $(BIN)/python -m pytest -q -m gpu
+
+sanitize: $(VENV)/test.stamp
+	mkdir -p tests/results
+	$(BIN)/python tests/tools/sanitize.py --json tests/results/sanitizer.json
 
 bench: $(VENV)/demo.stamp
 	mkdir -p benchmarks/results

@@ -24,17 +24,20 @@ def _several(name: str, text: str):
 )
 @click.option("--quick", is_flag=True, help="A sample: every rule, format, transform and adversarial case. Under 60 s.")
 @click.option("--device", default="cpu", show_default=True, help="Where the parameters are: cpu, cuda, cuda:1.")
-@_several("backend", "Only these backends of fusedopt. Default: all that can run on the device.")
+@_several("backend", "Only these backends of fusedopt. Default: all cases on the best one, a sample on the others.")
 @_several("rule", "Only these rules; of another optimizer, the rule it is to follow.")
 @_several("format", "Only these formats, such as bfloat16-split16-int8_states.")
 @_several("dtype", "Only parameters of these dtypes; of another optimizer, default: float32 and float64.")
 @_several("transform", "Only these: none, scale, clip, value_clip, accumulate.")
 @_several("case", "Only these adversarial cases, such as zeros, or cases with this in their name.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Processes that share the cases. Default: one for each core, 16 at most."
+)
 @click.option("--list", "listing", is_flag=True, help="Write the names of the cases, and run none.")
 @json_option("Write every case with its figures here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write a page with plots here.")
 @click.option("--markdown", "markdown_path", type=click.Path(dir_okay=False), help="Write a table of the figures here.")
-def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) -> None:
+def verify(optimizer, jobs, listing, json_path, html_path, markdown_path, **choice) -> None:
     """Compare optimizer steps with the float64 reference, element by element, within derived bounds."""
     from ..testing.harness import plan
     from ..testing.harness import verify as run_plan
@@ -48,8 +51,11 @@ def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) ->
         click.echo("\n".join(case.name for case in planned.cases))
         return
     _check_reports(html_path, markdown_path)
-    with _progress(len(planned.cases)) as advance:
-        run = run_plan(planned=planned, command=_command(), on_result=advance)
+    try:
+        with _progress(len(planned.cases)) as advance:
+            run = run_plan(planned=planned, command=_command(), on_result=advance, jobs=_jobs(jobs, len(planned.cases)))
+    except (ValueError, RuntimeError) as error:  # of the processes that share the cases; cases raise nothing
+        raise click.ClickException(str(error)) from error
     if not run.judged:
         raise click.UsageError(f"no case means anything for {planned.subject}: {run.results[0].left_out}")
     _write_reports(run, html_path, json_path, markdown_path)
@@ -59,6 +65,12 @@ def verify(optimizer, listing, json_path, html_path, markdown_path, **choice) ->
 
 def _command() -> str:
     return " ".join(["fusedopt", *sys.argv[1:]])
+
+
+def _jobs(wanted: int | None, cases: int) -> int:
+    """A process takes some seconds to start, so a hundred cases are enough for one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or max(1, min(cores, 16, cases // 100))
 
 
 def _check_device(device: str) -> None:
@@ -162,6 +174,8 @@ def _show_left_out(console, run, quick: bool) -> None:
         console.print(f"{count} cases were left out: {reason}", style="yellow", markup=False)
     if run.skipped:
         why = (
-            "--quick runs a sample: each rule with each format, transform and adversarial case" if quick else "filtered"
+            "--quick runs a sample: each rule with each format, transform and adversarial case"
+            if quick
+            else "filtered, or of other backends than the best, which --backend names"
         )
         console.print(f"{run.skipped:,} other cases were not run ({why})", markup=False, soft_wrap=True)

@@ -136,12 +136,15 @@ def _bounded(t: Tensor | Bounded, compute: torch.dtype) -> Bounded:
 
 
 def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **transform) -> dict[str, Bounded]:
-    """As `reference.reference_step`, with bounds; the new parameter is called "param". `grad` and `states` may
-    have bounds too."""
-    compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+    """As `reference.reference_step`, with bounds; the new parameter is called "param". `param`, `grad` and
+    `states` may have bounds too."""
+    if isinstance(param, Bounded):
+        compute = param.compute
+    else:
+        compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     grad = reference.transform_gradient(_bounded(grad, compute), **transform)
     states = {name: _bounded(states[name], compute) for name in reference.STATES[rule]}
-    before = Bounded.exact(param, compute)
+    before = _bounded(param, compute)
     param, states = reference.RULES[rule](before, -grad if maximize else grad, **states, step=step, **hyper)
     if rule == "radam":
         moved = (param.value - before.value).abs() + (hyper["lr"] * hyper["weight_decay"] * before.value).abs()

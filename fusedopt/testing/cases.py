@@ -53,7 +53,7 @@ _CHOSEN = (
 RULES = [BY_NAME[name] for name in _CHOSEN]
 FORMATS = [*COMBINATIONS, Combination(torch.float64)]
 PLAIN = [form for form in FORMATS if not form.options]
-MIXED, *ADVERSARIAL = DATA
+MIXED = DATA[0]
 
 
 def own_backends(device: str) -> list[str]:
@@ -79,9 +79,13 @@ def grad_dtypes(form: Combination) -> list[torch.dtype]:
 def _is_case(case: Case) -> bool:
     """Whether it means anything: micro-batches come as `.grad`, which has the parameter's dtype; a rule without states
     has no formats of states."""
-    own = case.transform != "accumulate" or case.grad_dtype == case.format.dtype
-    formatted = case.variant.rule_spec.states or not case.format.state_dtype
-    return own and bool(formatted) and case.data.suits(case.variant.rule, case.transform)
+    form = case.format
+    own = case.transform != "accumulate" or case.grad_dtype == form.dtype
+    formatted = case.variant.rule_spec.states or not form.state_dtype
+    # Options of a group that one of two dtypes could not have are an error.
+    mixable = not form.keeps_more and (form.dtype.itemsize == 2 or form.state_dtype is None)
+    suits = case.data.suits(case.variant.rule, case.transform) and (mixable or not case.data.mixed)
+    return own and bool(formatted) and suits
 
 
 def _in_turn(variants, forms, data: Iterable[DataSet], device: str, backend: str | None) -> list[Case]:
@@ -97,12 +101,25 @@ def _in_turn(variants, forms, data: Iterable[DataSet], device: str, backend: str
     return cases
 
 
+def _heavy_cases(variants, forms, device: str, backend: str | None) -> list[Case]:
+    """Each variant once with each heavy data set, in one of the formats, in turn."""
+    cases = []
+    for data in (each for each in DATA if each.heavy):
+        for v, variant in enumerate(variants):
+            form = forms[7 * v % len(forms)]  # 7: so that neighbours have other parameters and other states
+            if not variant.rule_spec.states:
+                form = Combination(form.dtype)
+            cases.append(Case(variant, form, backend, device, form.dtype, data.transforms[0], data))
+    return [case for case in cases if _is_case(case)]
+
+
 def full_cases(device: str, chosen: Iterable[str]) -> list[Case]:
     """All cases of fusedopt's optimizers on a device, on these backends.
 
     Every rule × format × gradient dtype × transform on mixed values; every rule × format, and every variant × plain
-    dtype, × adversarial data set, with gradient dtypes and transforms in turn.
+    dtype, × adversarial data set, with gradient dtypes and transforms in turn; every rule once with the heavy ones.
     """
+    light = [data for data in DATA if not data.heavy]
     cases = {}
     for backend in chosen:
         for variant, form, transform in itertools.product(RULES, FORMATS, TRANSFORMS):
@@ -110,8 +127,8 @@ def full_cases(device: str, chosen: Iterable[str]) -> list[Case]:
                 case = Case(variant, form, backend, device, dtype, transform, MIXED)
                 if _is_case(case):
                     cases[case.key] = case
-        rest = _in_turn(RULES, FORMATS, ADVERSARIAL, device, backend) + _in_turn(VARIANTS, PLAIN, DATA, device, backend)
-        for case in rest:
+        rest = _in_turn(RULES, FORMATS, light[1:], device, backend) + _in_turn(VARIANTS, PLAIN, light, device, backend)
+        for case in rest + _heavy_cases(RULES, FORMATS, device, backend):
             cases.setdefault(case.key, case)
     return list(cases.values())
 
@@ -128,13 +145,15 @@ def _covered(case: Case, best: str | None) -> set[tuple]:
 
 
 def quick_cases(cases: list[Case]) -> list[Case]:
-    """A sample of ``cases``. Of the first backend: each rule with each format and transform on mixed values, and each
-    rule and each format with each data set, where ``cases`` has it. Of others: each of these at least once."""
+    """A sample of ``cases``, without heavy ones unless there are no others. Of the first backend: each rule with each
+    format and transform on mixed values, and each rule and each format with each data set, where ``cases`` has it. Of
+    others: each of these at least once."""
     seen: set[tuple] = set()
     sample = []
+    light = [case for case in cases if not case.data.heavy] or cases
     for least in (2, 1):  # first those that bring several, then what is missing
-        for case in cases:
-            new = _covered(case, cases[0].backend) - seen
+        for case in light:
+            new = _covered(case, light[0].backend) - seen
             if len(new) >= least:
                 seen |= new
                 sample.append(case)
@@ -156,11 +175,12 @@ def guess_optimizer(factory: Callable) -> str | None:
 
 
 def foreign_cases(variants: list[Variant], dtypes: Iterable[torch.dtype], device: str) -> list[Case]:
-    """Every variant × dtype × transform × data set, in plain formats with gradients of the parameters' dtype."""
+    """Every variant × dtype × transform × data set, in plain formats with gradients of the parameters' dtype; of heavy
+    data sets each variant has one case."""
     forms = [Combination(dtype) for dtype in dtypes]
-    rows = itertools.product(variants, forms, DATA, TRANSFORMS)
+    rows = itertools.product(variants, forms, [data for data in DATA if not data.heavy], TRANSFORMS)
     cases = [Case(variant, form, None, device, form.dtype, transform, data) for variant, form, data, transform in rows]
-    return [case for case in cases if _is_case(case)]
+    return [case for case in cases if _is_case(case)] + _heavy_cases(variants, forms, device, None)
 
 
 def select(cases: list[Case], **wanted: tuple[str, ...]) -> list[Case]:

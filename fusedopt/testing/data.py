@@ -43,9 +43,18 @@ class DataSet:
     counter: int | None = None
     """What the step counters are set to after the first step."""
     transforms: tuple[str, ...] = TRANSFORMS
+    mixed: bool = False
+    """Whether every second parameter has ``other_dtype``, in the same param group."""
+    shared: bool = False
+    """Whether the parameters are slices of one storage, an odd number of elements apart."""
+    heavy: bool = False
+    """Takes seconds: each rule meets it once, samples leave it out."""
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self):
+        return named, (self.name,)  # other processes look it up: layouts are functions
 
     def suits(self, rule: str, transform: str) -> bool:
         keys = {key for _, key, _ in specs.RULES[rule].hyper}
@@ -53,23 +62,46 @@ class DataSet:
 
     def make_params(self, dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
         def maker(i):
-            return lambda shape: self.params(shape, dtype, device, seed=i)
+            own = other_dtype(dtype) if self.mixed and i % 2 else dtype
+            return lambda shape: self.params(shape, own, device, seed=i)
 
-        return [torch.nn.Parameter(layout(maker(i))) for i, layout in enumerate(self.layouts)]
+        params = [layout(maker(i)) for i, layout in enumerate(self.layouts)]
+        return [torch.nn.Parameter(p) for p in (slices_of_one_storage(params) if self.shared else params)]
 
     def make_grads(self, params: list, dtype: torch.dtype, step: int, micro_batch: int = 0) -> list[Tensor | None]:
-        """Of one micro-batch of one step (from 0): in ``dtype``, of values that the parameters' states can square."""
-        grads = []
+        """Of one micro-batch of one step (from 0): in ``dtype``, of values that the parameters' states can square; of
+        parameters of another dtype than the first one in theirs."""
+        grads, of_first = [], dtype
         for i, p in enumerate(params):
             if not self.present(step, i):
                 grads.append(None)
                 continue
+            dtype = of_first if p.dtype == params[0].dtype else p.dtype
             values_of = torch.float16 if p.dtype == torch.float16 else dtype
             values = self.grads(p.shape, values_of, p.device, seed=1000 * (step + 1) + 100_000 * micro_batch + i)
             if self.place is not None and self.place[0] == i:
                 values.view(-1)[self.place[1]] = self.place[2]
             grads.append(GRAD_LAYOUTS[self.grad_layout](values.to(dtype)))
         return grads
+
+
+def other_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of every second parameter where dtypes are mixed: one that a step must not round to the first one's."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def slices_of_one_storage(params: list[Tensor]) -> list[Tensor]:
+    """Copies of dense tensors, one after the other in one buffer, with an element before, between and after them."""
+    buffer = params[0].new_full((sum(p.numel() + 1 for p in params) + 1,), 7.0)
+    slices, start = [], 1
+    for p in params:
+        slices.append(buffer[start : start + p.numel()].view(p.shape).copy_(p))
+        start += p.numel() + 1
+    return slices
+
+
+def named(name: str) -> DataSet:
+    return BY_NAME[name]
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------------
@@ -153,6 +185,10 @@ DATA = (
     DataSet("nan_first", "NaN in the first element", FEW, place=(*_FIRST, math.nan)),
     DataSet("nan_middle", "NaN in an element in the middle", FEW, place=(*_MIDDLE, math.nan)),
     DataSet("nan_last", "NaN in the last element", FEW, place=(*_LAST, math.nan)),
+    DataSet("inf_chunk_end", "inf in the last element of a chunk", dense(33, specs.CUDA_CHUNK + 1), steps=2,
+            place=(1, specs.CUDA_CHUNK - 1, math.inf)),
+    DataSet("nan_chunk_start", "NaN in a chunk of one element", dense(33, specs.CUDA_CHUNK + 1), steps=2,
+            place=(1, specs.CUDA_CHUNK, math.nan)),
     DataSet("empty_first", "the first tensor is empty", dense(0, 257, 33)),
     DataSet("empty_middle", "a tensor in the middle is empty", dense(257, (3, 0), 33)),
     DataSet("empty_last", "the last tensor is empty", dense(257, 33, 0)),
@@ -162,9 +198,14 @@ DATA = (
     DataSet("channels_last", "four dimensions, channels last; gradients in another order",
             laid("channels_last", "dense"), grad_layout="reversed_dims"),
     DataSet("misaligned", "odd storage offsets", laid("odd_offset", "odd_offset"), grad_layout="misaligned", steps=2),
+    DataSet("shared_storage", "slices of one storage", dense(33, (8, 8), 0, 257, 1031), shared=True),
+    DataSet("mixed_dtypes", "a param group of two dtypes", dense(33, 257, (8, 8), 1031), mixed=True),
     DataSet("chunk_boundary", "one element less and more than a chunk of an engine",
             dense(*around(specs.CPU_CHUNK), *around(specs.CUDA_CHUNK)), steps=2),
+    DataSet("one_tensor", "a model of one tensor", dense(1031), steps=2),
     DataSet("many_small", "300 tensors of 1 to 5 elements", dense(*(1 + i % 5 for i in range(300))), steps=2),
+    DataSet("ten_thousand", "10,000 tensors of 1 to 3 elements", dense(*(1 + i % 3 for i in range(10_000))), steps=2,
+            transforms=("clip",), heavy=True),
     DataSet("all_frozen", "no parameter has a gradient", FEW, present=lambda step, i: False, steps=2,
             transforms=("none", "scale", "clip", "value_clip")),
     DataSet("intermittent", "gradients come and go, so that step counters differ", dense(33, 257, 8, 100),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .cases import Case, foreign_cases, full_cases, guess_optimizer, own_backends, quick_cases, select
+from .parallel import run_in_processes
 from .report import Run
 from .runner import Result, run_cases
 from .trials import LeftOut, make_foreign
@@ -83,8 +84,12 @@ def plan(
     filters = {"format": format, "dtype": dtype, "transform": transform, "case": case}
     filters = {key: tuple(values) for key, values in filters.items()}
     if optimizer is None:
-        cases = full_cases(device, _checked_backends(device, tuple(backend)))
-        made = Plan("fusedopt", device, cases, len(cases))
+        best, *others = _checked_backends(device, tuple(backend))
+        cases = full_cases(device, [best])
+        more = [full_cases(device, [name]) for name in others]
+        # Of backends that nobody asked for a sample: all of them would take as long as the best one, each.
+        sampled = [each if backend else quick_cases(each) for each in more]
+        made = Plan("fusedopt", device, sum(sampled, cases), len(cases) + sum(map(len, more)))
         filters = {"rule": tuple(rule), **filters}
     else:
         made = _foreign_plan(optimizer, tuple(rule), filters["dtype"] or FOREIGN_DTYPES, device)
@@ -155,6 +160,7 @@ def verify(
     *,
     command: str = "",
     on_result: Callable[[Result], None] = lambda result: None,
+    jobs: int = 1,
     planned: Plan | None = None,
     **choice,
 ) -> Run:
@@ -165,16 +171,23 @@ def verify(
             one as ``package.module:attribute``.
         planned: what ``plan`` returned, instead of the other arguments.
         on_result: called with each result, for progress bars.
+        jobs: processes that share the cases. An optimizer given as a class or factory must then be one that can be
+            pickled.
         choice: ``quick``, ``device``, ``backend``, ``rule``, ``format``, ``dtype``, ``transform``, ``case`` as for
             ``plan``.
 
     Raises:
-        ValueError: as ``plan``.
+        ValueError: as ``plan``; an optimizer that other processes cannot be given.
     """
     planned = planned or plan(optimizer, **choice)
-    start, results = time.monotonic(), []
-    for result in run_cases(planned.cases, planned.factory):
-        results.append(result)
+    start, found = time.monotonic(), {}
+    if jobs > 1:
+        indexed = run_in_processes(planned.cases, planned.factory, jobs)
+    else:
+        indexed = enumerate(run_cases(planned.cases, planned.factory))
+    for i, result in indexed:
+        found[i] = result
         on_result(result)
+    results = [found[i] for i in sorted(found)]
     seconds = time.monotonic() - start
     return Run(planned.subject, planned.device, results, planned.total - len(planned.cases), seconds, command)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import formats, reference, specs
 from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, hyper_of
 from .formats import BFLOAT16, MAY_VANISH, assert_codes, compare_neighbour, compare_param, in_order
-from .tensors import check, storage
+from .tensors import check, on_cpu, storage
 
 # Of norms: sums are kept in float64 (or scaled so that they lose no more), then one square root, and one rounding to
 # float32. Two ulp leave room for a rounding of the factors that unscale and scale.
@@ -50,30 +50,41 @@ class Before:
     group: dict
 
 
+def _fetched(opt, params: list) -> list[tuple[Tensor, dict]]:
+    """Each parameter and its state, on the CPU."""
+    states = [opt.state.get(p, {}) for p in params]
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    copies = iter(on_cpu([*params, *tensors]))
+    values = [next(copies) for _ in params]
+    return [
+        (value, {key: next(copies) if isinstance(kept, Tensor) else kept for key, kept in state.items()})
+        for value, state in zip(values, states, strict=True)
+    ]
+
+
 def before_step(opt, rule: str) -> list[Before]:
-    """A record of every parameter that has a gradient. States that do not exist yet are zero."""
+    """A record of every parameter that has a gradient, on the CPU. States that do not exist yet are zero."""
+    members = [(p, group) for group in opt.param_groups for p in group["params"] if gradient(p) is not None]
+    params = [p for p, _ in members]
+    grads = on_cpu([gradient(p) for p in params])
     records = []
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if gradient(p) is None:
-                continue
-            state = opt.state.get(p, {})
-            value = formats.decode_master(state, p)
-            zeros = {name: torch.zeros_like(value) for name in reference.STATES[rule]}
-            states = formats.decode_states(state, specs.RULES[rule]) if state else zeros
-            flat = {name: in_order(states[name], p) for name in reference.STATES[rule]}
-            records.append(
-                Before(
-                    tensor=p,
-                    value=in_order(value, p),
-                    grad=in_order(gradient(p), p),
-                    states=flat,
-                    storage=storage(p).clone(),
-                    grad_bits=gradient(p).clone(),
-                    step=int(state.get("step", 0)),
-                    group=dict(group),
-                )
+    for (p, group), grad, (main, state) in zip(members, grads, _fetched(opt, params), strict=True):
+        value = formats.decode_master(state, main)
+        zeros = {name: torch.zeros_like(value) for name in reference.STATES[rule]}
+        states = formats.decode_states(state, specs.RULES[rule]) if state else zeros
+        flat = {name: in_order(states[name], main) for name in reference.STATES[rule]}
+        records.append(
+            Before(
+                tensor=p,
+                value=in_order(value, main),
+                grad=in_order(grad, main),
+                states=flat,
+                storage=storage(main).clone(),
+                grad_bits=grad.clone(),
+                step=int(state.get("step", 0)),
+                group=dict(group),
             )
+        )
     return records
 
 
@@ -124,31 +135,33 @@ def judge_values(opt, rule: str, records: list[Before], **transform) -> Comparis
     transform: the arguments of `reference.transform_gradient` that apply.
     """
     expected = expected_after(rule, records, **transform)
-    params, state = [r.tensor for r in records], opt.state.get(records[0].tensor, {})
-    where = f"{rule}, {params[0].dtype} with {list(state)}, {[p.numel() for p in params]} end to end"
+    kept = _fetched(opt, [r.tensor for r in records])
+    state, stochastic = kept[0][1], random(records[0].group)
+    where = f"{rule}, {kept[0][0].dtype} with {list(state)}, {[p.numel() for p, _ in kept]} end to end"
     for name, moment in zip(specs.RULES[rule].states, specs.RULES[rule].moments):
-        _check_state(opt, rule, records, name, moment, expected[name], f"{name}, {where}")
+        _check_state(rule, kept, name, moment, expected[name], stochastic, f"{name}, {where}")
     return compare_param(
-        torch.cat([in_order(p, p) for p in params]),
-        torch.cat([in_order(formats.decode_master(opt.state.get(p, {}), p), p) for p in params]),
+        torch.cat([in_order(p, p) for p, _ in kept]),
+        torch.cat([in_order(formats.decode_master(state, p), p) for p, state in kept]),
         expected["param"],
         extra=next((state[key].dtype for key in ("master_param", "param_remainder") if key in state), None),
-        stochastic=random(records[0].group),
+        stochastic=stochastic,
         where=where,
     )
 
 
-def _check_state(opt, rule: str, records: list, name: str, moment: str, exact: Bounded, what: str) -> None:
-    params = [r.tensor for r in records]
-    codes = torch.cat([in_order(opt.state[p][name], p) for p in params])
-    if codes.is_floating_point() and random(records[0].group) and codes.dtype == BFLOAT16:
+def _check_state(
+    rule: str, kept: list[tuple[Tensor, dict]], name: str, moment: str, exact: Bounded, stochastic: bool, what: str
+) -> None:
+    codes = torch.cat([in_order(state[name], p) for p, state in kept])
+    if codes.is_floating_point() and stochastic and codes.dtype == BFLOAT16:
         compare_neighbour(codes, exact, what).check()
     elif codes.is_floating_point():
         assert_within(codes, exact, what)
     else:
-        scales = torch.cat([opt.state[p][f"{name}_scale"].cpu() for p in params])
-        decoded = [formats.decode_states(opt.state[p], specs.RULES[rule])[name] for p in params]
-        assert_codes(torch.cat([in_order(t, p) for t, p in zip(decoded, params)]), scales, exact, moment, what)
+        scales = torch.cat([state[f"{name}_scale"] for _, state in kept])
+        decoded = torch.cat([in_order(formats.decode_states(state, specs.RULES[rule])[name], p) for p, state in kept])
+        assert_codes(decoded, scales, exact, moment, what)
         if moment == "second":
             positive = exact.value - 2 * exact.error >= MAY_VANISH
             check(codes[positive].all(), f"code 0 for a second moment > 0, {what}")

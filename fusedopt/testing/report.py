@@ -152,8 +152,38 @@ def summaries(results: Iterable[Result], *keys: str) -> list[Summary]:
     return list(found.values())
 
 
+def states_of(form: str) -> str:
+    """Of the name of a format, how states are kept: a dtype, or "" for the compute type, as everywhere by default."""
+    states = form.rpartition("-")[2].removesuffix("_states")
+    return "" if states == "None" else states
+
+
 def ulp_text(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.2g}"
+
+
+def format_table(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown from rows of ``row_of`` or of the JSON: cases and the worst error in ulp, with a line for each
+    rule and format of states, a column for each way of keeping parameters."""
+    cells: dict[tuple, list] = {}
+    for row in rows:
+        if row["left_out"]:
+            continue
+        cell = cells.setdefault((row["rule"], states_of(row["format"]), parameters_of(row["format"])), [0, 0.0, 0])
+        cell[0] += 1
+        cell[1] = max(cell[1], float(row["largest_ulp"]))
+        cell[2] += not row["passed"]
+    columns = list(dict.fromkeys(key[2] for key in cells))
+    lines = ["| rule | states | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    for rule, states in dict.fromkeys(key[:2] for key in cells):
+        texts = [_cell_text(*cells.get((rule, states, column), (0, 0.0, 0))) for column in columns]
+        lines.append(f"| {rule} | {states or 'default'} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _cell_text(cases: int, worst_ulp: float, failed: int) -> str:
+    failures = f", **{failed} failed**" if failed else ""
+    return f"{cases}: {ulp_text(worst_ulp)}{failures}" if cases else ""
 
 
 def markdown(run: Run) -> str:
@@ -166,8 +196,7 @@ def markdown(run: Run) -> str:
         texts = []
         for column in columns:
             s = cells.get((*row, column))
-            failed = f", **{s.failed} failed**" if s and s.failed else ""
-            texts.append(f"{s.cases}: {ulp_text(s.worst_ulp)}{failed}" if s else "")
+            texts.append(_cell_text(s.cases, s.worst_ulp, s.failed) if s else "")
         lines.append(f"| {row[0]} | {row[1]} | " + " | ".join(texts) + " |")
     where = environment(run.device)
     total = f"{len(run.judged):,} cases, {len(run.failed)} failed, {run.seconds:.0f} s"

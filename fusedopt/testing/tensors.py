@@ -96,6 +96,34 @@ def parts(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
+def on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """Each detached, with its strides and all of its storage, by one transfer from each device: a step has hundreds of
+    small tensors. Those on the CPU share their memory with the result."""
+    tensors = [t.detach().resolve_conj().resolve_neg() for t in tensors]
+    copies = _storages_on_cpu([t for t in tensors if t.device.type != "cpu"])
+
+    def copied(t: Tensor) -> Tensor:
+        memory = copies[t.device, t.untyped_storage().data_ptr()]
+        return torch.empty(0, dtype=t.dtype).set_(memory, t.storage_offset(), t.shape, t.stride())
+
+    return [t if t.device.type == "cpu" else copied(t) for t in tensors]
+
+
+def _storages_on_cpu(tensors: list[Tensor]) -> dict[tuple, torch.UntypedStorage]:
+    """By device and address."""
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
+    for t in tensors:
+        memory = t.untyped_storage()
+        raw = torch.empty(0, dtype=torch.uint8, device=t.device).set_(memory)
+        by_device.setdefault(t.device, {})[memory.data_ptr()] = raw
+    copies = {}
+    for device, raws in by_device.items():
+        together = torch.cat(list(raws.values())).cpu()
+        for address, piece in zip(raws, together.split([raw.numel() for raw in raws.values()]), strict=True):
+            copies[device, address] = piece.clone().untyped_storage()  # its own: aligned for any dtype
+    return copies
+
+
 def bits(t: Tensor) -> Tensor:
     """The elements of `t`, or their parts, as integers, on the CPU."""
     t = parts(t)
@@ -108,6 +136,7 @@ def assert_same_bits(actual, expected) -> None:
     if isinstance(actual, Tensor):
         actual, expected = [actual], [expected]
     check(len(actual) == len(expected), f"{len(actual)} tensors, expected {len(expected)}")
+    actual, expected = on_cpu(actual), on_cpu(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         check((a.dtype, a.shape) == (e.dtype, e.shape), f"tensor {i}: {a.dtype} {tuple(a.shape)}, expected {e.dtype}")
         a, e = parts(a), parts(e)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import reference, specs
 from ..accumulate import GradAccumulator
-from .accumulated import Expected
+from .accumulated import Expected, compute_type
 from .bounds import Bounded, Comparison, bounded_step, compare, concatenated, hyper_of
 from .cases import Case
 from .formats import in_order
 from .judge import alike, before_step, check_norm, judge_values, set_gradient
-from .tensors import assert_gaps_untouched, assert_same_bits, storage
+from .tensors import assert_same_bits, bits, check, on_cpu, storage
 
 __all__ = [
     "MAX_NORM",
@@ -66,6 +66,7 @@ class Trial:
     def __init__(self, case: Case, num_threads: int) -> None:
         self.case = case
         self.params = case.data.make_params(case.format.dtype, case.device)
+        self._indices = {id(p): i for i, p in enumerate(self.params)}
         several = sum(p.numel() for p in self.params) > specs.CPU_CHUNK  # else there is nothing to share out
         self.threads = num_threads if several else 1
 
@@ -73,16 +74,25 @@ class Trial:
         """Step ``number`` (from 0): the parameters beside the reference's. AssertionError for what else is wrong."""
         count = MICRO_BATCHES if self.case.transform == "accumulate" else 1
         batches = [self.case.data.make_grads(self.params, self.case.grad_dtype, number, k) for k in range(count)]
-        memory = [storage(p).clone() for p in self.params]
+        memory = [storage(p).clone() for p in on_cpu(self.params)]
         comparisons = self._judged_step(batches)
-        for p, before, grad in zip(self.params, memory, batches[0], strict=True):
-            if grad is None:
-                assert_same_bits(storage(p), before)
-            else:
-                assert_gaps_untouched(p, before)
+        self._check_elsewhere(memory, [grad is not None for grad in batches[0]])
         if number == 0 and self.case.data.counter is not None:
             self._set_counters(self.case.data.counter)
         return comparisons
+
+    def _check_elsewhere(self, memory: list[Tensor], moved: list[bool]) -> None:
+        """No element changed but those of parameters with a gradient; several may share a storage."""
+        params, reached = on_cpu(self.params), {}
+        for p, own in zip(params, moved, strict=True):
+            address = p.untyped_storage().data_ptr()
+            mask = reached.setdefault(address, torch.zeros(storage(p).numel(), dtype=torch.bool))
+            if own:
+                mask.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
+        for i, (p, before) in enumerate(zip(params, memory, strict=True)):
+            outside = ~reached[p.untyped_storage().data_ptr()]
+            same = torch.equal(bits(storage(p))[outside], bits(before)[outside])
+            check(same, f"wrote outside of the parameters that have a gradient, in the storage of parameter {i}")
 
     def _judged_step(self, batches: list[list[Tensor | None]]) -> list[Comparison]:
         raise NotImplementedError
@@ -95,7 +105,7 @@ class Trial:
                 state["step"] = count
 
     def _index(self, p: Tensor) -> int:
-        return next(i for i, q in enumerate(self.params) if q is p)
+        return self._indices[id(p)]
 
 
 # ---- optimizers of fusedopt ---------------------------------------------------------------------------------------
@@ -137,10 +147,9 @@ class FusedTrial(Trial):
         self._step()
         if records and self.case.transform == "clip":
             check_norm(self.opt, records, **transform)
-            transform["clip_coef"] = self._clip_coef()
-        for r in records:
-            if r.grad_bits is not None:
-                assert_same_bits(batches[-1][self._index(r.tensor)], r.grad_bits)
+            transform["clip_coef"] = None  # of each dtype its own
+        given = [r for r in records if r.grad_bits is not None]
+        assert_same_bits([batches[-1][self._index(r.tensor)] for r in given], [r.grad_bits for r in given])
         return [self._judge(records, transform) for records in alike(self.opt, rule, records)]
 
     def _give(self, p: Tensor, grad: Tensor | None) -> None:
@@ -168,12 +177,14 @@ class FusedTrial(Trial):
         if scaled:
             del self.opt.grad_scale, self.opt.found_inf
 
-    def _clip_coef(self) -> float:
+    def _clip_coef(self, dtype: torch.dtype) -> float:
         """Float64 parameters are scaled by the coefficient before it was rounded to float32."""
-        wide = self.case.format.dtype == torch.float64
+        wide = dtype == torch.float64
         return (self.opt._control().clip_coef64 if wide else self.opt.clip_coef).item()
 
     def _judge(self, records: list, transform: dict) -> Comparison:
+        if "clip_coef" in transform:
+            transform = {**transform, "clip_coef": self._clip_coef(records[0].tensor.dtype)}
         comparison = judge_values(self.opt, self.case.variant.rule, records, **transform)
         comparison.parts = [(self._index(r.tensor), r.tensor.numel(), r.value.numel()) for r in records]
         comparison.before = torch.cat([r.value for r in records])
@@ -230,27 +241,28 @@ class ForeignTrial(Trial):
         super().__init__(case, num_threads)
         self.opt, self.hyper = make_foreign(factory, case, self.params)
         self.maximize = self.hyper.pop("maximize")
-        self.compute = torch.float64 if case.format.dtype == torch.float64 else torch.float32
         self.known = {p: self._new_states(p) for p in self.params}
 
     def _new_states(self, p: Tensor) -> _Known:
         first = self.case.variant.kwargs.get("initial_accumulator_value", 0.0)
         first = torch.full((p.numel(),), first, dtype=p.dtype)
-        return _Known({name: Bounded.exact(first, self.compute) for name in reference.STATES[self.case.variant.rule]})
+        return _Known(
+            {name: Bounded.exact(first, compute_type(p)) for name in reference.STATES[self.case.variant.rule]}
+        )
 
     def _judged_step(self, batches):
         for p, *grads in zip(self.params, *batches, strict=True):
             p.grad = None if grads[0] is None else self._sum(p, grads)
         self._transform()
         moved = [p for p in self.params if p.grad is not None]
-        before = {p: p.detach().cpu().clone().reshape(-1) for p in moved}
-        grads = {p: p.grad.detach().cpu().clone().reshape(-1) for p in moved}
+        before = {p: copy.clone().reshape(-1) for p, copy in zip(moved, on_cpu(moved))}
+        grads = {p: copy.clone().reshape(-1) for p, copy in zip(moved, on_cpu([p.grad for p in moved]))}
         with threads(self.threads):
             self.opt.step()
         groups: dict[tuple, list] = {}
         for p in moved:
             own = id(p) if specs.RULES[self.case.variant.rule].norms else 0
-            groups.setdefault((self.known[p].step, own), []).append(p)
+            groups.setdefault((p.dtype, self.known[p].step, own), []).append(p)
         return [self._judge(params, before, grads) for params in groups.values()]
 
     def _sum(self, p: Tensor, grads: list[Tensor]) -> Tensor:
@@ -282,24 +294,24 @@ class ForeignTrial(Trial):
             maximize=self.maximize,
             hyper=self.hyper,
         )
-        sizes = [p.numel() for p in params]
         for name in names:
-            self._keep(known, name, expected[name], sizes)
+            self._keep(params, name, expected[name])
         for k in known:
             k.step += 1
-        actual = torch.cat([p.detach().cpu().reshape(-1) for p in params])
+        actual = torch.cat([p.reshape(-1) for p in on_cpu(params)])
         comparison = compare(actual, expected["param"], f"param, {rule}")
-        comparison.parts = [(self._index(p), n, n) for p, n in zip(params, sizes, strict=True)]
+        comparison.parts = [(self._index(p), p.numel(), p.numel()) for p in params]
         comparison.before = start
         return comparison
 
-    def _keep(self, known: list[_Known], name: str, state: Bounded, sizes: list[int]) -> None:
-        """Its state after the step. States in 16 bits, as torch has them, are rounded once more at the store."""
-        error = state.error
-        if self.case.format.dtype.itemsize == 2:
-            error = error + reference.ulp(state.value.abs() + error.nan_to_num(0.0), self.case.format.dtype) / 2
-        for k, v, e in zip(known, state.value.split(sizes), error.split(sizes), strict=True):
-            k.states[name] = Bounded(v, e, self.compute)
+    def _keep(self, params: list, name: str, state: Bounded) -> None:
+        """The state after the step of parameters of one dtype. States in 16 bits, as torch has them, are rounded once
+        more at the store."""
+        error, dtype, sizes = state.error, params[0].dtype, [p.numel() for p in params]
+        if dtype.itemsize == 2:
+            error = error + reference.ulp(state.value.abs() + error.nan_to_num(0.0), dtype) / 2
+        for p, v, e in zip(params, state.value.split(sizes), error.split(sizes), strict=True):
+            self.known[p].states[name] = Bounded(v, e, compute_type(p))
 
     def _set_counters(self, count: int) -> None:
         hidden = not any("step" in entry for entry in (*self.opt.state.values(), *self.opt.param_groups))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from wrong_optimizers import RIGHT, WRONG, HalfPrecisionMoment, make_adamw, make_nothing
+from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_nothing
 
 import fusedopt
 from fusedopt import reference, testing
@@ -53,7 +53,7 @@ def test_a_sample_of_ours(device):
     plan = harness.plan(device=str(device), backend=chosen, rule=("adamw-decay",), format=forms, quick=True)
     run = testing.verify(planned=plan)
     assert not run.failed, run.failed[0].error
-    assert {r.case.data.name for r in run.judged} == {d.name for d in testing.DATA}
+    assert {r.case.data.name for r in run.judged} == {d.name for d in testing.DATA if not d.heavy}
     assert {r.case.transform for r in run.judged} == set(testing.TRANSFORMS)
     assert run.skipped == plan.total - len(run.results) > 0
 
@@ -70,9 +70,18 @@ def test_the_quick_sample_has_every_rule_format_transform_and_data_set():
     assert len({case.name for case in full}) == len(full) > 10 * len(quick)
     for backend in ("cpu", "reference"):
         for part in (lambda c: c.variant.rule, lambda c: c.format, lambda c: c.transform, lambda c: c.data.name):
-            assert {part(c) for c in quick if c.backend == backend} == {part(c) for c in full if c.backend == backend}
+            all_of = [c for c in full if c.backend == backend and not c.data.heavy]
+            assert {part(c) for c in quick if c.backend == backend} == {part(c) for c in all_of}
     assert {case.variant.rule for case in full} == reference.RULES.keys()
     assert cases.quick_cases(full) == quick
+
+
+def test_other_backends_than_the_best_get_a_sample_unless_they_are_named():
+    choice = {"rule": ("sgd",), "dtype": ("float32",)}
+    both, named = harness.plan(**choice), harness.plan(backend=("cpu", "reference"), **choice)
+    counts = [sum(c.backend == "reference" for c in plan.cases) for plan in (both, named)]
+    assert 0 < counts[0] < counts[1] == sum(c.backend == "cpu" for c in both.cases)
+    assert both.total >= named.total
 
 
 def test_the_worst_element_is_where_it_is_said_to_be():
@@ -97,6 +106,31 @@ def test_an_optimizer_that_raises_is_a_failure_not_an_error():
 
     run = testing.verify(Raises, rule=("sgd",), case=("zeros",), dtype=("float32",))
     assert run.failed and all(r.error == "OverflowError: no" for r in run.failed)
+
+
+def test_processes_that_share_cases_find_the_same():
+    """And one that dies is one failed case: the others run in another process."""
+    choice = {"rule": ("sgd",), "dtype": ("float32",), "case": ("/none/zeros", "/none/nan_last", "/none/tiny")}
+    alone = testing.verify(torch.optim.SGD, **choice)
+    run = testing.verify(Dies, jobs=2, **choice)
+    assert [r.case for r in run.results] == [r.case for r in alone.results]
+    for result, expected in zip(run.results, alone.results, strict=True):
+        if result.case.data.name == "nan_last":
+            assert result.error == "the process that ran it ended with exit code 3"
+        else:
+            assert testing.report.row_of(result) == testing.report.row_of(expected)
+
+
+@pytest.mark.slow  # starts half a dozen processes
+def test_processes_that_all_die_are_an_error():
+    choice = {"rule": ("sgd",), "dtype": ("float32",), "case": ("nan_first", "nan_middle")}
+    with pytest.raises(RuntimeError, match="processes ended, one after the other, and no case passed"):
+        testing.verify(Dies, jobs=2, **choice)
+
+
+def test_processes_cannot_be_given_a_closure():
+    with pytest.raises(ValueError, match="cannot be given to other processes"):
+        testing.verify(lambda params, **_: torch.optim.SGD(params), rule=("sgd",), case=("zeros",), jobs=2)
 
 
 def test_json_and_page(tmp_path):

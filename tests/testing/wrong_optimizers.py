@@ -1,5 +1,7 @@
 """Optimizers with one defect each, of kinds that have been shipped. `fusedopt verify` must find every one."""
 
+import os
+
 import torch
 
 
@@ -137,3 +139,12 @@ def make_nothing(params, **kwargs):
 
 
 NOT_CALLABLE = 3
+
+
+class Dies(torch.optim.SGD):
+    """Ends its process, as a wild write of a kernel does, where it meets a NaN."""
+
+    def step(self):
+        if any(p.grad.isnan().any() for group in self.param_groups for p in group["params"]):
+            os._exit(3)
+        super().step()

@@ -1,0 +1,166 @@
+"""The tools of `tests/tools`: what they make of reports, and of things that are missing."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedopt.testing import cases, data, variants
+
+TOOLS = Path(__file__).parent / "tools"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sanitize, verify_table = load("sanitize"), load("verify_table")
+
+
+# ---- compute-sanitizer ---------------------------------------------------------------------------------------------
+
+MEMCHECK = """========= COMPUTE-SANITIZER
+case: cuda a: passed
+========= Invalid __global__ write of size 4 bytes
+=========     at fusedopt_entry+0x1a0
+=========     by thread (31,0,0) in block (0,0,0)
+=========     Address 0x7f is out of bounds
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: update_pass in libsomething.so
+=========
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::reduce_kernel<512, 1>(T3)+0x410
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: fusedopt_entry
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+RACECHECK = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at norm_pass+0x150 in /x/norm.py:158
+=========     and Read access at norm_pass+0x220 in /x/norm.py:160 [32 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_findings_are_those_of_our_kernels():
+    write, read = sanitize.parse_findings(MEMCHECK)
+    assert write.splitlines()[0] == "Invalid __global__ write of size 4 bytes" and "out of bounds" in write
+    assert sanitize.is_ours(write) and not sanitize.is_ours(read)
+    (race,) = sanitize.parse_findings(RACECHECK)
+    assert sanitize.is_ours(race) and "32 hazards" in race
+    assert not sanitize.parse_findings("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
+
+
+def report(tmp_path, text: str, limit: float = 60.0, expected: int = 1):
+    """Of a program that writes this text in place of a sanitizer."""
+    (tmp_path / "output").write_text(text)
+    script = "import sys, time; print(open(sys.argv[1]).read(), flush=True); time.sleep(float(sys.argv[2]))"
+    seconds = "0" if limit > 30 else "60"
+    return sanitize.report_of(
+        "memcheck", [sys.executable, "-c", script, str(tmp_path / "output"), seconds], limit, expected
+    )
+
+
+def test_a_report_counts_findings_and_cases(tmp_path):
+    found = report(tmp_path, MEMCHECK)
+    assert (found["findings"], found["findings_elsewhere"], found["cases_done"]) == (1, 1, 1)
+    assert found["summary"] == ["ERROR SUMMARY: 2 errors"] and not sanitize.is_clean(found)
+    assert "1 findings in our kernels, 1 elsewhere" in sanitize.describe(found)
+    clean = report(tmp_path, "case: cuda a: passed\n========= ERROR SUMMARY: 0 errors")
+    assert sanitize.is_clean(clean)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "========= ERROR SUMMARY: 0 errors",  # no case was reached
+        "case: cuda a: passed",  # no tool has looked
+        "case: cuda a: step 1, element 3 is wrong\n========= ERROR SUMMARY: 0 errors",
+    ],
+)
+def test_a_run_that_shows_nothing_is_not_clean(text, tmp_path):
+    assert not sanitize.is_clean(report(tmp_path, text))
+
+
+def test_a_tool_is_stopped_at_its_limit(tmp_path):
+    stopped = report(tmp_path, "case: cuda a: passed", limit=3.0, expected=2)
+    assert stopped["timed_out"] and stopped["cases_done"] == 1 and stopped["seconds"] < 30
+    assert not sanitize.is_clean(stopped) and "stopped at the limit" in sanitize.describe(stopped)
+
+
+def test_a_missing_sanitizer_is_said(capsys):
+    assert sanitize.main(["--sanitizer", "/no/such/compute-sanitizer"]) == 2
+    assert "was not found at /no/such/compute-sanitizer" in capsys.readouterr().err
+
+
+def test_the_sanitized_cases_exist():
+    formats = {str(form) for form in cases.FORMATS}
+    for variant, form, transform, values in sanitize.KINDS:
+        assert variant in variants.BY_NAME and form in formats
+        assert data.BY_NAME[values].suits(variants.BY_NAME[variant].rule, transform)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_sanitized_cases_pass(backend, capsys):
+    if backend not in sanitize.available_backends():
+        pytest.skip(f"backend {backend!r} cannot run here")
+    assert sanitize.run_cases([backend]) == 0, capsys.readouterr().out
+
+
+# ---- the table of the documentation --------------------------------------------------------------------------------
+
+
+def record(**changes) -> dict:
+    row = {"rule": "adamw", "format": "bfloat16-split16-int8_states", "backend": "cpu", "largest_ulp": 1.5}
+    row |= {"passed": True, "left_out": None, **changes}
+    environment = {"subject": "fusedopt", "device": "x86_64 CPU", "torch": "2.13.0", "date": "2026-11-22T10:00:00"}
+    return {"environment": {**environment, "command": "fusedopt verify", "seconds": 1.0}, "rows": [row, row]}
+
+
+def write_table(tmp_path, page: str, *records: dict) -> int:
+    (tmp_path / "page.md").write_text(page)
+    paths = []
+    for i, each in enumerate(records):
+        paths.append(str(tmp_path / f"{i}.json"))
+        Path(paths[-1]).write_text(json.dumps(each))
+    return verify_table.main([*paths, "--page", str(tmp_path / "page.md")])
+
+
+PAGE = f"before\n{verify_table.BEGIN}\nold\n{verify_table.END}\nafter\n"
+
+
+def test_tables_replace_what_was_there(tmp_path):
+    failed = record(backend="cuda", passed=False, largest_ulp="inf")
+    assert write_table(tmp_path, PAGE, record(), failed) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| adamw | int8 | 2: 1.50 |" in text and "| adamw | int8 | 2: inf, **2 failed** |" in text
+    assert write_table(tmp_path, text, record(), failed) == 0
+    assert (tmp_path / "page.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("page", "found", "message"),
+    [
+        ("no marks", record(), "expected one <!-- verify: begin -->"),
+        (PAGE, {}, "expected the JSON of `fusedopt verify --json`"),
+        (PAGE, {**record(), "rows": []}, "it has no rows"),
+        (PAGE, {**record(), "environment": {"subject": "torch.optim:AdamW"}}, "run verify without --optimizer"),
+    ],
+)
+def test_bad_reports_leave_the_page_alone(page, found, message, tmp_path, capsys):
+    assert write_table(tmp_path, page, found) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == page
+
+
+def test_the_page_has_the_marks():
+    page = verify_table.PAGE.read_text()
+    assert verify_table.BEGIN in verify_table.replaced(page, [])
