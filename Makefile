@@ -2,6 +2,8 @@
 # make test       lint, then the test suite (on a GPU too, where there is one)
 # make gpu-test   the GPU tests alone; writes tests/results/gpu.json
 # make bench      time the step tail, and what a training loop does around it, beside torch's
+# make mutants    plant mistakes in the sources and see whether the tests notice; writes tests/results/mutants*.json
+# make coverage   line and branch coverage of fusedopt/ and of the C++ engine; reports in build/coverage
 # make lint       ruff and clang-format
 # make clean      remove everything that was made, .venv included
 #
@@ -20,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools are started as modules: beside a torch that was there already they may have been there too, outside $(BIN).
 CLANG_FORMAT := $(BIN)/python -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint gpu-test bench clean
+.PHONY: demo test lint gpu-test bench mutants coverage clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_gpt.py --out demo_out
@@ -41,6 +43,12 @@ bench: $(VENV)/demo.stamp
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/step.py --device $(DEVICE) --first-step --json benchmarks/results/step-$(DEVICE).json
 	$(BIN)/python benchmarks/loop.py --device $(DEVICE) --json benchmarks/results/loop-$(DEVICE).json
+
+mutants: $(VENV)/test.stamp
+	$(BIN)/python tests/mutation --device $(DEVICE) --jobs $(WORKERS)
+
+coverage: $(VENV)/test.stamp
+	$(BIN)/python tests/measure_coverage.py --workers $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis

@@ -15,10 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import click
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from mutants import Mutant, all_mutants
+from mutants import ROOT, Mutant, all_mutants
 from mutation_report import result_path, write_json, write_table
 from trial import Outcome, Tree
 
@@ -34,7 +31,7 @@ def chosen(device: str, names: Sequence[str]) -> list[Mutant]:
 
 def run_all(mutants: Sequence[Mutant], device: str, jobs: int, folder: Path) -> list[Outcome]:
     """On ``jobs`` copies of the sources at a time."""
-    build = device == "cpu" or not list((Path(__file__).parents[2] / "fusedopt").glob("_C*"))
+    build = any(m.is_compiled for m in mutants) or not list((ROOT / "fusedopt").glob("_C.*so"))
     trees: SimpleQueue[Tree] = SimpleQueue()
 
     def make(number: int) -> Tree:
@@ -56,16 +53,26 @@ def run_all(mutants: Sequence[Mutant], device: str, jobs: int, folder: Path) -> 
         click.echo(f"{len(mutants)} mutants; all their tests pass without them")
         for tree in made:
             trees.put(tree)
-        return list(pool.map(run, mutants))
+        try:
+            return list(pool.map(run, mutants))
+        finally:
+            for tree in made:
+                tree.close()
 
 
 @click.command(help=__doc__)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where tests run.")
-@click.option("--only", multiple=True, metavar="NAME", help="Those with this in their name or file. Repeat for several.")
+@click.option(
+    "--only", multiple=True, metavar="NAME", help="Those with this in their name or file. Repeat for several."
+)
 @click.option("--jobs", default=1, show_default=True, help="How many at a time.")
 @click.option("--list", "listing", is_flag=True, help="Write them, and plant none.")
-@click.option("--table", "only_table", is_flag=True, help="Write the table of docs/correctness.md from earlier results.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tests/results, for all.")
+@click.option(
+    "--table", "only_table", is_flag=True, help="Write the table of docs/correctness.md from earlier results."
+)
+@click.option(
+    "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: tests/results, for all."
+)
 def main(device: str, only: tuple[str, ...], jobs: int, listing: bool, only_table: bool, path: Path | None) -> None:
     if only_table:
         write_table()

@@ -1,4 +1,4 @@
-"""What a mutant is, and the list of all. Each stands for a mistake that somebody made, here or in a library of the kind.
+"""What a mutant is, and the list of all. Each is a mistake that somebody made, here or in a library of the kind.
 
 ``python tests/mutation`` plants them one by one; see docs/testing.md.
 """

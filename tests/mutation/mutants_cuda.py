@@ -57,7 +57,10 @@ MUTANTS = [
         UPDATE,
         "if (last && !skip) *tensor.step = step + 1.0f;",
         "if (last) *tensor.step = step + 1.0f;",
-        (f"{NONFINITE}::test_counters[{{device}}]", f"{NONFINITE}::test_skipped_step_changes_nothing[{{device}}-{{}}-inf-(0, 0)]"),
+        (
+            f"{NONFINITE}::test_counters[{{device}}]",
+            f"{NONFINITE}::test_skipped_step_changes_nothing[{{device}}-{{}}-inf-(0, 0)]",
+        ),
     ),
     mutant(
         "cuda-found-inf-of-two",

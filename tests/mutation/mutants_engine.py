@@ -33,7 +33,10 @@ GRADIENT = [
         "csrc/core/gradient.h",
         "    coef = coef > 1.0 ? 1.0 : coef;  // NaN stays NaN\n",
         "",
-        (f"{CLIP}::test_limit_can_be_changed_and_taken_away[{{device}}]", f"{CLIP}::test_norm_at_the_limit[{{device}}]"),
+        (
+            f"{CLIP}::test_limit_can_be_changed_and_taken_away[{{device}}]",
+            f"{CLIP}::test_norm_at_the_limit[{{device}}]",
+        ),
     ),
     Mutant(
         "clip-hides-nan",
@@ -197,8 +200,10 @@ ENGINE = [
         "csrc/cpu/engine.h",
         "return n - first < kStateBlock ? n - first : kStateBlock; }",
         "return n - first < kStateBlock ? n - first : kStateBlock - 1; }",
-        ("tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does"
-         "[{device}-adamw-decay-float32-int8_states-normal]",),
+        (
+            "tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does"
+            "[{device}-adamw-decay-float32-int8_states-normal]",
+        ),
     ),
     Mutant(
         "int8-first-scale",
@@ -206,8 +211,10 @@ ENGINE = [
         "csrc/cpu/engine.h",
         "const float unit = scales[first / kStateBlock];",
         "const float unit = scales[0 * first];",
-        ("tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does"
-         "[{device}-adamw-decay-float32-int8_states-hard]",),
+        (
+            "tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does"
+            "[{device}-adamw-decay-float32-int8_states-hard]",
+        ),
     ),
     Mutant(
         "random-step-late",
@@ -215,8 +222,10 @@ ENGINE = [
         "csrc/cpu/engine.h",
         "{job.seed, on.tensor.id, uint32(on.step)});",
         "{job.seed, on.tensor.id, uint32(on.step) - 1});",
-        ("tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does"
-         "[{device}-adamw-decay-bfloat16-stochastic-None_states-normal]",),
+        (
+            "tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does"
+            "[{device}-adamw-decay-bfloat16-stochastic-None_states-normal]",
+        ),
     ),
     Mutant(
         "lamb-norm-short",
@@ -249,8 +258,10 @@ ENGINE = [
         "csrc/cpu/passes.cpp",
         "if (job.table.grads[t]) *job.table.tensors[t].step += 1.0f;",
         "*job.table.tensors[t].step += 1.0f;",
-        ("tests/optim/test_torch_parity.py::test_same_numbers_as_torch[{device}-intermittent_gradients-adamw-decay"
-         "-torch.float32]",),
+        (
+            "tests/optim/test_torch_parity.py::test_same_numbers_as_torch[{device}-intermittent_gradients-adamw-decay"
+            "-torch.float32]",
+        ),
     ),
     Mutant(
         "norm-order-by-threads",

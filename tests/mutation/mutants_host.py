@@ -33,8 +33,10 @@ MUTANTS = [
         "csrc/host/watch.cpp",
         "list.items[i - list.first_row] != rows_[i].param.object() || !rows_",
         "!rows_",
-        ("tests/optim/test_state.py::test_goes_on_as_if_nothing_had_happened"
-         "[{device}-parameters_replaced_in_groups-adamw-decay]",),
+        (
+            "tests/optim/test_state.py::test_goes_on_as_if_nothing_had_happened"
+            "[{device}-parameters_replaced_in_groups-adamw-decay]",
+        ),
     ),
     Mutant(
         "gradient-layout-ignored",
@@ -114,8 +116,10 @@ MUTANTS = [
         "csrc/host/watch.h",
         "bool value() const { return since_ == epoch_->now; }",
         "bool value() const { return since_ >= 0; }",
-        ("tests/accumulate/test_accumulate.py::test_step_follows_the_reference"
-         "[{device}-adamw-decay-torch.float32-torch.float32]",),
+        (
+            "tests/accumulate/test_accumulate.py::test_step_follows_the_reference"
+            "[{device}-adamw-decay-torch.float32-torch.float32]",
+        ),
     ),
     Mutant(
         "rule-not-looked-at",

@@ -100,7 +100,10 @@ RULES = [
         "csrc/rules/amsgrad.h",
         "return a >= b || a != a ? a : b;",
         "return b > a ? b : a;",
-        ("tests/optim/test_variants.py::test_amsgrad_maximum_does_not_hide_nan[{device}]", *propagates("adamw-amsgrad")),
+        (
+            "tests/optim/test_variants.py::test_amsgrad_maximum_does_not_hide_nan[{device}]",
+            *propagates("adamw-amsgrad"),
+        ),
     ),
     Mutant(
         "amsgrad-divides-by-latest",
@@ -327,7 +330,9 @@ FORMATS = [
         "csrc/formats/state.h",
         "    if (exponent == 0x7f800000u) return bit_cast<float>(0x7fc00000u);\n",
         "",
-        ("tests/optim/test_int8.py::test_a_block_with_nan_or_infinity_is_nan_and_others_are_not_touched[{device}-inf]",),
+        (
+            "tests/optim/test_int8.py::test_a_block_with_nan_or_infinity_is_nan_and_others_are_not_touched[{device}-inf]",
+        ),
     ),
     Mutant(
         "int8-sign-lost",

@@ -60,9 +60,10 @@ def table() -> str:
             continue
         record = json.loads(path.read_text())
         command = "python tests/mutation" + ("" if device == "cpu" else f" --device {device}")
+        where = f"{record['device']}, torch {record['torch']}, {record['date'][:10]}"
         lines += [
             f"`{command}`: {record['killed']} of {record['planted']} mutants killed, {record['seconds']} s; "
-            f"{record['device']}, torch {record['torch']}, {record['date'][:10]}, commit {(record['commit'] or '?')[:7]}.",
+            f"{where}, commit {(record['commit'] or '?')[:7]}.",
             "",
             "| mutant | mistake | file | killed by |",
             "| --- | --- | --- | --- |",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from forker import Forker
 from mutants import ROOT, Mutant
 
 __all__ = ["Outcome", "Tree"]
@@ -73,6 +75,10 @@ class Tree:
             self.environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         if build and (problem := self._build()):
             raise RuntimeError(f"mutation: the sources do not build in {path}: {problem}")
+        self._forker = Forker(path, self.environment)
+
+    def close(self) -> None:
+        self._forker.close()
 
     def tests_of(self, mutants: Iterable[Mutant]) -> list[str]:
         """Node ids, each once."""
@@ -80,7 +86,7 @@ class Tree:
 
     def check_unchanged(self, mutants: Iterable[Mutant]) -> None:
         """RuntimeError where a test of theirs fails without them, or does not exist: it would prove nothing."""
-        code, output = self._pytest(self.tests_of(mutants))
+        code, output = self._pytest(self.tests_of(mutants), 10 * SECONDS)
         if code != 0 or " skipped" in output.splitlines()[-1]:
             raise RuntimeError(f"mutation: tests must pass, and none be skipped, without a mutant:\n{output[-3000:]}")
 
@@ -99,33 +105,28 @@ class Tree:
         )
 
     def _verdict(self, mutant: Mutant) -> tuple[str, str]:
-        try:
-            code, output = self._pytest(self.tests_of([mutant]))
-        except subprocess.TimeoutExpired:
+        code, output = self._pytest(self.tests_of([mutant]))
+        if code == -signal.SIGALRM:
             return "killed", f"no end within {SECONDS} s"
         if code == 0:
             return "survived", ""
-        if code < 0 or code > 128:
-            return "killed", f"crash, exit code {code}"
+        if code < 0:
+            return "killed", f"crash, {signal.Signals(-code).name}"
         if code != SOME_FAILED:
             return "error", output[-300:]
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         return "killed", failed[1] if failed else "pytest"
 
-    def _pytest(self, tests: list[str]) -> tuple[int, str]:
-        done = self._call([sys.executable, "-m", "pytest", *PYTEST, *tests], timeout=SECONDS)
-        return done.returncode, (done.stdout + done.stderr).strip() or "no output"
+    def _pytest(self, tests: list[str], seconds: int = SECONDS) -> tuple[int, str]:
+        code, output = self._forker.pytest([*PYTEST, *tests], seconds)
+        return code, output.strip() or "no output"
 
     def _build(self) -> str | None:
         """None, or the compiler's first error."""
-        done = self._call([sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=self.path, env=self.environment, capture_output=True, text=True)
         if done.returncode == 0:
             return None
         output = done.stdout + done.stderr
         error = re.search(r"^.*error: .*$", output, re.MULTILINE)
         return error[0] if error else output[-300:]
-
-    def _call(self, command: list[str], timeout: float | None = None) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            command, cwd=self.path, env=self.environment, capture_output=True, text=True, timeout=timeout
-        )

@@ -15,7 +15,7 @@ def patterns(dtype) -> torch.Tensor:
 
 
 def words_around_ties() -> torch.Tensor:
-    """float32 of every sign, exponent and 7 bits of mantissa: ties of both dtypes, their neighbours, and random ones."""
+    """float32 of every sign, exponent and 7 bits of mantissa: ties of both dtypes, neighbours of them, random ones."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     lower = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
     lower += torch.randint(2**16, (3,), generator=generator(1)).tolist()
