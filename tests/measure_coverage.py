@@ -21,12 +21,25 @@ LEFT_OUT = ["tests/backends/test_nvrtc.py", "tests/benchmarks", "tests/examples"
 CACHE_TESTS = ["tests/backends/test_nvrtc.py", "-k", "not every_kernel and not spill and not local_memory"]
 """What test_nvrtc.py has besides."""
 CXX_TESTS = [
-    "tests/optim",
-    "tests/accumulate",
-    "tests/cpu",
-    "tests/test_functional.py",
+    "tests/optim/test_rules.py::test_sizes_and_hard_values",
+    "tests/optim/test_rules.py::test_layouts_of_parameters_and_gradients",
+    "tests/optim/test_clip.py",
+    "tests/optim/test_conversions.py",
+    "tests/optim/test_nonfinite.py",
+    "tests/optim/test_amp.py::test_any_found_inf_that_is_not_zero_skips",
+    "tests/optim/test_format_rounding.py::test_engine_rounds_as_numpy_does",
+    "tests/optim/test_formats.py::test_formats_per_group",
+    "tests/optim/test_formats.py::test_groups_with_formats_do_not_disturb_each_other",
+    "tests/optim/test_format_exactness.py::test_split16_is_an_fp32_master_bit_for_bit",
+    "tests/optim/test_int8.py",
+    "tests/optim/test_lamb.py",
+    "tests/accumulate/test_accumulate.py::test_step_follows_the_reference",
+    "tests/accumulate/test_accumulate.py::test_parameters_without_gradients",
     "tests/test_clip_functions.py",
+    "tests/cpu/test_engine.py::test_shares_of_several_devices",
+    "tests/cpu/test_engine.py::test_unknown_instruction_set_is_an_error",
 ]
+"""A part of the suite that reaches every corner of the engine: instrumented code is slow."""
 CXX_FILES = ["csrc/core/", "csrc/rules/", "csrc/formats/", "csrc/cpu/"]
 
 
@@ -48,7 +61,7 @@ def measure_python(workers: int) -> None:
 
 
 def measure_cxx(workers: int) -> None:
-    """The package is copied beside its own extension; ``pytest`` as a program does not look into the folder it runs in."""
+    """The package is copied beside its own extension; ``pytest`` as a program does not import from where it runs."""
     package, objects = OUT / "package", OUT / "objects"
     shutil.rmtree(OUT / "objects", ignore_errors=True)
     build = {

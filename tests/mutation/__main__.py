@@ -85,11 +85,9 @@ def main(device: str, only: tuple[str, ...], jobs: int, listing: bool, only_tabl
     with tempfile.TemporaryDirectory(prefix="fusedopt-mutants-") as folder:
         outcomes = run_all(mutants, device, jobs, Path(folder))
     seconds = time.monotonic() - start
-    path = path or (None if only else result_path(device))
-    if path:
-        write_json(path, device, outcomes, seconds)
-        if path == result_path(device):
-            write_table()
+    write_json(path or result_path(device), device, outcomes)
+    if path is None:
+        write_table()
     alive = [outcome for outcome in outcomes if not outcome.is_killed]
     for outcome in alive:
         click.echo(f"{outcome.result}: {outcome.name} ({outcome.mistake}, {outcome.path}) {outcome.by}")

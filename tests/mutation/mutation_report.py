@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from mutants import ROOT
-from trial import Outcome
+from mutants import ROOT, all_mutants
+from trial import KILLED, Outcome
 
 __all__ = ["BEGIN", "END", "PAGE", "result_path", "table", "write_json", "write_table"]
 
@@ -30,17 +31,17 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def write_json(path: Path, device: str, outcomes: Sequence[Outcome], seconds: float) -> None:
+def write_json(path: Path, device: str, outcomes: Sequence[Outcome]) -> None:
+    """Rows of mutants that were not run this time stay as they are, those of mutants that are no more go."""
     from fusedopt.testing.report import environment
 
-    record = {
-        **environment(device),
-        "commit": _commit(),
-        "seconds": round(seconds),
-        "planted": len(outcomes),
-        "killed": sum(outcome.is_killed for outcome in outcomes),
-        "mutants": [outcome.as_dict() for outcome in outcomes],
-    }
+    here = {**environment(device), "commit": _commit()}
+    old = json.loads(path.read_text())["mutants"] if path.exists() else []
+    rows = {row["name"]: row for row in old}
+    rows |= {each.name: {**asdict(each), "date": here["date"], "commit": here["commit"]} for each in outcomes}
+    rows = [rows[m.name] for m in all_mutants() if m.name in rows and m.gpu == (device == "cuda")]
+    killed = sum(row["result"] == KILLED for row in rows)
+    record = {**here, "planted": len(rows), "killed": killed, "mutants": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -62,14 +63,14 @@ def table() -> str:
         command = "python tests/mutation" + ("" if device == "cpu" else f" --device {device}")
         where = f"{record['device']}, torch {record['torch']}, {record['date'][:10]}"
         lines += [
-            f"`{command}`: {record['killed']} of {record['planted']} mutants killed, {record['seconds']} s; "
+            f"`{command}`: {record['killed']} of {record['planted']} mutants killed; "
             f"{where}, commit {(record['commit'] or '?')[:7]}.",
             "",
             "| mutant | mistake | file | killed by |",
             "| --- | --- | --- | --- |",
         ]
         for row in record["mutants"]:
-            by = _short(row["by"]) if row["result"] == "killed" else f"**{row['result']}**"
+            by = _short(row["by"]) if row["result"] == KILLED else f"**{row['result']}**"
             lines.append(f"| {row['name']} | {row['mistake']} | `{row['path']}` | {by} |")
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from forker import Forker
 from mutants import ROOT, Mutant
 
-__all__ = ["Outcome", "Tree"]
+__all__ = ["KILLED", "Outcome", "Tree"]
+
+KILLED = "killed"
 
 COPIED = ("csrc", "fusedopt", "tests", "setup.py", "pyproject.toml", "README.md")
 PYTEST = ("-q", "-x", "--no-header", "--tb=line", "-rfE", "-p", "no:cacheprovider", "--every-combination")
@@ -42,10 +44,7 @@ class Outcome:
 
     @property
     def is_killed(self) -> bool:
-        return self.result == "killed"
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+        return self.result == KILLED
 
 
 class Tree:
@@ -107,15 +106,15 @@ class Tree:
     def _verdict(self, mutant: Mutant) -> tuple[str, str]:
         code, output = self._pytest(self.tests_of([mutant]))
         if code == -signal.SIGALRM:
-            return "killed", f"no end within {SECONDS} s"
+            return KILLED, f"no end within {SECONDS} s"
         if code == 0:
             return "survived", ""
         if code < 0:
-            return "killed", f"crash, {signal.Signals(-code).name}"
+            return KILLED, f"crash, {signal.Signals(-code).name}"
         if code != SOME_FAILED:
             return "error", output[-300:]
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
-        return "killed", failed[1] if failed else "pytest"
+        return KILLED, failed[1] if failed else "pytest"
 
     def _pytest(self, tests: list[str], seconds: int = SECONDS) -> tuple[int, str]:
         code, output = self._forker.pytest([*PYTEST, *tests], seconds)
