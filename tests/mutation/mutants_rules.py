@@ -76,7 +76,7 @@ RULES = [
         "csrc/rules/adam.h",
         "c.one_minus_beta2 = T(1.0 - hyper[kBeta2]);",
         "c.one_minus_beta2 = T(1) - T(hyper[kBeta2]);",
-        follows("adamw-decay"),
+        follows("adamw"),
     ),
     Mutant(
         "adamw-decay-after-step",
