@@ -22,6 +22,7 @@ from fusedopt.specs import CPU_CHUNK
 
 TESTS = Path(__file__).resolve().parents[1]
 ISAS = ["baseline", "avx2", "avx512"]
+FLOAT32 = torch.float32
 
 # Tensors of several chunks, and of sizes that no vector divides.
 MANY_CHUNKS = [3 * CPU_CHUNK + 5, 17, 2 * CPU_CHUNK - 1, 1023]
@@ -256,6 +257,31 @@ def test_shares_of_several_devices(norm_type, expected):
     tables.backend.finalize_norm(tables, torch.tensor([[9.0, 0.0], [16.0, 1.0]], dtype=torch.float64))
     assert (tables.control.total_norm, tables.control.norm_found_inf) == (expected, 1.0)
     assert tables.control.clip_coef64.item() == 1.0 / (expected + 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_norm_over_several_tables(norm_type, backend):
+    """As over several devices: each finds the norm of all, and that one of them met an infinity."""
+    gradients = [normal((n,), seed=n) for n in (5, 70_000)]
+    tables = []
+    for gradient in gradients:
+        with fusedopt.use_backend(backend):
+            (own,), ((bucket, slot),) = passes.TablesCache().get(
+                [TensorRow(gradient.numel(), gradient.device, FLOAT32)]
+            )
+        bucket.table.set_grad(slot, gradient.data_ptr())
+        tables.append(own)
+    scalars = passes.StepScalars(max_grad_norm=1.0, norm_type=norm_type, skip_nonfinite=True)
+    for bad in (False, True):
+        if bad:
+            gradients[0][3] = float("inf")
+        passes.begin(tables, scalars, ("norm",))
+        passes.norm(tables)
+        norm = torch.linalg.vector_norm(torch.cat(gradients).double(), norm_type).item()
+        for own in tables:
+            assert own.control.total_norm.item() == pytest.approx(norm, rel=4 * 2.0**-24)
+            assert own.control.norm_found_inf.item() == bad
 
 
 # ---- the GIL ------------------------------------------------------------------------------------------------------

@@ -279,7 +279,7 @@ ENGINE = [
         "csrc/host/threads.cpp",
         "(i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)",
         "(i = next_.fetch_add(1, std::memory_order_relaxed)) < count_ - 1;)",
-        ("tests/optim/test_rules.py::test_number_of_threads_does_not_matter[adamw-decay]",),
+        ("tests/cpu/test_engine.py::test_thread_counts_give_the_same_bits[2]",),
     ),
     Mutant(
         "found-inf-of-two",

@@ -11,10 +11,6 @@ def propagates(variant: str) -> tuple[str, ...]:
     return (f"tests/optim/test_nonfinite.py::test_propagation_follows_the_rule[{{device}}-{variant}]",)
 
 
-def late(variant: str) -> tuple[str, ...]:
-    return (f"tests/optim/test_rules.py::test_late_step[{{device}}-{variant}]",)
-
-
 def stores(dtype: str) -> tuple[str, ...]:
     return (f"tests/optim/test_conversions.py::test_stores_round_as_torch_does[{{device}}-torch.{dtype}]",)
 
@@ -200,14 +196,6 @@ RULES = [
         "const bool adapts = hyper[kWeightDecay] != 0.0 || hyper[kUseNvlamb] != 0.0;",
         "const bool adapts = true;",
         ("tests/optim/test_lamb.py::test_takes_apexs_steps[{device}-{'weight_decay': 0.0}]",),
-    ),
-    Mutant(
-        "powers-skip-a-bit",
-        "beta^t by squaring that forgets the lowest bit of t",
-        "csrc/core/platform.h",
-        "for (; n != 0; n >>= 1) {",
-        "for (n &= ~uint64(1); n != 0; n >>= 1) {",
-        late("adamw-decay"),
     ),
 ]
 

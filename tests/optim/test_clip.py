@@ -229,6 +229,17 @@ def test_limit_can_be_changed_and_taken_away(device):
     assert_same_bits(memory(opt), memory(expected))
 
 
+def test_limit_changes_between_steps(device):
+    """Each step takes the limit that there is, after others with the same one, which leave it with the device."""
+    params = parameters([300], device=device)
+    opt = fusedopt.SGD(params, lr=0.0, max_grad_norm=1.0)
+    for limit in (1.0, 1.0, 0.5, 0.5, 0.25):
+        opt.max_grad_norm = limit
+        params[0].grad = torch.full_like(params[0], 2.0)
+        opt.step()
+        assert opt.clip_coef.item() == pytest.approx(limit / (2.0 * math.sqrt(300)), rel=COEF_RTOL)
+
+
 # ---- determinism --------------------------------------------------------------------------------------------------
 
 NORM_SCRIPT = """
