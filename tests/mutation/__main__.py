@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import click
 from mutants import ROOT, Mutant, all_mutants
@@ -29,10 +30,11 @@ def chosen(device: str, names: Sequence[str]) -> list[Mutant]:
     return found
 
 
-def run_all(mutants: Sequence[Mutant], device: str, jobs: int, folder: Path) -> list[Outcome]:
-    """On ``jobs`` copies of the sources at a time."""
+def run_all(mutants: Sequence[Mutant], device: str, jobs: int, folder: Path, path: Path) -> list[Outcome]:
+    """On ``jobs`` copies of the sources at a time. Each outcome goes to ``path`` when it is known."""
     build = any(m.is_compiled for m in mutants) or not list((ROOT / "fusedopt").glob("_C.*so"))
     trees: SimpleQueue[Tree] = SimpleQueue()
+    writing = Lock()
 
     def make(number: int) -> Tree:
         (path := folder / str(number)).mkdir()
@@ -44,6 +46,8 @@ def run_all(mutants: Sequence[Mutant], device: str, jobs: int, folder: Path) -> 
             outcome = tree.run(mutant)
         finally:
             trees.put(tree)
+        with writing:
+            write_json(path, device, [outcome])
         click.echo(f"{outcome.result:13} {outcome.seconds:6.1f} s  {mutant.name}  {outcome.by}")
         return outcome
 
@@ -83,9 +87,8 @@ def main(device: str, only: tuple[str, ...], jobs: int, listing: bool, only_tabl
         return
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fusedopt-mutants-") as folder:
-        outcomes = run_all(mutants, device, jobs, Path(folder))
+        outcomes = run_all(mutants, device, jobs, Path(folder), path or result_path(device))
     seconds = time.monotonic() - start
-    write_json(path or result_path(device), device, outcomes)
     if path is None:
         write_table()
     alive = [outcome for outcome in outcomes if not outcome.is_killed]

@@ -25,14 +25,15 @@ def test_names_are_different():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_all_were_killed_when_they_were_last_run(device):
-    """``python tests/mutation`` writes the file; it must be run again when the list changes."""
+    """``python tests/mutation`` writes the file, with ``--only`` some rows of it."""
     path = result_path(device)
-    if not path.exists():
-        pytest.skip(f"tests/results has no {path.name} yet: python tests/mutation --device {device}")
-    record = json.loads(path.read_text())
-    assert [row["name"] for row in record["mutants"]] == [m.name for m in MUTANTS if m.gpu == (device == "cuda")]
-    assert {row["result"] for row in record["mutants"]} == {"killed"}
-    assert record["planted"] == record["killed"] == len(record["mutants"])
+    rows = json.loads(path.read_text())["mutants"] if path.exists() else []
+    assert all(row["result"] == "killed" for row in rows)
+    names = [m.name for m in MUTANTS if m.gpu == (device == "cuda")]
+    missing = set(names) - {row["name"] for row in rows}
+    if missing:
+        pytest.skip(f"{path.name} says nothing yet of {', '.join(sorted(missing))}: python tests/mutation --only …")
+    assert [row["name"] for row in rows] == names
 
 
 def test_table_is_that_of_the_results():
