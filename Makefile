@@ -4,6 +4,8 @@
 # make sanitize   compute-sanitizer over every kind of kernel; writes tests/results/sanitizer.json
 # make bench      time the step tail, and what a training loop does around it, beside torch's
 # make fuzz       100,000 inputs for the extension's functions, under the address and the undefined-behaviour sanitizer
+# make mutants    plant mistakes in the sources and see whether the tests notice; writes tests/results/mutants*.json
+# make coverage   line and branch coverage of fusedopt/ and of the C++ engine; reports in build/coverage
 # make lint       ruff and clang-format
 # make clean      remove everything that was made, .venv included
 #
@@ -22,7 +24,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools are started as modules: beside a torch that was there already they may have been there too, outside $(BIN).
 CLANG_FORMAT := $(BIN)/python -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint gpu-test sanitize bench sanitized fuzz clean
+.PHONY: demo test lint gpu-test sanitize bench sanitized fuzz mutants coverage clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_gpt.py --out demo_out
@@ -57,6 +59,12 @@ sanitized: $(VENV)/test.stamp
 fuzz: sanitized
 	$(BIN)/python -m tests.fuzz --inputs 100000 --seed 0 --jobs $(WORKERS) --sanitized build/sanitized/lib \
 	  --json tests/results/fuzz.json
+
+mutants: $(VENV)/test.stamp
+	$(BIN)/python tests/mutation --device $(DEVICE) --jobs $(WORKERS)
+
+coverage: $(VENV)/test.stamp
+	$(BIN)/python tests/measure_coverage.py --workers $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis

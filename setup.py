@@ -16,7 +16,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# With FUSEDOPT_BASELINE_ONLY the CPU engine has no copies for newer instruction sets: quick to build, for experiments.
+X86 = platform.machine().lower() in ("x86_64", "amd64") and not os.environ.get("FUSEDOPT_BASELINE_ONLY")
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 # Contraction off: a*b+c rounds twice on every compiler, so that all engines give the same bits.

@@ -16,7 +16,6 @@
 #include "host/table.h"
 #include "host/tensor_layout.h"
 #include "host/watch.h"
-#include "rules/all.h"
 
 namespace py = pybind11;
 
@@ -36,25 +35,16 @@ py::object owner(T& value) {
 
 // ---- rules ----------------------------------------------------------------------------------------------
 
-// "first" or "second", by state.
-template <class Rule>
-py::list moments() {
-  py::list result;
-  for (int k = 0; k < Rule::kStates; ++k) result.append(Rule::moment(k) == Moment::kFirst ? "first" : "second");
-  return result;
-}
-
 py::list rules() {
   py::list result;
-#define FUSEDOPT_ROW(Rule)                                                                         \
-  result.append(py::dict(py::arg("struct_name") = #Rule, py::arg("name") = baseline::Rule::kName,  \
-                         py::arg("states") = py::str(baseline::Rule::kStateNames).attr("split")(), \
-                         py::arg("num_states") = int(baseline::Rule::kStates),                     \
-                         py::arg("moments") = moments<baseline::Rule>(),                           \
-                         py::arg("norms") = int(kNorms<baseline::Rule>),                           \
-                         py::arg("hyper") = py::str(baseline::Rule::kHyperNames).attr("split")()));
-  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)
-#undef FUSEDOPT_ROW
+  for (const RuleInfo& rule : rule_infos()) {
+    py::list moments;
+    for (const Moment moment : rule.moments) moments.append(moment == Moment::kFirst ? "first" : "second");
+    result.append(py::dict(py::arg("struct_name") = rule.struct_name, py::arg("name") = rule.name,
+                           py::arg("states") = py::str(rule.states).attr("split")(),
+                           py::arg("num_states") = rule.moments.size(), py::arg("moments") = moments,
+                           py::arg("norms") = rule.norms, py::arg("hyper") = py::str(rule.hyper).attr("split")()));
+  }
   return result;
 }
 

@@ -20,6 +20,19 @@ def test_step_between_forward_and_backward_is_noticed(case, device):
         y.backward()
 
 
+def test_first_step_between_forward_and_backward_is_noticed(device):
+    """And one that a hook sends the long way, which steps like the one before do not take."""
+    w = parameter(normal((5, 5), device=device))
+    opt = fusedopt.AdamW([w])
+    w.grad = torch.ones_like(w)
+    for _ in range(2):
+        y = (normal((2, 5), device=device).requires_grad_() @ w).square().sum()
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+        opt.register_step_pre_hook(lambda *_: None)
+
+
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_only_what_was_written_counts_as_modified(case, device):
     """Parameters without a gradient keep their version, and so do gradients, which a step only reads."""

@@ -255,6 +255,14 @@ def test_blocks_of_zeros_and_of_almost_nothing(device):
     assert (tiny.abs() <= 2.0**-149).all()
 
 
+def test_small_second_moments_get_no_code_zero(device):
+    """Beside one whose root is 10^15 times as large, the nearest code would be 0, which is kept for 0."""
+    value = torch.ones(300, device=device)
+    value[1:3] = torch.tensor([1e-30, 0.0])
+    codes, _ = encode(value, "second")
+    assert codes[:3].tolist()[1:] == [1, 0] and codes[0] > 1
+
+
 def test_empty_and_scalar_states(device):
     for shape in ((0,), (3, 0), ()):
         for moment in ("first", "second"):

@@ -93,6 +93,17 @@ def test_same_bits_as_the_optimizer(case, device):
         assert_same_bits(group, [opt.state[p][name] for p in params])
 
 
+def test_tensors_of_the_same_sizes_are_not_mixed_up(device):
+    """Tables are kept for the next call, and belong to these tensors, not to others like them."""
+    kept = [torch.ones(300, device=device) for _ in range(3)]
+    for number, p in enumerate(kept, start=1):
+        grad = torch.full_like(p, float(number))
+        fusedopt.functional.sgd_([p], [grad], momentum_buffers=None, steps=[torch.zeros((), device=device)], lr=1.0)
+    assert [p.unique().tolist() for p in kept] == [[0.0], [-1.0], [-2.0]]
+    norms = [fusedopt.get_total_norm([torch.full((4,), float(k), device=device)]).item() for k in (1, 2, 3)]
+    assert norms == [2.0, 4.0, 6.0]
+
+
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
 @pytest.mark.parametrize("rule", FUNCTION_HYPER)
 def test_found_inf_is_the_identity(rule, found_inf, device):

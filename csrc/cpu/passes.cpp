@@ -40,6 +40,13 @@ const CpuEngine& choose_engine() {
                               " (what this processor supports)");
 }
 
+template <class Rule>
+std::vector<Moment> moments_of() {
+  std::vector<Moment> moments;
+  for (int k = 0; k < Rule::kStates; ++k) moments.push_back(Rule::moment(k));
+  return moments;
+}
+
 int norms_of(int32 rule) {
 #define FUSEDOPT_ROW(Rule) kNorms<baseline::Rule>,
   static constexpr int table[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
@@ -60,6 +67,18 @@ std::vector<TensorNorms> measure(const UpdateJob& job, const std::vector<Chunk>&
 }
 
 }  // namespace
+
+std::vector<RuleInfo> rule_infos() {
+#define FUSEDOPT_ROW(Rule)       \
+  {#Rule,                        \
+   baseline::Rule::kName,        \
+   baseline::Rule::kStateNames,  \
+   baseline::Rule::kHyperNames,  \
+   moments_of<baseline::Rule>(), \
+   kNorms<baseline::Rule>},
+  return {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
+#undef FUSEDOPT_ROW
+}
 
 const CpuEngine& cpu_engine() {
   static const CpuEngine& engine = choose_engine();

@@ -3,12 +3,24 @@
 
 #include <vector>
 
+#include "../core/moment.h"
 #include "jobs.h"
 
 namespace fusedopt {
 
 // The best engine that this processor supports, or the one that FUSEDOPT_CPU_ISA names.
 const CpuEngine& cpu_engine();
+
+// What csrc/rules/all.h lists, for others than engines: names, and of each state which moment it is.
+struct RuleInfo {
+  const char* struct_name;
+  const char* name;
+  const char* states;  // names, separated by spaces
+  const char* hyper;   // likewise
+  std::vector<Moment> moments;
+  int norms;
+};
+std::vector<RuleInfo> rule_infos();
 
 // Skips if told so; otherwise updates every tensor that has a gradient and counts its step. Of a rule of two phases it
 // makes both.

@@ -294,6 +294,20 @@ def test_parameters_without_gradients(case, device):
         opt.zero_grad()
 
 
+def test_weight_beside_parameters_without_main_gradient(device):
+    """One that gets its first gradient in the last micro-batch is a launch of its own, which knows no weight."""
+    old, new = (parameter(torch.zeros(300, device=device)) for _ in range(2))
+    opt = fusedopt.SGD([old, new.requires_grad_(False)], lr=1.0)
+    acc = fusedopt.GradAccumulator(opt)
+    old.grad = torch.full_like(old, 2.0)
+    acc.accumulate(1.0)
+    new.requires_grad_()
+    old.grad, new.grad = torch.full_like(old, 6.0), torch.full_like(new, 4.0)
+    acc.weight = 3.0
+    opt.step()
+    assert (old.unique().tolist(), new.unique().tolist()) == ([-5.0], [-3.0])
+
+
 def test_a_parameter_frozen_later(device):
     """It stops where it was; thawed, it goes on."""
     params = parameters(SMALL, device=device)

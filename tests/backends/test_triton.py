@@ -250,7 +250,34 @@ def test_norms_that_leave_the_range_of_floats(magnitude, norm_type, device):
     tensors = [torch.full((CHUNK + 7,), magnitude, dtype=dtype, device=device)]
     with fusedopt.use_backend("triton"):
         norm = fusedopt.get_total_norm(tensors, norm_type).item()
-    assert norm == pytest.approx(reference.total_norm(tensors, norm_type).item(), rel=2 * 2.0**-23)
+    assert norm == pytest.approx(reference.total_norm(tensors, norm_type).item(), rel=2 * 2.0**-23, abs=0)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_norms_of_nan(norm_type, device):
+    for place in (0, 9, 16):
+        grad = normal((17,), device=device)
+        grad[place] = math.nan
+        with fusedopt.use_backend("triton"):
+            assert fusedopt.get_total_norm([grad, torch.full((9,), 8.0, device=device)], norm_type).isnan(), place
+
+
+def test_small_norms_are_not_clipped(device):
+    """A coefficient of 1, not above it."""
+    (p,) = parameters([17], device=device)
+    opt = fusedopt.SGD([p], lr=1.0, max_grad_norm=100.0, backend="triton")
+    before = p.detach().clone()
+    p.grad = torch.full_like(p, 0.25)
+    opt.step()
+    assert opt.clip_coef.item() == 1.0
+    assert_same_bits(p.detach(), before - 0.25)
+
+
+def test_value_clip_keeps_nan(device):
+    p = parameter(torch.zeros(5, device=device))
+    p.grad = torch.tensor([math.nan, math.inf, -math.inf, 0.25, -2.0], device=device)
+    fusedopt.SGD([p], lr=1.0, max_grad_value=0.5, backend="triton").step()
+    assert p[0].isnan() and p[1:].tolist() == [-0.5, 0.5, -0.25, 0.5]
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

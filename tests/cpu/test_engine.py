@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import torch
 from cases import CASES, DTYPES, ONE_EACH, SIZES, hard_values, memory, normal, parameters, set_gradients
 
 import fusedopt
+from fusedopt import passes
+from fusedopt.plan import TensorRow
 from fusedopt.specs import CPU_CHUNK
 
 TESTS = Path(__file__).resolve().parents[1]
 ISAS = ["baseline", "avx2", "avx512"]
+FLOAT32 = torch.float32
 
 # Tensors of several chunks, and of sizes that no vector divides.
 MANY_CHUNKS = [3 * CPU_CHUNK + 5, 17, 2 * CPU_CHUNK - 1, 1023]
@@ -221,6 +225,63 @@ def test_works_after_a_fork():
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.split()
     assert child == parent
+
+
+# ---- sizes and shares ---------------------------------------------------------------------------------------------
+
+
+def test_norm_of_more_elements_than_int32():
+    """2^31 + 4,100 of them, of which all but four stand in the one page of zeros that the system has."""
+    n = 2**31 + 4100
+    try:
+        memory = mmap.mmap(-1, 2 * n)
+    except OSError as error:
+        pytest.skip(f"no 4 GiB of addresses: {error}")
+    grad = torch.frombuffer(memory, dtype=torch.bfloat16)
+    grad[[0, 2**31 - 1, 2**31, n - 1]] = 3.0
+    assert fusedopt.get_total_norm([grad]).item() == 6.0
+
+
+@pytest.mark.parametrize(("norm_type", "expected"), [(1.0, 25.0), (2.0, 5.0), (float("inf"), 16.0)])
+def test_shares_of_several_devices(norm_type, expected):
+    """What the CPU hands over, and what it makes of its share and another device's."""
+    gradient = normal((5,))
+    (tables,), ((bucket, slot),) = passes.TablesCache().get([TensorRow(5, gradient.device, gradient.dtype)])
+    bucket.table.set_grad(slot, gradient.data_ptr())
+    scalars = passes.StepScalars(max_grad_norm=1.0, norm_type=norm_type, skip_nonfinite=True)
+    passes.begin([tables], scalars, ("norm",))
+    tables.backend.norm(tables, finalize=False)
+    norm = torch.linalg.vector_norm(gradient.double(), norm_type).item()
+    assert tables.control.local_sums.tolist() == pytest.approx([norm**2 if norm_type == 2 else norm, 0.0], rel=1e-6)
+    assert tables.control.total_norm.isnan()
+    tables.backend.finalize_norm(tables, torch.tensor([[9.0, 0.0], [16.0, 1.0]], dtype=torch.float64))
+    assert (tables.control.total_norm, tables.control.norm_found_inf) == (expected, 1.0)
+    assert tables.control.clip_coef64.item() == 1.0 / (expected + 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_norm_over_several_tables(norm_type, backend):
+    """As over several devices: each finds the norm of all, and that one of them met an infinity."""
+    gradients = [normal((n,), seed=n) for n in (5, 70_000)]
+    tables = []
+    for gradient in gradients:
+        with fusedopt.use_backend(backend):
+            (own,), ((bucket, slot),) = passes.TablesCache().get(
+                [TensorRow(gradient.numel(), gradient.device, FLOAT32)]
+            )
+        bucket.table.set_grad(slot, gradient.data_ptr())
+        tables.append(own)
+    scalars = passes.StepScalars(max_grad_norm=1.0, norm_type=norm_type, skip_nonfinite=True)
+    for bad in (False, True):
+        if bad:
+            gradients[0][3] = float("inf")
+        passes.begin(tables, scalars, ("norm",))
+        passes.norm(tables)
+        norm = torch.linalg.vector_norm(torch.cat(gradients).double(), norm_type).item()
+        for own in tables:
+            assert own.control.total_norm.item() == pytest.approx(norm, rel=4 * 2.0**-24)
+            assert own.control.norm_found_inf.item() == bad
 
 
 # ---- the GIL ------------------------------------------------------------------------------------------------------

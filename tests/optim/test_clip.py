@@ -113,11 +113,24 @@ def test_beside_torchs_clip_grad_value(device):
         torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
 
 
+def test_value_clip_keeps_nan(device):
+    """In a step and in the function; infinities become the bound."""
+    gradient = torch.tensor([math.nan, math.inf, -math.inf, 0.25, -2.0] * 1000, device=device)
+    expected = torch.tensor([math.nan, 0.5, -0.5, 0.25, -0.5] * 1000, device=device)
+    p = parameter(torch.zeros_like(gradient))
+    p.grad = gradient.clone()
+    fusedopt.SGD([p], lr=1.0, max_grad_value=0.5).step()
+    torch.testing.assert_close(p.detach(), -expected, rtol=0, atol=0, equal_nan=True)
+    fusedopt.clip_grad_value_([p], 0.5)
+    torch.testing.assert_close(p.grad, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype, magnitude", [(torch.float16, 6e4), (torch.float32, 1e30), (torch.bfloat16, 1e30)])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_large_gradients_do_not_overflow_the_norm(norm_type, dtype, magnitude, device):
+@pytest.mark.parametrize("numel", [300, 5000])  # fewer and more than an engine adds up in float at a time
+def test_large_gradients_do_not_overflow_the_norm(numel, norm_type, dtype, magnitude, device):
     """torch returns an infinite norm here, clips with 0 and makes a zero step without a word."""
-    p = parameter(normal((300,), dtype, device))
+    p = parameter(normal((numel,), dtype, device))
     p.grad = torch.full_like(p, magnitude)
     p.grad[1::2].neg_()
     opt = fusedopt.AdamW([p], lr=0.01, max_grad_norm=1.0, norm_type=norm_type)
@@ -125,13 +138,14 @@ def test_large_gradients_do_not_overflow_the_norm(norm_type, dtype, magnitude, d
     assert 0 < opt.clip_coef.item() < 1
 
 
-def test_small_gradients_do_not_underflow_the_norm(device):
+@pytest.mark.parametrize("numel", [300, 5000])
+def test_small_gradients_do_not_underflow_the_norm(numel, device):
     """Squares of 1e-30 vanish in float32."""
-    p = parameter(normal((300,), device=device))
+    p = parameter(normal((numel,), device=device))
     p.grad = torch.full_like(p, 1e-30)
     opt = fusedopt.AdamW([p], max_grad_norm=1.0)
     opt.step()
-    assert opt.grad_norm.item() == pytest.approx(math.sqrt(300) * 1e-30, rel=1e-6)
+    assert opt.grad_norm.item() == pytest.approx(math.sqrt(numel) * 1e-30, rel=1e-6, abs=0)
     assert opt.clip_coef.item() == 1
 
 
@@ -215,6 +229,17 @@ def test_limit_can_be_changed_and_taken_away(device):
     assert_same_bits(memory(opt), memory(expected))
 
 
+def test_limit_changes_between_steps(device):
+    """Each step takes the limit that there is, after others with the same one, which leave it with the device."""
+    params = parameters([300], device=device)
+    opt = fusedopt.SGD(params, lr=0.0, max_grad_norm=1.0)
+    for limit in (1.0, 1.0, 0.5, 0.5, 0.25):
+        opt.max_grad_norm = limit
+        params[0].grad = torch.full_like(params[0], 2.0)
+        opt.step()
+        assert opt.clip_coef.item() == pytest.approx(limit / (2.0 * math.sqrt(300)), rel=COEF_RTOL)
+
+
 # ---- determinism --------------------------------------------------------------------------------------------------
 
 NORM_SCRIPT = """
@@ -246,6 +271,14 @@ def test_same_bits_in_every_process_and_for_any_number_of_threads(device):
     command = [sys.executable, "-c", NORM_SCRIPT, str(device)]
     lines = [line for _ in range(2) for line in subprocess.check_output(command, text=True).splitlines()]
     assert len(lines) == 6 and len(set(lines)) == 1, "\n".join(lines)
+
+
+def test_order_of_sums_is_always_the_same(device):
+    """In float64, where the last place of the sum is seen, over several hundred blocks of very different sums."""
+    gradient = normal((1 << 22,), torch.float64, device) * torch.logspace(-3, 3, 1 << 22, device=device).double()
+    norms = [fusedopt.get_total_norm([gradient]) for _ in range(10)]
+    assert norms[0].dtype == torch.float64
+    assert_same_bits(norms, norms[:1] * 10)
 
 
 def test_same_bits_every_time(device):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import ONE_EACH, assert_same_bits, memory, normal, parameters, set_gradients
+from cases import ONE_EACH, assert_same_bits, memory, normal, parameters, set_gradients, train
 
 import fusedopt
 
@@ -67,6 +67,19 @@ def test_replays_are_eager_steps(case, kwargs, dtype):
             [opt.grad_norm, opt.clip_coef, opt.skipped_steps], [eager.grad_norm, eager.clip_coef, eager.skipped_steps]
         )
     assert float(opt.state[params[0]]["step"]) == 8 - opt.skipped_steps.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_learning_rate_tensors_of_both_dtypes(dtype):
+    """Read on the device, each to all its digits."""
+    lr = torch.tensor(0.1, dtype=dtype, device="cuda")
+    results = []
+    for given in (lr, lr.item()):
+        params = parameters([17, 4097], torch.float64, "cuda")
+        opt = fusedopt.AdamW(params, lr=given)
+        train(opt, params, 3)
+        results.append(memory(opt))
+    assert_same_bits(*results)
 
 
 def test_scale_and_found_inf_change_between_replays():

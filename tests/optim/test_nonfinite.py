@@ -138,6 +138,30 @@ def test_propagation_is_torchs(case, device):
         assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_norm_of_nonfinite_gradients_of_every_order(norm_type, device):
+    """Wherever the element is among those that a vector, a block or a chunk adds up; larger ones come after it."""
+    for place in (0, 40, 1100, 4999):
+        grad = normal((5000,), device=device).abs()
+        grad[4990:4998] = 1e3
+        grad[place] = math.nan
+        assert fusedopt.get_total_norm([grad, torch.full((70_000,), 9.0, device=device)], norm_type).isnan(), place
+        grad[place] = -math.inf
+        assert fusedopt.get_total_norm([grad], norm_type).item() == math.inf, place
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "adam", "rmsprop", "adagrad", "radam"])
+def test_infinite_parameter_without_decay(name, device):
+    """A decay of 0 leaves it out of the gradient: 0 times infinity would be NaN in its states for good."""
+    case = next(case for case in CASES if case.name == name)
+    p = parameter(normal((33,), device=device))
+    p.data[3], p.data[32] = math.inf, -math.inf
+    opt = case.make([p], weight_decay=0.0)
+    train(opt, [p], 2)
+    assert (p[3].item(), p[32].item()) == (math.inf, -math.inf)
+    assert all(value.isfinite().all() for value in opt.state[p].values())
+
+
 def test_norm_of_nonfinite_gradients(device):
     """Propagated through the clip as torch.nn.utils.clip_grad_norm_ does: NaN clips to NaN, infinity to 0 or NaN."""
     for value in (math.nan, math.inf):

@@ -12,12 +12,14 @@ from cases import (
     DTYPES,
     ONE_EACH,
     ONE_EACH_WITH_PEER,
+    PARAM_LAYOUTS,
     WITH_PEER,
     assert_same_bits,
     memory,
     normal,
     parameter,
     parameters,
+    set_gradients,
     train,
 )
 
@@ -236,6 +238,34 @@ def test_moments_in_another_layout_than_their_parameter(case, lay, device):
             state[key] = lay(state[key])
     train(opt, params, 2, first=2)
     assert_same_bits([p.detach() for p in params], [p.detach() for p in undisturbed])
+
+
+@pytest.mark.parametrize("layout", ["every_second", "columns"])
+def test_written_between_steps(layout, device):
+    """A parameter with gaps is stepped in a copy, which takes over what others have written meanwhile."""
+    p = parameter(PARAM_LAYOUTS[layout](lambda shape: normal(shape, device=device)))
+    twin = parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    for q in (p, twin):
+        opt = fusedopt.AdamW([q], lr=0.1)
+        for step in range(3):
+            set_gradients([q], seed=step)
+            opt.step()
+            with torch.no_grad():
+                q.mul_(-2.0)
+    assert_same_bits(p.detach().clone(memory_format=torch.contiguous_format), twin.detach())
+
+
+@pytest.mark.parametrize("count", [2049, 2**24 - 1])
+def test_large_counters_are_loaded_exactly(count, device):
+    """Neither a float16 nor an int could go on from both; float32 counts to 2^24."""
+    p = parameter(normal((5,), device=device))
+    opt = fusedopt.AdamW([p])
+    train(opt, [p], 1)
+    saved = opt.state_dict()
+    saved["state"][0]["step"] = float(count)
+    opt.load_state_dict(saved)
+    train(opt, [p], 1)
+    assert float(opt.state[p]["step"]) == count + 1
 
 
 def test_shrunk_parameter_storage(device):
