@@ -30,6 +30,7 @@ SOURCES = [
     "csrc/cpu/isa_baseline.cpp",
     "csrc/cpu/passes.cpp",
     "csrc/host/repeated_step.cpp",
+    "csrc/host/shard.cpp",
     "csrc/host/tensor_layout.cpp",
     "csrc/host/threads.cpp",
     "csrc/host/cuda_driver.cpp",

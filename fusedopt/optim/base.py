@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 import torch
 
-from .. import formats, passes
+from .. import formats, passes, sharding
 from ..backends import check_name, for_device, wanted
-from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_params
+from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_norm_reduce, check_params
 from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
@@ -53,6 +53,7 @@ class Options(TypedDict, total=False):
     min_8bit_size: int
     seed: int | None
     backend: str | None
+    norm_reduce: Callable[[torch.Tensor, Any], Any] | None
 
 
 _STEP_OPTIONS: dict[str, Any] = {
@@ -79,6 +80,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             Not for complex gradients.
         nonfinite: what an inf or NaN gradient element does: "propagate" into the parameters, as torch.optim does, or
             "skip" the whole step, decided on the device.
+
+    Where gradients are spread over processes:
+        norm_reduce: combines the norm with processes that hold other parameters, as pipeline stages do:
+            ``norm_reduce(sums, op)`` reduces a small tensor in place like ``torch.distributed.all_reduce`` with that
+            ``op``; ``functools.partial(torch.distributed.all_reduce, group=…)`` is one. It is called in every step that
+            takes a norm. Not needed for DTensors (FSDP2, tensor parallelism), whose meshes are known. An attribute;
+            checkpoints do not have it.
 
     Formats; a param group may set its own:
         master_weights: for bfloat16 parameters (the first for float16 too): "fp32" keeps a float32 copy
@@ -113,6 +121,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _steps = 0
     """Calls of ``step()``."""
+    _agreed = False
+    """Whether the processes of each mesh were found to have the same parameters and options."""
     _fetches: tuple[torch.device, metrics.Fetches] | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
@@ -128,6 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
         self._backend = check_name(f"{where}: backend", options.get("backend"))
+        self._norm_reduce = check_norm_reduce(where, options.get("norm_reduce"))
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -208,6 +219,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = check_name(f"{type(self).__name__}: backend", value)
 
     @property
+    def norm_reduce(self) -> Callable[[torch.Tensor, Any], Any] | None:
+        """What combines the norm with other processes', or None."""
+        return self._norm_reduce
+
+    @norm_reduce.setter
+    def norm_reduce(self, value: Callable[[torch.Tensor, Any], Any] | None) -> None:
+        self._norm_reduce = check_norm_reduce(type(self).__name__, value)
+        self._scalars = self._scalars._replace()  # another object: the next step is not like the last one
+
+    @property
     def _takes_norm(self) -> bool:
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
@@ -232,7 +253,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(params, torch.Tensor | set):
                 param_group = {**param_group, "params": list(params)}
             plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
-            check_params(f"{where}: params", [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain])
+            each = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain]
+            check_params(f"{where}: params", each, sharded=True)
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
@@ -313,6 +335,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._replan()
         if plan.tables:
             self._run(plan)
+        else:
+            self._join_norm(plan)
         if self._accumulator is not None:
             self._accumulator.reset()
         self._steps += 1
@@ -371,12 +395,33 @@ class FusedOptimizer(torch.optim.Optimizer):
         passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
-            passes.norm(plan.tables)
+            passes.norm(plan.tables, scalars.norm_type, self._processes(plan))
         passes.run_update(plan.tables)
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = "norm" in names
+
+    def _processes(self, plan: OptimizerPlan) -> passes.Processes | None:
+        """With which others the norm is taken; None where there are none."""
+        if not plan.meshes and self._norm_reduce is None:
+            return None
+        if not plan.is_agreed:
+            self._check_agreement(plan)
+        return passes.Processes(plan.meshes, self._norm_reduce)
+
+    def _check_agreement(self, plan: OptimizerPlan) -> None:
+        """Once, in the first step that takes a norm: whether the processes of each mesh do the same."""
+        if not self._agreed:
+            options = ", ".join(f"{key}={self._options[key]}" for key in _STEP_OPTIONS)
+            sharding.check_agreement(f"{type(self).__name__}.step", plan.meshes, options, plan.description())
+        self._agreed = plan.is_agreed = True
+
+    def _join_norm(self, plan: OptimizerPlan) -> None:
+        """Where no parameter has a gradient here, other processes may still wait for this one's share in the norm."""
+        processes = self._processes(plan) if self._takes_norm or "_nonfinite_found" in self.__dict__ else None
+        if processes is not None:
+            passes.join_norm(sharding.home_of(self.param_groups), self.norm_type, processes)
 
     def _check_complex(self) -> None:
         """TypeError or ValueError where this step is to clip as complex gradients cannot be clipped."""
@@ -549,7 +594,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_backend": self._backend}
+        own = {"_options": self._options, "_backend": self._backend, "_norm_reduce": self._norm_reduce}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -559,6 +605,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_accumulator", None)
         self.__dict__.setdefault("_release", None)
         self.__dict__.setdefault("_backend", None)
+        self.__dict__.setdefault("_norm_reduce", None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import sharding
 from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
 from ..specs import RULES
 
@@ -35,16 +36,20 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     rules = [RULES[optimizer._rule_name({**optimizer.defaults, **group})] for group in groups]
     rule_of = {param: rule for group, rule in zip(groups, rules) for param in group["params"]}
     for index, param in params.items():
-        check_entry(f"{where}: state[{index}]", state_dict["state"].get(index, {}), param, rule_of[param])
+        entry = _local(f"{where}: state[{index}]", state_dict["state"].get(index, {}), param)
+        check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         param = params.get(index)
         copied = state[index if param is None else param] = _copy(entry, param)
         if param is not None and copied:
             rule = rule_of[param]
-            adopt_entry(copied, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, copied, rule)
-            convert_states(copied, rule, wanted)
+            local = _local(where, copied, param)
+            adopt_entry(local, rule)
+            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, local, rule)
+            convert_states(local, rule, wanted)
+            if sharding.is_sharded(param):
+                sharding.store_entry(copied, local, param)
 
     kept = optimizer.state
     kept.clear()
@@ -52,6 +57,11 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     optimizer.__setstate__({"state": kept, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
+
+
+def _local(where: str, entry: dict, param: torch.Tensor) -> dict:
+    """The state of a parameter as plain tensors; of a plain parameter the state itself."""
+    return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
 
 
 def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from .. import _C, backends
+from .. import _C, backends, passes
 
 if TYPE_CHECKING:
-    from .. import passes
     from ..plan import DeviceTables
     from .base import FusedOptimizer
     from .plan import OptimizerPlan
@@ -24,29 +23,49 @@ def repetition_of(
 ) -> _C.RepeatedStep | None:
     """Of the step of these passes that has just been made, if it was on one device, without scalers or accumulation.
 
+    A norm that is taken with other processes is too: then the passes run one by one, from Python.
+
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
     that one is different, asks for another backend, or because hooks or a profiler want to be told of it.
     """
-    if len(plan.tables) > 1 or plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
+    if plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
+        return None
+    processes = optimizer._processes(plan) if "norm" in names else None
+    if len(plan.tables) > 1 and not plan.meshes:
         return None
     tables = plan.tables[0]
-    launches = tables.backend.launches(tables, names) if hasattr(tables.backend, "launches") else None
-    repeat = getattr(tables.backend, "repeat", _run_passes)
+    alone = len(plan.tables) == 1 and processes is None
+    launches = tables.backend.launches(tables, names) if alone and hasattr(tables.backend, "launches") else None
+    repeat = partial(getattr(tables.backend, "repeat", _run_passes), tables, names)
+    if not alone:
+        repeat = partial(_run_with_others, plan.tables, names, scalars.norm_type, processes)
     step = _C.RepeatedStep(
         watch=plan.watch,
-        hypers=list(tables.hypers.values()),
+        hypers=[hypers for each in plan.tables for hypers in each.hypers.values()],
         scalars=scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
         backend=optimizer._backend,
         is_profiled=torch.autograd._profiler_enabled,
         context_backend=backends.context_backend,
-        run_passes=torch.compiler.disable(partial(repeat, tables, names)) if launches is None else None,
+        run_passes=torch.compiler.disable(repeat) if launches is None else None,
     )
     if launches is not None:
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
         for launch in launches:
             step.add(*launch)
     return step
+
+
+def _run_with_others(
+    tables: list[DeviceTables], names: tuple[str, ...], norm_type: float, processes: passes.Processes | None
+) -> None:
+    """Where there are several spreads over processes, or other processes have shares in the norm."""
+    for each in tables:
+        each.keep_alive.clear()
+        each.backend.begin(each, names)
+    if "norm" in names:
+        passes.norm(tables, norm_type, processes)
+    passes.run_update(tables)
 
 
 def _run_passes(tables: DeviceTables, names: tuple[str, ...]) -> None:
