@@ -35,6 +35,7 @@ __all__ = [
     "local_grad",
     "local_of",
     "meshes_of",
+    "on_locals",
     "reduce_flag",
     "reduce_norm",
     "spread_of",
@@ -149,6 +150,20 @@ def store_entry(entry: dict[str, Any], local: Mapping[str, Any], param: torch.Te
             entry[key] = value
         elif key not in entry or not _shares(entry[key], value):
             entry[key] = _wrap_scale(value, param) if key.endswith("_scale") else wrap_like(value, param)
+
+
+def on_locals(function: Callable[..., Any], entry: Mapping[str, Any], param: torch.Tensor, *args: Any) -> Any:
+    """``function(entry, *args)`` of a parameter's state; of a DTensor of its plain tensors, with results as DTensors.
+
+    Results: a tensor, or a dict of them, of the parameter's shape. ``param`` among ``args`` becomes its local tensor.
+    """
+    if not is_sharded(param):
+        return function(entry, *args)
+    args = tuple(param._local_tensor if each is param else each for each in args)
+    result = function(local_entry("optimizer state", entry, param), *args)
+    if isinstance(result, dict):
+        return {key: wrap_like(value, param) for key, value in result.items()}
+    return wrap_like(result, param)
 
 
 def _shares(kept: Any, local: torch.Tensor) -> bool:

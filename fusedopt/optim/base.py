@@ -561,7 +561,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         weights are not enough.
         """
         params = chain.from_iterable(group["params"] for group in self.param_groups)
-        return [formats.decode_master(self.state.get(param, {}), param) for param in params]
+        return [sharding.on_locals(formats.decode_master, self.state.get(param, {}), param, param) for param in params]
 
     @torch.no_grad()
     def torch_state_dict(self) -> dict[str, Any]:
@@ -571,9 +571,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
         indices = (dict.fromkeys(group["params"], RULES[self._rule_name(group)]) for group in exported["param_groups"])
         rules = {index: rule for own in indices for index, rule in own.items()}
+        params = dict(enumerate(chain.from_iterable(group["params"] for group in self.param_groups)))
         state = {}
         for index, entry in exported["state"].items():
-            states = formats.decode_states(entry, rules[index]) if entry else {}
+            states = sharding.on_locals(formats.decode_states, entry, params[index], rules[index]) if entry else {}
             wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
             counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
             state[index] = {**counted, **wide}

@@ -48,10 +48,14 @@ class Pair:
         return value.clone() if placements is None else spread(value, self.mesh, placements)
 
     def set_grads(self, step: int, skip=()):
+        """As FSDP does it: gradients share the object that says where the parts of their parameter are."""
         for i, (param, whole) in enumerate(zip(self.sharded, self.whole)):
             grad = full(whole.shape, 100 + 10 * step + i, self.dtype, self.ctx.device)
             whole.grad = None if i in skip else grad
-            param.grad = None if i in skip else self._spread(grad, self.placements[i])
+            part = self._spread(grad, self.placements[i])
+            if isinstance(param, DTensor):
+                part = DTensor(part._local_tensor, param._spec, requires_grad=False)
+            param.grad = None if i in skip else part
 
     def step(self, step: int, skip=()):
         self.set_grads(step, skip)
@@ -72,7 +76,10 @@ class Pair:
 
 
 def whole_of(tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    wide = tensor.detach().int() if tensor.dtype == torch.int16 else tensor.detach()  # which gloo does not know
+    return wide.full_tensor().to(tensor.dtype)
 
 
 def all_sharded(dim: int = 0) -> list:
