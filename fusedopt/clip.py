@@ -31,6 +31,7 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
     norm_reduce: NormReduce | None = None,
 ) -> torch.Tensor:
     """Norm of all elements of all tensors together.
@@ -64,6 +65,7 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
     norm_reduce: NormReduce | None = None,
 ) -> torch.Tensor:
     """Scales all gradients in place so that their total norm is at most ``max_norm``.
@@ -161,9 +163,7 @@ def _grads(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tens
     return [param.grad for param in parameters if param.grad is not None]
 
 
-def _processes(
-    where: str, tensors: Sequence[torch.Tensor], norm_reduce: NormReduce | None
-) -> passes.Processes | None:
+def _processes(where: str, tensors: Sequence[torch.Tensor], norm_reduce: NormReduce | None) -> passes.Processes | None:
     """With which others the norm is taken; None where there are none."""
     meshes = meshes_of(tensors)
     if not meshes and check_norm_reduce(where, norm_reduce) is None:

@@ -168,7 +168,10 @@ class Bucket:
 
 
 class DeviceTables:
-    """All buckets of one device and one spread over processes (mostly there is one), with the hyper-parameters and the results of its passes."""
+    """All buckets of one device and one spread over processes (mostly there is one), with hyper-parameters and results.
+
+    Results are those of its passes; the norm's are the same in all tables of a step.
+    """
 
     def __init__(
         self, device: torch.device, backend: ModuleType, control: Control | None = None, spread: Spread | None = None

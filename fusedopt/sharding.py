@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 NormReduce = Callable[[torch.Tensor, Any], Any]
-"""``norm_reduce(sums, op)``: combines a small tensor with other processes' in place, as ``torch.distributed.all_reduce``
-does with ``op``."""
+"""``norm_reduce(sums, op)``: combines a small tensor with other processes' in place, as
+``torch.distributed.all_reduce`` does with ``op``."""
 
 
 def is_sharded(tensor: Any) -> bool:

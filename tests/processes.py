@@ -1,8 +1,8 @@
 """Checks that several processes run together: started once, each check a function of all of them.
 
 A module of checks has functions ``name(ctx: Context)``. In every process they run in one order; the first one that
-fails in a process ends it there, and the others, whose collectives fail then, too. The processes are forked from one that
-has imported torch and the checks, which takes longer than most of them.
+fails in a process ends it there, and the others, whose collectives fail then, too. The processes are forked from one
+that has imported torch and the checks, which takes longer than most of them.
 """
 
 import datetime

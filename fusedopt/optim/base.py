@@ -19,6 +19,7 @@ from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
 from .plan import OptimizerPlan
+from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
 from .repeat import repetition_of
 
@@ -336,7 +337,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan.tables:
             self._run(plan)
         else:
-            self._join_norm(plan)
+            join_norm(self, plan)
         if self._accumulator is not None:
             self._accumulator.reset()
         self._steps += 1
@@ -395,33 +396,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
-            passes.norm(plan.tables, scalars.norm_type, self._processes(plan))
+            passes.norm(plan.tables, scalars.norm_type, processes_of(self, plan))
         passes.run_update(plan.tables)
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
         self._norm_taken = "norm" in names
-
-    def _processes(self, plan: OptimizerPlan) -> passes.Processes | None:
-        """With which others the norm is taken; None where there are none."""
-        if not plan.meshes and self._norm_reduce is None:
-            return None
-        if not plan.is_agreed:
-            self._check_agreement(plan)
-        return passes.Processes(plan.meshes, self._norm_reduce)
-
-    def _check_agreement(self, plan: OptimizerPlan) -> None:
-        """Once, in the first step that takes a norm: whether the processes of each mesh do the same."""
-        if not self._agreed:
-            options = ", ".join(f"{key}={self._options[key]}" for key in _STEP_OPTIONS)
-            sharding.check_agreement(f"{type(self).__name__}.step", plan.meshes, options, plan.description())
-        self._agreed = plan.is_agreed = True
-
-    def _join_norm(self, plan: OptimizerPlan) -> None:
-        """Where no parameter has a gradient here, other processes may still wait for this one's share in the norm."""
-        processes = self._processes(plan) if self._takes_norm or "_nonfinite_found" in self.__dict__ else None
-        if processes is not None:
-            passes.join_norm(sharding.home_of(self.param_groups), self.norm_type, processes)
 
     def _check_complex(self) -> None:
         """TypeError or ValueError where this step is to clip as complex gradients cannot be clipped."""

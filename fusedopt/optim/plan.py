@@ -141,8 +141,6 @@ class OptimizerPlan:
     """Whether a complex parameter has had a gradient."""
     meshes: list[Any] = field(default_factory=list)
     """On which DTensors among the parameters lie."""
-    is_agreed: bool = False
-    """Whether nobody has to ask other processes any more if they have the same parameters."""
 
     @classmethod
     def make(

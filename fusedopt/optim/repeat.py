@@ -9,6 +9,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from .. import _C, backends, passes
+from .processes import processes_of
 
 if TYPE_CHECKING:
     from ..plan import DeviceTables
@@ -30,7 +31,7 @@ def repetition_of(
     """
     if plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
         return None
-    processes = optimizer._processes(plan) if "norm" in names else None
+    processes = processes_of(optimizer, plan) if "norm" in names else None
     if len(plan.tables) > 1 and not plan.meshes:
         return None
     tables = plan.tables[0]

@@ -256,7 +256,7 @@ def partial_sums(ctx):
         lambda: fusedopt.get_total_norm([partial]),
         lambda: fusedopt.AdamW([DTensor.from_local(torch.ones(4, device=ctx.device), mesh, [Partial()])]),
     ):
-        with pytest.raises(ValueError, match="(?s)Partial.*redistribute"):
+        with pytest.raises(ValueError, match=r"(?s)Partial.*redistribute"):
             call()
     param, whole = (torch.nn.Parameter(torch.zeros(4, device=ctx.device)) for _ in range(2))
     param = torch.nn.Parameter(distribute_tensor(param.detach(), mesh, [Replicate()]))
@@ -278,7 +278,7 @@ def bad_gradients(ctx):
         param.grad = torch.ones(4, 4, device=ctx.device)
         opt.step()
     param.grad = None
-    with pytest.raises(ValueError, match="LAMB|lamb"):
+    with pytest.raises(ValueError, match="'lamb' needs norms over whole tensors"):
         param.grad = distribute_tensor(torch.ones(4, 4, device=ctx.device), mesh, [Shard(0)])
         fusedopt.LAMB([param]).step()
     with pytest.raises(TypeError, match="DTensor"):
@@ -301,7 +301,7 @@ def pipeline_stages(ctx):
         opt = fusedopt.SGD([param], lr=1.0, max_grad_norm=0.5, norm_type=norm_type)
         opt.norm_reduce = functools.partial(distributed.all_reduce, group=distributed.group.WORLD)
         expected = fusedopt.get_total_norm(values, norm_type)
-        for step in range(3):  # the third one as the second
+        for _ in range(3):  # the third one as the second
             opt.step()
         if param.grad is not None:
             assert_same_bits(opt.grad_norm, expected)
@@ -408,5 +408,27 @@ def local_blocks_and_noise(ctx):
             assert_same_bits(p.to_local().detach(), part.detach())
 
 
-CHECKS = [name for name, each in list(globals().items()) if getattr(each, "__module__", "") == __name__ and name.islower()]
-CHECKS = [name for name in CHECKS if name not in ("full", "spread", "whole_of", "all_sharded", "mixed")]
+OF_FOUR = [
+    "steps_are_those_of_whole_tensors",
+    "maximum_norm",
+    "two_dimensions",
+    "meshes_side_by_side",
+    "a_nonfinite_value_anywhere_skips_everywhere",
+    "pipeline_stages",
+    "zero_redundancy",
+]
+"""That differ with the number of processes."""
+
+CHECKS = [
+    *OF_FOUR,
+    "every_backend",
+    "other_rules_and_formats",
+    "scalers",
+    "functions",
+    "partial_sums",
+    "bad_gradients",
+    "repeated_steps",
+    "versions",
+    "checkpoints_of_one_process",
+    "local_blocks_and_noise",
+]

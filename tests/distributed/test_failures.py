@@ -10,7 +10,7 @@ from processes import finish, start
 pytest.importorskip("torch.distributed.tensor")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
-TIMEOUT = 4
+TIMEOUT = 2
 SLACK = 20
 """Seconds for everything else, on a busy machine."""
 

@@ -10,9 +10,14 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 import sharded_checks  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def gloo(request, tmp_path_factory) -> dict[str, str]:
-    return run_checks("sharded_checks", sharded_checks.CHECKS, request.param, "gloo", tmp_path_factory.mktemp("gloo"))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict[str, str]:
+    return run_checks("sharded_checks", sharded_checks.CHECKS, 2, "gloo", tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> dict[str, str]:
+    return run_checks("sharded_checks", sharded_checks.OF_FOUR, 4, "gloo", tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +26,13 @@ def nccl(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("check", sharded_checks.CHECKS)
-def test_on_cpus(check, gloo):
-    assert not gloo[check], gloo[check]
+def test_on_two_cpus(check, two):
+    assert not two[check], two[check]
+
+
+@pytest.mark.parametrize("check", sharded_checks.OF_FOUR)
+def test_on_four_cpus(check, four):
+    assert not four[check], four[check]
 
 
 @pytest.mark.multigpu
