@@ -10,11 +10,6 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-template <class T>
-T* word_at(PyObject* object, Py_ssize_t offset) {
-  return *reinterpret_cast<T**>(reinterpret_cast<char*>(object) + offset);
-}
-
 // Of a slot that the class defines with __slots__; negative if it is something else.
 Py_ssize_t slot_offset(py::handle type, const char* name) {
   const py::object slot = type.attr(name);
@@ -62,38 +57,12 @@ bool is_shard(py::handle tensor) {
   return PyObject_HasAttr(tensor.ptr(), names[0]) && PyObject_HasAttr(tensor.ptr(), names[1]);
 }
 
-PyObject* local_of(PyObject* shard) {
-  if (const ShardLayout* layout = shard_layout(); layout && Py_TYPE(shard) == layout->shard)
-    return word_at<PyObject>(shard, layout->local);
+PyObject* local_of(PyObject* shard, const ShardLayout* layout) {
+  if (layout && Py_TYPE(shard) == layout->shard) return word_at<PyObject>(shard, layout->local);
   PyObject* local = PyObject_GetAttrString(shard, "_local_tensor");
   if (!local) PyErr_Clear();
   Py_XDECREF(local);  // the DTensor holds it
   return local;
-}
-
-void ShardGrad::find_object(const void* found) {
-  const auto* words = static_cast<const uint64*>(found);
-  object = words ? reinterpret_cast<PyObject*>(words[tensor_layout()->object] & ~uint64(7)) : nullptr;
-  local = nullptr;
-  impl = nullptr;
-  if (object) __builtin_prefetch(reinterpret_cast<const char*>(object) + shard_layout()->local);
-}
-
-void ShardGrad::find_local(PyObject* spec, PyObject* known_spec) {
-  const ShardLayout& layout = *shard_layout();
-  if (!object || Py_TYPE(object) != layout.shard) return;
-  PyObject* const own = word_at<PyObject>(object, layout.spec);
-  if (!own || (own != spec && own != known_spec)) return;
-  local = word_at<PyObject>(object, layout.local);
-  if (local) __builtin_prefetch(reinterpret_cast<const char*>(local) + layout.impl);
-}
-
-void ShardGrad::find_impl() {
-  const ShardLayout& layout = *shard_layout();
-  // Another class may have to be waited for: the result of a collective that is under way.
-  if (local && Py_TYPE(local) == layout.plain) impl = word_at<void>(local, layout.impl);
-  if (impl)
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(impl) + 64 * line);
 }
 
 }  // namespace fusedopt

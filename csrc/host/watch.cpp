@@ -5,6 +5,7 @@
 #include <string>
 #include <thread>
 
+#include "tensor_layout.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -109,7 +110,7 @@ void Watch::remember_state(py::dict state) {
       // Whoever moves the memory of a counter, a view of one tensor for all, moves that of the other state too.
       if (py::isinstance<py::str>(item.first) && item.first.cast<std::string>() == "step") continue;
       PyObject* const shard = is_shard(item.second) ? item.second.ptr() : nullptr;
-      const TensorRef tensor(shard ? py::handle(local_of(shard)) : item.second);
+      const TensorRef tensor(shard ? py::handle(local_of(shard, shard_layout())) : item.second);
       if (const Memory memory = tensor.memory(); memory.data) state_tensors_.push_back({tensor, memory, shard});
     }
   }
@@ -153,23 +154,28 @@ bool Watch::find_params(PyObject* param_groups, std::vector<ParamList>& lists) c
 // Of one part of the parameters and states. Looks up the gradients on the way.
 bool Watch::same_addresses(const std::vector<ParamList>& params, size_t part, size_t parts) {
   const Range rows = range_of(rows_.size(), part, parts);
+  const ShardLayout* const layout = has_shards_ ? shard_layout() : nullptr;
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].param.prefetch();
     if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_all();
-    if (has_shards_ && i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].listed.prefetch();
-    if (has_shards_ && i + kAhead < rows.end) rows_[i + kAhead].listed.prefetch_all();
+    if (layout && i + 2 * kAhead < rows.end) {
+      rows_[i + 2 * kAhead].listed.prefetch();
+      prefetch_local(rows_[i + 2 * kAhead].listed.object(), *layout);
+    }
+    if (layout && i + kAhead < rows.end) rows_[i + kAhead].listed.prefetch_all();
     const ParamList& list = params[size_t(rows_[i].group)];
     if (list.items[i - list.first_row] != rows_[i].listed.object()) return false;
-    if (rows_[i].is_shard && local_of(rows_[i].listed.object()) != rows_[i].param.object()) return false;
+    if (rows_[i].is_shard && local_of(rows_[i].listed.object(), layout) != rows_[i].param.object()) return false;
     if (!rows_[i].param.is_at(rows_[i].memory)) return false;
     grads_[i] = rows_[i].listed.find_grad();
   }
   const Range states = range_of(state_tensors_.size(), part, parts);
   for (size_t i = states.begin; i < states.end; ++i) {
     if (i + 2 * kAhead < states.end) state_tensors_[i + 2 * kAhead].tensor.prefetch();
+    if (layout && i + 2 * kAhead < states.end) prefetch_local(state_tensors_[i + 2 * kAhead].shard, *layout);
     if (i + kAhead < states.end) state_tensors_[i + kAhead].tensor.prefetch_storage();
     const StateTensor& state = state_tensors_[i];
-    if (state.shard && local_of(state.shard) != state.tensor.object()) return false;
+    if (state.shard && local_of(state.shard, layout) != state.tensor.object()) return false;
     if (!state.tensor.is_at(state.memory)) return false;
   }
   return true;
@@ -258,15 +264,16 @@ bool Watch::read_shard_grad(size_t index, const void* found) {
 
 // From the gradients of a part's rows to their local tensors.
 void Watch::find_shard_grads(size_t begin, size_t end) {
-  if (!has_shards_ || !shard_layout()) return;
-  const auto each = [&](auto&& act) {
-    for (size_t i = begin; i < end; ++i)
-      if (rows_[i].is_shard && rows_[i].listed.has_grad(grads_[i])) act(rows_[i], shards_[i], grads_[i]);
-  };
-  each([](const Row&, ShardGrad& shard, const void* found) { shard.find_object(found); });
-  each([](const Row& row, ShardGrad& shard, const void*) { shard.find_local(row.spec.ptr(), row.known_spec.ptr()); });
-  each([](const Row&, ShardGrad& shard, const void*) { shard.find_impl(); });
-  each([](const Row&, ShardGrad& shard, const void*) { TensorRef::prefetch_storage_of(shard.impl); });
+  const ShardLayout* const layout = has_shards_ ? shard_layout() : nullptr;
+  if (!layout) return;
+  const int object_word = tensor_layout()->object;
+  for (size_t i = begin; i < end; ++i) {
+    const bool has_grad = rows_[i].is_shard && rows_[i].listed.has_grad(grads_[i]);
+    shards_[i].find_object(*layout, object_word, has_grad ? grads_[i] : nullptr);
+  }
+  for (size_t i = begin; i < end; ++i) shards_[i].find_local(*layout, rows_[i].spec.ptr(), rows_[i].known_spec.ptr());
+  for (size_t i = begin; i < end; ++i) shards_[i].find_impl(*layout);
+  for (size_t i = begin; i < end; ++i) TensorRef::prefetch_storage_of(shards_[i].impl);
 }
 
 bool Watch::read_part(const std::vector<ParamList>& params, size_t part, size_t parts, bool bump) {
