@@ -90,7 +90,7 @@ def fork(module: str, checks: list[str], world: int, backend: str, out: str) -> 
 
 def start(code: str, *paths: Path) -> subprocess.Popen:
     """A Python process that runs ``code`` and finds the modules of the tests."""
-    path = os.pathsep.join([str(TESTS), *map(str, paths), *sys.path])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *map(str, paths), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},

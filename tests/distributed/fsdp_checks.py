@@ -259,7 +259,29 @@ def ddp_and_zero(ctx):
         torch.testing.assert_close(got.detach(), want, **CLOSE)
 
 
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def benchmark(ctx):
+    """A small model: all figures are there, and every library does the same."""
+    from benchmarks import fsdp
+
+    rows = fsdp.gather(fsdp.measure(fsdp.WORKLOADS["quick"], ctx.device, fsdp.QUICK))
+    assert len(rows) == ctx.world * len(fsdp.LIBRARIES) and {row["rank"] for row in rows} == set(range(ctx.world))
+    for row in rows:
+        # AdamW divides by |g| + eps: where |g| is as small as eps, an update differs by a part of the learning rate.
+        assert row["check_norm"] < 1e-6 and row["check_params"] < 1e-2
+        assert row["tensors"] == 12 and row["params"] == 6 * (16 * 16 + 16)
+        assert 0 < row["host_ms"] <= row["wall_ms"] and row["floor_ms"] > 0
+        if ctx.device.type == "cuda":
+            assert row["gpu_ms"] > 0 and row["efficiency"] > 0
+            assert (row["launches"], row["collectives"]) == (3, 1) or not row["library"].startswith("fusedopt")
+    ours = [row for row in rows if row["library"] == f"fusedopt-{ctx.device.type}"]
+    assert len(ours) == ctx.world
+    assert [goal.judge(fsdp.Rows(ours))["reached"] for goal in fsdp.GOALS] == [None] * len(fsdp.GOALS)
+
+
 OF_FOUR = ["fsdp", "hsdp", "fsdp_and_tensors", "ddp_and_zero"]
 """That differ with the number of processes."""
 
-CHECKS = [*OF_FOUR, "tensors", "policies", "state_dicts", "ddp"]
+CHECKS = [*OF_FOUR, "tensors", "policies", "state_dicts", "ddp", "benchmark"]
