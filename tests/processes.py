@@ -88,12 +88,12 @@ def fork(module: str, checks: list[str], world: int, backend: str, out: str) -> 
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 
 
-def start(code: str, *paths: Path) -> subprocess.Popen:
+def start(code: str, *paths: Path, **environment: str) -> subprocess.Popen:
     """A Python process that runs ``code`` and finds the modules of the tests."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *map(str, paths), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,10 +118,12 @@ def finish(processes: list[subprocess.Popen], timeout: float) -> list[tuple[int 
     return ended
 
 
-def run_checks(module: str, checks: list[str], world: int, backend: str, out: Path) -> dict[str, str]:
+def run_checks(
+    module: str, checks: list[str], world: int, backend: str, out: Path, **environment: str
+) -> dict[str, str]:
     """What went wrong in each check, in all processes; an empty string where nothing did."""
     code = f"import processes; processes.fork({module!r}, {checks!r}, {world}, {backend!r}, {str(out)!r})"
-    [(_, output)] = finish([start(code, TESTS / "distributed")], 240)
+    [(_, output)] = finish([start(code, TESTS / "distributed", **environment)], 240)
     results = [torch.load(out / str(rank)) if (out / str(rank)).exists() else {} for rank in range(world)]
     told = {}
     for name in checks:

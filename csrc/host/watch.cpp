@@ -95,7 +95,7 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
   grads_.push_back(nullptr);
   shards_.emplace_back();
   relayout_.push_back(false);
-  has_shards_ = has_shards_ || is_shard;
+  if (is_shard) note_shard(param.ptr());
   has_main_grads_ = has_main_grads_ || has_main_grad;
   owned_.push_back(std::move(param));
   owned_.push_back(std::move(local));
@@ -110,6 +110,7 @@ void Watch::remember_state(py::dict state) {
       // Whoever moves the memory of a counter, a view of one tensor for all, moves that of the other state too.
       if (py::isinstance<py::str>(item.first) && item.first.cast<std::string>() == "step") continue;
       PyObject* const shard = is_shard(item.second) ? item.second.ptr() : nullptr;
+      if (shard) note_shard(shard);
       const TensorRef tensor(shard ? py::handle(local_of(shard, shard_layout())) : item.second);
       if (const Memory memory = tensor.memory(); memory.data) state_tensors_.push_back({tensor, memory, shard});
     }
@@ -293,9 +294,13 @@ bool Watch::bump_version(const Row& row) {
   return row.param.bump_version() && (!row.is_shard || row.listed.bump_version());
 }
 
+void Watch::note_shard(PyObject* shard) {
+  has_shards_ = true;
+  has_odd_shards_ = has_odd_shards_ || !shard_layout() || Py_TYPE(shard) != shard_layout()->shard;
+}
+
 size_t Watch::num_parts() const {
-  const bool in_place = has_torch_functions() && (!has_shards_ || shard_layout());  // without Python code
-  return in_place ? (rows_.size() + kPart - 1) / kPart : 1;
+  return has_torch_functions() && !has_odd_shards_ ? (rows_.size() + kPart - 1) / kPart : 1;
 }
 
 void Watch::summon() const { fusedopt::summon(threads_for(num_parts())); }

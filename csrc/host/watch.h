@@ -124,6 +124,7 @@ class Watch {
   bool read_part(const std::vector<ParamList>& params, size_t part, size_t parts, bool bump);
   size_t num_parts() const;
   static bool bump_version(const Row& row);
+  void note_shard(PyObject* shard);
 
   std::vector<Row> rows_;
   std::vector<pybind11::object> owned_;  // parameters and tables of the rows
@@ -133,6 +134,7 @@ class Watch {
   std::vector<char> relayout_;      // scratch, by row: whether its gradient is laid out unlike the parameter
   bool has_main_grads_ = false;
   bool has_shards_ = false;
+  bool has_odd_shards_ = false;  // to look at which takes Python code
   StateGuard state_;
   std::vector<StateTensor> state_tensors_;
   std::vector<pybind11::object> flag_keys_;

@@ -221,17 +221,17 @@ def ddp(ctx):
     ids = [ctx.device.index] if ctx.device.type == "cuda" else None
     for options in ({"gradient_as_bucket_view": True}, {"static_graph": True}, {"bucket_cap_mb": 0.0001}):
         for micro_batches in (1, 2):
-            if micro_batches > 1 and "static_graph" in options:
-                continue  # torch's static graph allows no_sync in some orders only
             model = Model().to(ctx.device)
             wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, **options)
             opt = fusedopt.AdamW(model.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
             for step in range(STEPS):
-                parts = batch(step, ctx).chunk(ctx.world)[ctx.rank].chunk(micro_batches)
+                # The first backward pass of a static graph must not be in no_sync: torch 2.13 fails an assertion.
+                count = 1 if "static_graph" in options and step == 0 else micro_batches
+                parts = batch(step, ctx).chunk(ctx.world)[ctx.rank].chunk(count)
                 for part in parts[:-1]:
                     with wrapped.no_sync():
-                        (loss_of(wrapped, part) / micro_batches).backward()
-                (loss_of(wrapped, parts[-1]) / micro_batches).backward()
+                        (loss_of(wrapped, part) / count).backward()
+                (loss_of(wrapped, parts[-1]) / count).backward()
                 opt.step()
                 torch.testing.assert_close(opt.grad_norm.double(), norms[step], rtol=1e-7, atol=0)
                 opt.zero_grad(set_to_none=step == 0)

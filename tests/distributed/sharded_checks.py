@@ -358,6 +358,15 @@ def repeated_steps(ctx):
         pair.assert_same()
 
 
+def not_in_place(ctx):
+    from fusedopt import _C
+
+    assert not _C.has_shard_layout()
+    steps_are_those_of_whole_tensors(ctx)
+    versions(ctx)
+    partial_sums(ctx)
+
+
 def versions(ctx):
     """Autograd is told of the write, of the DTensor and of its part."""
     pair = Pair(ctx, ctx.mesh(), all_sharded(), max_grad_norm=1.0)

@@ -35,6 +35,13 @@ def test_on_four_cpus(check, four):
     assert not four[check], four[check]
 
 
+@pytest.mark.parametrize("variable", ["FUSEDOPT_NO_TENSOR_LAYOUT", "FUSEDOPT_NO_TORCH_FUNCTIONS"])
+def test_by_way_of_python(variable, tmp_path):
+    """Where torch has moved what is read in place: the same steps, only slower."""
+    told = run_checks("sharded_checks", ["not_in_place"], 1, "gloo", tmp_path, **{variable: "1"})
+    assert not told["not_in_place"], told["not_in_place"]
+
+
 @pytest.mark.multigpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", sharded_checks.CHECKS)
