@@ -18,7 +18,7 @@ from . import passes
 from .backends import for_device
 from .checks import check_clipping, check_complex_clipping, check_dense, check_norm_reduce
 from .plan import DeviceTables, TensorRow, is_dense
-from .sharding import NormReduce, check_spread, dense_local, home_of, meshes_of, reduce_flag, spread_of
+from .sharding import NormReduce, check_spread, dense_local, home_of, peers_of, reduce_flag, spread_of
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "unscale_grads_"]
 
@@ -151,7 +151,7 @@ def unscale_grads_(
         _write_back(own, dense)
         if flag is not found_inf:
             found_inf.copy_(torch.maximum(found_inf, flag.to(home).reshape(found_inf.shape)))
-    reduce_flag(found_inf, meshes_of(parameters))
+    reduce_flag(found_inf, peers_of(parameters))
     return found_inf
 
 
@@ -165,10 +165,10 @@ def _grads(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tens
 
 def _processes(where: str, tensors: Sequence[torch.Tensor], norm_reduce: NormReduce | None) -> passes.Processes | None:
     """With which others the norm is taken; None where there are none."""
-    meshes = meshes_of(tensors)
-    if not meshes and check_norm_reduce(where, norm_reduce) is None:
+    peers = peers_of(tensors)
+    if not peers and check_norm_reduce(where, norm_reduce) is None:
         return None
-    return passes.Processes(meshes, norm_reduce)
+    return passes.Processes(peers, norm_reduce)
 
 
 def _join_norm(

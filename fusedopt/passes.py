@@ -12,7 +12,7 @@ import torch
 from . import _C
 from .backends import for_device, wanted
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
-from .sharding import NormReduce, reduce_norm
+from .sharding import NormReduce, Peers, reduce_norm
 from .specs import NORM_TYPES
 
 __all__ = [
@@ -146,7 +146,7 @@ def _already_told(device: DeviceTables, told: tuple[StepScalars, tuple[str, ...]
 class Processes(NamedTuple):
     """With which other processes a norm is taken."""
 
-    meshes: Sequence[Any] = ()
+    peers: Sequence[Peers] = ()
     """Of all tensors, with gradients or without: see ``sharding.reduce_norm``."""
     hook: NormReduce | None = None
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NormReduce",
+    "Peers",
     "Spread",
     "check_agreement",
     "check_spread",
@@ -34,8 +35,8 @@ __all__ = [
     "local_entry",
     "local_grad",
     "local_of",
-    "meshes_of",
     "on_locals",
+    "peers_of",
     "reduce_flag",
     "reduce_norm",
     "spread_of",
@@ -95,16 +96,18 @@ def local_grad(where: str, grad: torch.Tensor, param: torch.Tensor) -> torch.Ten
 
 def wrap_like(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """A DTensor of ``param``'s shape, mesh and placements around a local tensor of any dtype."""
-    return _wrap(local, param, param.placements, param.shape, param.stride())
+    return _wrap(local, param, tuple(param.placements), param.shape, param.stride())
 
 
-def _wrap(local: torch.Tensor, param: torch.Tensor, placements: Any, shape: Any, stride: Any) -> torch.Tensor:
-    made = type(param).from_local if hasattr(type(param), "from_local") else _class().from_local
-    return made(local, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+def _wrap(
+    local: torch.Tensor, param: torch.Tensor, placements: tuple[Any, ...], shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """As DTensor.from_local, which would move parts that are offloaded to the host to the mesh's device."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-
-def _class() -> Any:
-    return sys.modules["torch.distributed.tensor"].DTensor
+    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+    spec = DTensorSpec(param.device_mesh, placements, tensor_meta=meta)
+    return sys.modules["torch.distributed.tensor"].DTensor(local, spec, requires_grad=False)
 
 
 # ---- states ---------------------------------------------------------------------------------------------------
@@ -208,6 +211,8 @@ class Spread:
 
     def is_counted_here(self) -> bool:
         """Whether this process counts its elements: of those that hold the same ones the first does."""
+        if not self.replicated:
+            return True
         coordinate = self.mesh.get_coordinate()
         return coordinate is not None and all(coordinate[dim] == 0 for dim in self.replicated)
 
@@ -229,35 +234,43 @@ def check_spread(where: str, tensor: torch.Tensor) -> None:
         )
 
 
-def meshes_of(tensors: Iterable[torch.Tensor]) -> list[DeviceMesh]:
-    """Every mesh that a tensor lies on and this process is part of, in the order of the tensors."""
+class Peers(NamedTuple):
+    """The processes of a mesh."""
+
+    mesh: DeviceMesh
+    groups: tuple[ProcessGroup, ...]
+    """Whose reductions, one after the other, cover the mesh."""
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Peers:
+        """In a single group if the mesh is all processes; groups are never made here."""
+        from torch import distributed
+
+        if mesh.ndim > 1 and mesh.size() == distributed.get_world_size():
+            world = distributed.group.WORLD
+            if mesh.device_type in {device.type for device in getattr(world, "_device_types", ())}:
+                return cls(mesh, (world,))
+        return cls(mesh, tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1))
+
+
+def peers_of(tensors: Iterable[torch.Tensor]) -> list[Peers]:
+    """Of every mesh that a tensor lies on and this process is part of, in the order of the tensors."""
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
-    return [mesh for mesh in meshes if mesh.get_coordinate() is not None]
+    return [Peers.of(mesh) for mesh in meshes if mesh.get_coordinate() is not None]
 
 
 # ---- sums over a mesh -----------------------------------------------------------------------------------------
 
 
-def _groups(mesh: DeviceMesh) -> list[ProcessGroup]:
-    """The groups whose reductions, one after the other, cover the mesh: a single one if the mesh is all processes."""
-    from torch import distributed
-
-    if mesh.ndim > 1 and mesh.size() == distributed.get_world_size():
-        world = distributed.group.WORLD
-        if mesh.device_type in {device.type for device in getattr(world, "_device_types", ())}:
-            return [world]
-    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-
-
-def _all_reduce(values: torch.Tensor, op: Any, mesh: DeviceMesh) -> torch.Tensor:
+def _all_reduce(values: torch.Tensor, op: Any, peers: Peers) -> torch.Tensor:
     """Over all processes of the mesh, in place where ``values`` are where the mesh's processes communicate."""
     from torch import distributed
 
-    device = values.device
+    mesh, device = peers.mesh, values.device
     if device.type != mesh.device_type:  # parameters that are offloaded to the host
         values = values.to(mesh.device_type)
     try:
-        for group in _groups(mesh):
+        for group in peers.groups:
             distributed.all_reduce(values, op, group=group)
     except RuntimeError as error:
         raise RuntimeError(
@@ -289,7 +302,7 @@ def _combine(rows: torch.Tensor, is_max: bool) -> torch.Tensor:
 
 def reduce_norm(
     shares: Sequence[tuple[Spread | None, torch.Tensor]],
-    meshes: Sequence[DeviceMesh],
+    peers: Sequence[Peers],
     hook: NormReduce | None,
     norm_type: float,
     home: torch.device,
@@ -297,7 +310,7 @@ def reduce_norm(
     """What the gradients of all processes add up to. Waits for nothing if all devices are GPUs.
 
     shares: of this process, by spread: float64 ``(2,)``, Σ|g|^p or max |g| and the number of non-finite findings; may
-    be overwritten. meshes: of all parameters, with gradients or without: the other processes wait for this one there.
+    be overwritten. peers: of all parameters, with gradients or without: the other processes wait for this one there.
     hook: combines the sums of all meshes with other processes'. home: where the result is wanted.
 
     Returns:
@@ -308,13 +321,14 @@ def reduce_norm(
     """
     is_max = norm_type == float("inf")
     rows = [share.to(home) for spread, share in shares if spread is None]
-    for mesh in meshes:
-        own = [_counted(spread, share, is_max).to(home) for spread, share in shares if spread and spread.mesh == mesh]
+    for each in peers:
+        own = [_counted(spread, share, is_max) for spread, share in shares if spread and spread.mesh == each.mesh]
+        own = [share.to(home) for share in own]
         if not own:
             own = [torch.zeros(2, dtype=torch.float64, device=home)]
         sums = own[0] if len(own) == 1 else _combine(torch.stack(own), is_max)
         wire, op = _to_wire(sums, is_max)
-        rows.append(_from_wire(_all_reduce(wire, op, mesh), is_max))
+        rows.append(_from_wire(_all_reduce(wire, op, each), is_max))
     if not rows:
         rows = [torch.zeros(2, dtype=torch.float64, device=home)]
     gathered = rows[0].view(1, 2) if len(rows) == 1 else torch.stack(rows)
@@ -346,9 +360,7 @@ def home_of(groups: Iterable[Mapping[str, Any]]) -> torch.device:
 # ---- agreement ------------------------------------------------------------------------------------------------
 
 
-def check_agreement(
-    where: str, meshes: Sequence[DeviceMesh], options: str, params: Sequence[tuple[DeviceMesh, str]]
-) -> None:
+def check_agreement(where: str, peers: Sequence[Peers], options: str, params: Sequence[tuple[DeviceMesh, str]]) -> None:
     """Whether all processes of each mesh step with the same DTensors and options. Waits for them.
 
     options, params: in words; params with their meshes.
@@ -359,40 +371,40 @@ def check_agreement(
     """
     from torch.distributed import ReduceOp
 
-    for mesh in meshes:
-        own = [options, *(text for other, text in params if other == mesh)]
+    for each in peers:
+        own = [options, *(text for mesh, text in params if mesh == each.mesh)]
         # 48 bits: float64 holds them exactly, and every backend reduces that dtype.
         digest = int.from_bytes(hashlib.sha256("\n".join(own).encode()).digest()[:6], "little")
-        ends = torch.tensor([digest, -digest], dtype=torch.float64, device=mesh.device_type)
-        highest, lowest = _all_reduce(ends, ReduceOp.MAX, mesh).tolist()
+        ends = torch.tensor([digest, -digest], dtype=torch.float64, device=each.mesh.device_type)
+        highest, lowest = _all_reduce(ends, ReduceOp.MAX, each).tolist()
         if highest != -lowest:
-            _explain(where, mesh, own)
+            _explain(where, each, own)
 
 
-def _explain(where: str, mesh: DeviceMesh, own: list[str]) -> None:
+def _explain(where: str, peers: Peers, own: list[str]) -> None:
     """Raises ValueError with the first line in which a process of the mesh differs from this one."""
     from torch import distributed
 
-    for group in _groups(mesh):
+    for group in peers.groups:
         everyone: list[Any] = [None] * distributed.get_world_size(group)
         distributed.all_gather_object(everyone, own, group=group)
         for rank, other in enumerate(everyone):
             for here, there in zip_longest(own, other, fillvalue="nothing more"):
                 if here != there:
                     raise ValueError(
-                        f"{where}: the processes of {mesh} disagree: this one has [{here}], process "
+                        f"{where}: the processes of {peers.mesh} disagree: this one has [{here}], process "
                         f"{distributed.get_global_rank(group, rank)} has [{there}], expected the same in all; build "
                         "the same model and optimizer in every process. Nothing has been updated"
                     )
     raise ValueError(
-        f"{where}: some processes of {mesh} disagree about parameters or options, expected the same in all; build the "
-        "same model and optimizer in every process. Nothing has been updated"
+        f"{where}: some processes of {peers.mesh} disagree about parameters or options, expected the same in all; "
+        "build the same model and optimizer in every process. Nothing has been updated"
     )
 
 
-def reduce_flag(flag: torch.Tensor, meshes: Sequence[DeviceMesh]) -> None:
+def reduce_flag(flag: torch.Tensor, peers: Sequence[Peers]) -> None:
     """Sets a float32 flag of one element wherever it is set in some process of the meshes."""
     from torch.distributed import ReduceOp
 
-    for mesh in meshes:
-        flag.copy_(_all_reduce(flag, ReduceOp.MAX, mesh))
+    for each in peers:
+        flag.copy_(_all_reduce(flag, ReduceOp.MAX, each))

@@ -139,8 +139,8 @@ class OptimizerPlan:
     """Where the plan is for one parameter."""
     has_complex: bool = False
     """Whether a complex parameter has had a gradient."""
-    meshes: list[Any] = field(default_factory=list)
-    """On which DTensors among the parameters lie."""
+    peers: list[sharding.Peers] = field(default_factory=list)
+    """Of the meshes on which DTensors among the parameters lie."""
 
     @classmethod
     def make(
@@ -224,7 +224,7 @@ class OptimizerPlan:
         plan.watch.remember_flags(optimizer.rule_keys, groups)
         plan.has_complex = any(each.param.is_complex() for each in active)
         plan.copies = [(each.local, each.dense) for each in active if each.dense is not each.local]
-        plan.meshes = sharding.meshes_of(each.param for each in tracked)
+        plan.peers = sharding.peers_of(each.param for each in tracked)
         return plan
 
     def refresh(self, optimizer: torch.optim.Optimizer) -> bool:

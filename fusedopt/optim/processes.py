@@ -22,14 +22,14 @@ def processes_of(optimizer: FusedOptimizer, plan: OptimizerPlan) -> passes.Proce
     The first time, the processes of each mesh find out whether they have the same parameters and options: raises as
     ``sharding.check_agreement``, and waits for them.
     """
-    if not plan.meshes and optimizer.norm_reduce is None:
+    if not plan.peers and optimizer.norm_reduce is None:
         return None
     if not optimizer._agreed:
         options = ", ".join(f"{key}={getattr(optimizer, key)}" for key in _ALIKE)
         where = f"{type(optimizer).__name__}.step"
-        sharding.check_agreement(where, plan.meshes, options, plan.description())
+        sharding.check_agreement(where, plan.peers, options, plan.description())
         optimizer._agreed = True
-    return passes.Processes(plan.meshes, optimizer.norm_reduce)
+    return passes.Processes(plan.peers, optimizer.norm_reduce)
 
 
 def join_norm(optimizer: FusedOptimizer, plan: OptimizerPlan) -> None:

@@ -32,7 +32,7 @@ def repetition_of(
     if plan.copies or scalars is not optimizer._scalars or not _C.has_torch_functions():
         return None
     processes = processes_of(optimizer, plan) if "norm" in names else None
-    if len(plan.tables) > 1 and not plan.meshes:
+    if len(plan.tables) > 1 and not plan.peers:
         return None
     tables = plan.tables[0]
     alone = len(plan.tables) == 1 and processes is None

@@ -15,7 +15,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusedopt
-from fusedopt import sharding
+from fusedopt import backends, sharding
 
 SHAPES = [(7, 5), (1, 3), (16,), (3, 2, 4), (513,), ()]
 """Over two or four processes: uneven, empty in some, even, of three dimensions, none."""
@@ -121,11 +121,16 @@ def maximum_norm(ctx):
             assert norm.isnan() if bad != bad else norm == bad
 
 
+def is_available(device, name) -> bool:
+    try:
+        return backends.for_device(device, name) is not None
+    except RuntimeError:
+        return False
+
+
 def every_backend(ctx):
     """Each takes the parts of the norm, reduces, and finishes."""
-    names = [name for name, each in fusedopt.backends().items() if each.available]
-    names = [name for name in names if (name == "cpu") == (ctx.device.type == "cpu") or name in ("reference", "triton")]
-    for name in names:
+    for name in filter(functools.partial(is_available, ctx.device), backends.NAMES):
         for norm_type in (2.0, float("inf")):
             pair = Pair(ctx, ctx.mesh(), mixed()[:4], max_grad_norm=1.0, norm_type=norm_type, backend=name)
             for step in range(2):
