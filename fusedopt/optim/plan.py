@@ -255,14 +255,17 @@ class OptimizerPlan:
         self.grads.append(grad)
         bucket.table.set_grad(slot, grad.data_ptr() or 2)
 
-    def description(self) -> list[tuple[Any, str]]:
+    def description(self, groups: list[dict]) -> list[tuple[Any, str]]:
         """Of each DTensor: its mesh, and what must be the same in all processes of the mesh."""
         described = []
         for each in self.tracked:
             if each.is_sharded:
                 where, param = each.where.partition(": ")[2], each.param
                 text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, rule {each.rule.name}"
-                described.append((param.device_mesh, f"{text}, format {each.param_format.name}"))
+                # Copies of the same elements are rounded alike only with the same random bits.
+                seed = groups[each.group].get("seed") if sharding.spread_of(param).replicated else None
+                text += f", format {each.param_format.name}" + ("" if seed is None else f", seed {seed}")
+                described.append((param.device_mesh, text))
         return described
 
     def bump_versions(self) -> None:

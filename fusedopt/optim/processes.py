@@ -27,7 +27,7 @@ def processes_of(optimizer: FusedOptimizer, plan: OptimizerPlan) -> passes.Proce
     if not optimizer._agreed:
         options = ", ".join(f"{key}={getattr(optimizer, key)}" for key in _ALIKE)
         where = f"{type(optimizer).__name__}.step"
-        sharding.check_agreement(where, plan.peers, options, plan.description())
+        sharding.check_agreement(where, plan.peers, options, plan.description(optimizer.param_groups))
         optimizer._agreed = True
     return passes.Processes(plan.peers, optimizer.norm_reduce)
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 from processes import Context, free_port, join
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fusedopt
 
@@ -64,7 +64,16 @@ def other_options(ctx: Context) -> dict:
     return step_that_fails(*stepper(ctx, norm_type=2.0 if ctx.rank else 1.0))
 
 
-SCENARIOS = [died, late, more_parameters, other_options]
+def other_seeds(ctx: Context) -> dict:
+    """Of random bits for a parameter that both processes hold."""
+    part = DTensor.from_local(torch.ones(4, dtype=torch.bfloat16), ctx.mesh(), [Replicate()], run_check=False)
+    param = torch.nn.Parameter(part)
+    param.grad = DTensor(torch.ones_like(param.to_local()), param._spec, requires_grad=False)
+    opt = fusedopt.AdamW([param], stochastic_rounding=True, seed=ctx.rank, nonfinite="skip")
+    return step_that_fails([param], opt)
+
+
+SCENARIOS = [died, late, more_parameters, other_options, other_seeds]
 
 
 def main(out: str) -> None:

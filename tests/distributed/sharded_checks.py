@@ -372,6 +372,26 @@ def not_in_place(ctx):
     partial_sums(ctx)
 
 
+def released_gradients(ctx):
+    """Parameters that are updated in the backward pass, as it is without release."""
+    updated = []
+    for release in (False, True):
+        params = [
+            torch.nn.Parameter(spread(full(shape, i, device=ctx.device), ctx.mesh(), [Shard(0)]))
+            for i, shape in enumerate(SHAPES[:3])
+        ]
+        opt = fusedopt.AdamW(params, lr=0.1)
+        if release:
+            opt.release_gradients()
+        for _ in range(3):
+            sum((p * p).sum() for p in params).backward()
+            assert (params[0].grad is None) is release
+            opt.step()
+            opt.zero_grad()
+        updated.append([p.to_local().detach() for p in params])
+    assert_same_bits(*updated)
+
+
 def versions(ctx):
     """Autograd is told of the write, of the DTensor and of its part."""
     pair = Pair(ctx, ctx.mesh(), all_sharded(), max_grad_norm=1.0)
@@ -399,6 +419,15 @@ def checkpoints_of_one_process(ctx):
             assert_same_bits(p._local_tensor.detach(), q._local_tensor.detach())
             for key, value in pair.opt.state[q].items():
                 assert_same_bits(whole_of(twin.opt.state[p][key]), whole_of(value))
+    exported = pair.opt.torch_state_dict()  # of 8-bit states
+    for p, entry in zip(pair.sharded, exported["state"].values()):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert entry[key].dtype == torch.float32 and entry[key].placements == p.placements
+            assert entry[key].shape == p.shape
+    torch.optim.AdamW(pair.sharded).load_state_dict(exported)
+    numel = sum(p.to_local().numel() for p in pair.sharded)
+    summary = pair.opt.memory_summary()
+    assert (summary.numel, summary.bytes["param"], summary.bytes["states"]) == (numel, 4 * numel, 2 * numel)
     with pytest.raises(ValueError, match="plain tensor"):
         saved = pair.opt.state_dict()
         saved["state"] = {i: {k: whole_of(v) for k, v in e.items()} for i, e in saved["state"].items()}
@@ -442,6 +471,7 @@ CHECKS = [
     "partial_sums",
     "bad_gradients",
     "repeated_steps",
+    "released_gradients",
     "versions",
     "checkpoints_of_one_process",
     "local_blocks_and_noise",

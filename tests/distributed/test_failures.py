@@ -36,7 +36,8 @@ def test_a_process_that_does_not_come(scenario, told):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("scenario", "words"), [("more_parameters", "nothing more"), ("other_options", "norm_type=1.0")]
+    ("scenario", "words"),
+    [("more_parameters", "nothing more"), ("other_options", "norm_type=1.0"), ("other_seeds", "seed 1")],
 )
 def test_processes_that_disagree(scenario, words, rank, told):
     """Every process says so, in its first step."""
