@@ -35,6 +35,7 @@ SOURCES = [
     "csrc/cpu/passes.cpp",
     "csrc/host/given_scalar.cpp",
     "csrc/host/repeated_step.cpp",
+    "csrc/host/shard.cpp",
     "csrc/host/tensor_layout.cpp",
     "csrc/host/threads.cpp",
     "csrc/host/cuda_driver.cpp",

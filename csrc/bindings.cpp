@@ -13,6 +13,7 @@
 #include "host/cuda_driver.h"
 #include "host/hypers.h"
 #include "host/repeated_step.h"
+#include "host/shard.h"
 #include "host/table.h"
 #include "host/tensor_layout.h"
 #include "host/watch.h"
@@ -282,6 +283,7 @@ before anything is written. tests/fuzz holds it to that.)";
   m.def("rules", &rules, "What csrc/rules/all.h lists.");
   m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
   m.def("has_tensor_layout", [] { return tensor_layout() != nullptr; }, "Whether tensors are read in place.");
+  m.def("has_shard_layout", [] { return shard_layout() != nullptr; }, "Whether DTensors are read in place.");
   m.def("has_torch_functions", &has_torch_functions, "Whether tensors are read through torch's own C functions.");
 
   py::class_<Table>(m, "Table")
@@ -322,7 +324,9 @@ before anything is written. tests/fuzz holds it to that.)";
   py::class_<Watch>(m, "Watch", py::custom_type_setup(&make_collectable<Watch>))
       .def(py::init<>())
       .def("add", &Watch::add, py::arg("param"), py::arg("as_seen"), py::arg("group"), py::arg("grad_dtype"),
-           py::arg("table"), py::arg("slot"), py::arg("has_main_grad"), py::arg("held") = nullptr)
+           py::arg("table"), py::arg("slot"), py::arg("has_main_grad"), py::arg("held") = nullptr,
+           py::arg("local") = py::none())
+      .def("know_spec", &Watch::know_spec, py::arg("row"), py::arg("spec"))
       .def("remember_state", &Watch::remember_state)
       .def("remember_flags", &Watch::remember_flags)
       .def("refresh", &Watch::refresh, py::arg("param_groups"), py::arg("state"), py::arg("relayout"),

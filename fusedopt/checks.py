@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .sharding import check_spread, is_sharded, local_of
 from .specs import COMPLEX_DTYPES, DTYPES, NORM_TYPES
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "check_dense",
     "check_grad",
     "check_hyperparameters",
+    "check_norm_reduce",
     "check_param",
     "check_params",
     "overlaps",
@@ -89,6 +91,16 @@ def check_clipping(where: str, max_grad_norm: Any, norm_type: Any, max_grad_valu
         raise ValueError(f"{where}: got nonfinite={nonfinite!r}, expected one of {NONFINITE}; choose one of them")
 
 
+def check_norm_reduce(where: str, norm_reduce: Any) -> Any:
+    """As it is; TypeError if it cannot be called."""
+    if norm_reduce is not None and not callable(norm_reduce):
+        raise TypeError(
+            f"{where}: norm_reduce is a {type(norm_reduce).__name__}, expected a function of (sums, op); pass "
+            "functools.partial(torch.distributed.all_reduce, group=…)"
+        )
+    return norm_reduce
+
+
 def check_complex_clipping(where: str, max_grad_value: float | None, norm_type: float | None) -> None:
     """TypeError and ValueError for what complex gradients cannot have: limits, and norms other than of order 2.
 
@@ -132,7 +144,8 @@ def check_dense(where: str, tensor: Any, written: bool = True) -> None:
     if tensor.numel() and not tensor.data_ptr():
         raise TypeError(
             f"{where} is a {type(tensor).__name__} on '{tensor.device}' without memory of its own, expected a plain "
-            "tensor with data; for sharded parameters (DTensor) use torch.optim"
+            "tensor with data; of a sharded one (DTensor) pass its .to_local(), or use an optimizer's step, of "
+            "fusedopt or torch.optim"
         )
     if written and overlaps(tensor):
         raise ValueError(
@@ -141,18 +154,22 @@ def check_dense(where: str, tensor: Any, written: bool = True) -> None:
         )
 
 
-def check_param(where: str, param: Any) -> None:
-    """As ``check_dense``, and a leaf."""
-    check_dense(where, param)
+def check_param(where: str, param: Any, sharded: bool = False) -> None:
+    """As ``check_dense``, and a leaf. sharded: a DTensor will do, if it holds no partial sums (else ValueError)."""
+    if sharded and is_sharded(param):
+        check_spread(where, param)
+        check_dense(where, local_of(param))
+    else:
+        check_dense(where, param)
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{where} is not a leaf, expected a leaf tensor; pass the tensor that it was computed from")
 
 
-def check_params(where: str, params: Iterable[Any]) -> None:
-    """Every one of them, and none twice."""
+def check_params(where: str, params: Iterable[Any], sharded: bool = False) -> None:
+    """Every one of them, as ``check_param``, and none twice."""
     seen: dict[int, int] = {}
     for i, param in enumerate(params):
-        check_param(f"{where}[{i}]", param)
+        check_param(f"{where}[{i}]", param, sharded)
         if id(param) in seen:
             raise ValueError(
                 f"{where}[{i}] is the same parameter as {where}[{seen[id(param)]}], expected each once; "

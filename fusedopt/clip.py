@@ -2,6 +2,9 @@
 
 Norms are accumulated so that they are finite whenever the gradients are and the result fits its dtype; torch sums in
 the gradients' own dtype, where a float16 norm of 1e5 becomes inf.
+
+Of DTensors the whole is meant: their norm takes one all-reduce of a few numbers over their mesh, so every process of it
+must make the call. Each process' part is written in place.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from torch.autograd.graph import increment_version
 
 from . import passes
 from .backends import for_device
-from .checks import check_clipping, check_complex_clipping, check_dense
+from .checks import check_clipping, check_complex_clipping, check_dense, check_norm_reduce
 from .plan import DeviceTables, TensorRow, is_dense
+from .sharding import NormReduce, check_spread, dense_local, home_of, peers_of, reduce_flag, spread_of
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "unscale_grads_"]
 
@@ -27,25 +31,29 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    norm_reduce: NormReduce | None = None,
 ) -> torch.Tensor:
     """Norm of all elements of all tensors together.
 
     Args:
-        tensors: any shapes, layouts and supported dtypes.
+        tensors: any shapes, layouts and supported dtypes; DTensors without partial sums.
         norm_type: 1, 2 or inf; only 2 for complex tensors.
         error_if_nonfinite: raise RuntimeError if the norm is inf or NaN; this waits for the device.
         foreach: accepted for torch's sake.
+        norm_reduce: combines the sums with processes that hold other tensors; see :class:`FusedOptimizer`.
 
     Returns:
-        0-dim tensor on the first tensor's device: float64 if any tensor is that or complex128, else float32.
+        0-dim plain tensor on the first tensor's device: float64 if any tensor is that or complex128, else float32.
     """
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     check_clipping("get_total_norm", None, norm_type, None, "propagate")
+    processes = _processes("get_total_norm", tensors, norm_reduce)
     if not tensors:
-        return torch.tensor(0.0)
+        return _join_norm("get_total_norm", float(norm_type), processes, error_if_nonfinite)
     scalars = passes.StepScalars(norm_type=float(norm_type))
     tables, dense = _begin("get_total_norm", tensors, scalars, ("norm",))
-    total_norm = _take_norm("get_total_norm", tensors, tables, error_if_nonfinite)
+    total_norm = _take_norm("get_total_norm", tensors, tables, error_if_nonfinite, scalars.norm_type, processes)
     del dense  # not earlier: the pass reads these copies
     return total_norm
 
@@ -57,29 +65,35 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    norm_reduce: NormReduce | None = None,
 ) -> torch.Tensor:
     """Scales all gradients in place so that their total norm is at most ``max_norm``.
 
     Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``; where that is 1 their memory is not touched.
 
     Args:
-        parameters: whose ``.grad`` to clip; those without one are passed over.
+        parameters: whose ``.grad`` to clip; those without one are passed over. Gradients that are DTensors must hold no
+            partial sums.
         max_norm: > 0.
         norm_type: 1, 2 or inf; only 2 for complex gradients.
         error_if_nonfinite: raise RuntimeError, before any gradient is written, if the norm is inf or NaN; this waits
             for the device.
         foreach: accepted for torch's sake.
+        norm_reduce: as in ``get_total_norm``.
 
     Returns:
-        The norm before clipping, 0-dim: float64 if any gradient is that or complex128, else float32.
+        The norm before clipping, a 0-dim plain tensor: float64 if any gradient is that or complex128, else float32.
     """
     check_clipping("clip_grad_norm_", max_norm, norm_type, None, "propagate")
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    processes = _processes("clip_grad_norm_", parameters, norm_reduce)
     grads = _grads(parameters)
     if not grads:
-        return torch.tensor(0.0)
+        return _join_norm("clip_grad_norm_", float(norm_type), processes, error_if_nonfinite)
     scalars = passes.StepScalars(max_grad_norm=float(max_norm), norm_type=float(norm_type))
     tables, dense = _begin("clip_grad_norm_", grads, scalars, ("norm", "scale"))
-    total_norm = _take_norm("clip_grad_norm_", grads, tables, error_if_nonfinite)
+    total_norm = _take_norm("clip_grad_norm_", grads, tables, error_if_nonfinite, scalars.norm_type, processes)
     passes.scale(tables)
     _write_back(grads, dense)
     return total_norm
@@ -114,8 +128,9 @@ def unscale_grads_(
             NaN and else left as it is; made if not given.
 
     Returns:
-        ``found_inf``, 0-dim float32 on the device of the first gradient.
+        ``found_inf``, 0-dim float32 on the device of the first gradient; of DTensors in all processes of their mesh.
     """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = _grads(parameters)
     home = grads[0].device if grads else torch.device("cpu")
     if found_inf is None:
@@ -136,6 +151,7 @@ def unscale_grads_(
         _write_back(own, dense)
         if flag is not found_inf:
             found_inf.copy_(torch.maximum(found_inf, flag.to(home).reshape(found_inf.shape)))
+    reduce_flag(found_inf, peers_of(parameters))
     return found_inf
 
 
@@ -147,10 +163,32 @@ def _grads(parameters: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tens
     return [param.grad for param in parameters if param.grad is not None]
 
 
+def _processes(where: str, tensors: Sequence[torch.Tensor], norm_reduce: NormReduce | None) -> passes.Processes | None:
+    """With which others the norm is taken; None where there are none."""
+    peers = peers_of(tensors)
+    if not peers and check_norm_reduce(where, norm_reduce) is None:
+        return None
+    return passes.Processes(peers, norm_reduce)
+
+
+def _join_norm(
+    where: str, norm_type: float, processes: passes.Processes | None, error_if_nonfinite: bool
+) -> torch.Tensor:
+    """The norm where this process has nothing of it."""
+    if processes is None:
+        return torch.tensor(0.0)
+    total = passes.join_norm(home_of([]), norm_type, processes)
+    return _checked_norm(where, total, error_if_nonfinite)
+
+
 def _begin(
     where: str, tensors: Sequence[torch.Tensor], scalars: passes.StepScalars, which: tuple[str, ...], out: int = 0
 ) -> tuple[list[DeviceTables], list[torch.Tensor]]:
     """Tables over the tensors, ready for the passes, and the dense tensors (copies of those with gaps) they hold."""
+    spreads = [spread_of(tensor) for tensor in tensors]
+    for i, tensor in enumerate(tensors):
+        check_spread(f"{where}: tensor {i}", tensor)
+    tensors = [dense_local(tensor) for tensor in tensors]
     for i, tensor in enumerate(tensors):
         check_dense(f"{where}: tensor {i}", tensor, written="scale" in which)
     if any(tensor.is_complex() for tensor in tensors):
@@ -158,7 +196,8 @@ def _begin(
     for device in {tensor.device for tensor in tensors}:
         for_device(device)
     dense = [t if is_dense(t) else torch.empty_like(t, requires_grad=False).copy_(t) for t in tensors]
-    tables, places = _tables.get([TensorRow(t.numel(), t.device, t.dtype) for t in dense])
+    rows = [TensorRow(t.numel(), t.device, t.dtype, spread=spread) for t, spread in zip(dense, spreads)]
+    tables, places = _tables.get(rows)
     for (bucket, slot), tensor in zip(places, dense):
         bucket.table.set_grad(slot, tensor.data_ptr() or 2)
     passes.begin(tables, scalars, which, nonfinite_out=out)
@@ -166,12 +205,20 @@ def _begin(
 
 
 def _take_norm(
-    where: str, tensors: Sequence[torch.Tensor], tables: Sequence[DeviceTables], error_if_nonfinite: bool
+    where: str,
+    tensors: Sequence[torch.Tensor],
+    tables: Sequence[DeviceTables],
+    error_if_nonfinite: bool,
+    norm_type: float,
+    processes: passes.Processes | None,
 ) -> torch.Tensor:
-    passes.norm(tables)
+    passes.norm(tables, norm_type, processes)
     control = next(table.control for table in tables if table.device == tensors[0].device)
     wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
-    total_norm = (control.total_norm64 if wide else control.total_norm).clone()
+    return _checked_norm(where, (control.total_norm64 if wide else control.total_norm).clone(), error_if_nonfinite)
+
+
+def _checked_norm(where: str, total_norm: torch.Tensor, error_if_nonfinite: bool) -> torch.Tensor:
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(
             f"{where}: the total norm is {float(total_norm)}, expected a finite one; "
@@ -181,7 +228,8 @@ def _take_norm(
 
 
 def _write_back(tensors: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> None:
-    for tensor, used in zip(tensors, dense):
-        if used is not tensor:
-            tensor.copy_(used)
-    increment_version(tensors)
+    locals_ = [dense_local(tensor) for tensor in tensors]
+    for local, used in zip(locals_, dense):
+        if used is not local:
+            local.copy_(used)
+    increment_version([*tensors, *(local for local, tensor in zip(locals_, tensors) if local is not tensor)])

@@ -12,9 +12,21 @@ import torch
 from . import _C
 from .backends import for_device, wanted
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
+from .sharding import NormReduce, Peers, reduce_norm
 from .specs import NORM_TYPES
 
-__all__ = ["StepScalars", "TablesCache", "accumulate", "begin", "norm", "prepare", "run_update", "scale"]
+__all__ = [
+    "Processes",
+    "StepScalars",
+    "TablesCache",
+    "accumulate",
+    "begin",
+    "join_norm",
+    "norm",
+    "prepare",
+    "run_update",
+    "scale",
+]
 
 
 _INFINITY = float("inf")
@@ -131,17 +143,40 @@ def _already_told(device: DeviceTables, told: tuple[StepScalars, tuple[str, ...]
     return False
 
 
-def norm(tables: Sequence[DeviceTables]) -> None:
-    """The total norm over all devices into the ``control`` of each. Waits for nothing if all devices are GPUs."""
-    if len(tables) == 1:
+class Processes(NamedTuple):
+    """With which other processes a norm is taken."""
+
+    peers: Sequence[Peers] = ()
+    """Of all tensors, with gradients or without: see ``sharding.reduce_norm``."""
+    hook: NormReduce | None = None
+
+
+def norm(tables: Sequence[DeviceTables], norm_type: float = 2.0, processes: Processes | None = None) -> None:
+    """The total norm over all devices into the ``control`` of each. Waits for nothing if all devices are GPUs.
+
+    processes: where other processes have shares in it.
+    """
+    if len(tables) == 1 and processes is None:
         tables[0].backend.norm(tables[0], finalize=True)
         return
     for device in tables:
         device.backend.norm(device, finalize=False)
+    shares = [(device.spread, device.control.local_sums) for device in tables]
+    gathered = reduce_norm(shares, *(processes or Processes()), norm_type, tables[0].device)
     for device in tables:
-        gathered = torch.stack([other.control.local_sums.to(device.device) for other in tables])
-        device.keep_alive.append(gathered)
-        device.backend.finalize_norm(device, gathered)
+        here = gathered.to(device.device)
+        device.keep_alive.append(here)
+        device.backend.finalize_norm(device, here)
+
+
+def join_norm(device: torch.device, norm_type: float, processes: Processes) -> torch.Tensor:
+    """The part in other processes' norm of one that has no gradient itself; returns their norm, 0-dim float32.
+
+    device: where processes communicate.
+    """
+    sums = reduce_norm((), *processes, norm_type, device)[:, 0]
+    total = sums.max() if norm_type == _INFINITY else sums.sum()
+    return (total.sqrt() if norm_type == 2.0 else total).float()
 
 
 def run_update(tables: Sequence[DeviceTables]) -> None:
@@ -188,4 +223,4 @@ class TablesCache:
 
     @staticmethod
     def _key(row: TensorRow) -> tuple:
-        return (row.device, row.numel, row.key, *(tensor.data_ptr() for tensor in row.tensors))
+        return (row.device, row.spread, row.numel, row.key, *(tensor.data_ptr() for tensor in row.tensors))

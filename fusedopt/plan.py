@@ -16,6 +16,7 @@ import torch
 
 from . import _C
 from .control import Control
+from .sharding import Spread
 from .specs import COMPLEX_DTYPES, DTYPES, ParamFormatSpec, RuleSpec, StateFormatSpec
 
 __all__ = [
@@ -98,6 +99,8 @@ class TensorRow:
     group: int = 0
     id: int = 0
     """Of the parameter in its optimizer, for random numbers."""
+    spread: Spread | None = None
+    """Over which processes the whole tensor lies, of which this is the local part; None where it is all here."""
 
     def __post_init__(self) -> None:
         if self.grad_dtype.is_complex:
@@ -165,10 +168,17 @@ class Bucket:
 
 
 class DeviceTables:
-    """All buckets of one device, with the hyper-parameters and the results of its passes."""
+    """All buckets of one device and one spread over processes (mostly there is one), with hyper-parameters and results.
 
-    def __init__(self, device: torch.device, backend: ModuleType, control: Control | None = None) -> None:
+    Results are those of its passes; the norm's are the same in all tables of a step.
+    """
+
+    def __init__(
+        self, device: torch.device, backend: ModuleType, control: Control | None = None, spread: Spread | None = None
+    ) -> None:
         self.device = device
+        self.spread = spread
+        """Of all its tensors."""
         self.backend = backend
         """Of ``fusedopt.backends``: what runs the passes."""
         self.buckets: list[Bucket] = []
@@ -253,20 +263,23 @@ def build_tables(
     backend_of: Callable[[torch.device], ModuleType],
     controls: dict[torch.device, Control] | None = None,
 ) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
-    """Sorts rows by device, rule and formats. Returns the tables, and each row's bucket and slot.
+    """Sorts rows by device, spread, rule and formats. Returns the tables, and each row's bucket and slot.
 
     backend_of: what runs the passes on a device.
-    controls: where each device's results go; devices that it lacks are added. By default new ones.
+    controls: where each device's results go; devices that it lacks are added. By default new ones. Further tables of a
+        device, for other spreads, have one of their own, with the same results.
     """
     controls = {} if controls is None else controls
-    by_device: dict[torch.device, list[int]] = {}
+    by_device: dict[tuple[torch.device, Spread | None], list[int]] = {}
     for i, row in enumerate(rows):
-        by_device.setdefault(row.device, []).append(i)
+        by_device.setdefault((row.device, row.spread), []).append(i)
     tables, places = [], [None] * len(rows)
-    for device, indices in by_device.items():
+    for (device, spread), indices in by_device.items():
         if device not in controls:
             controls[device] = Control(device)
-        table = DeviceTables(device, backend_of(device), controls[device])
+        is_first = all(table.device != device for table in tables)
+        control = controls[device] if is_first else Control(device)
+        table = DeviceTables(device, backend_of(device), control, spread)
         for i, place in zip(indices, table.add(rows[i] for i in indices)):
             places[i] = place
         tables.append(table)

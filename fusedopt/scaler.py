@@ -25,8 +25,9 @@ class GradScaler(torch.amp.GradScaler):
     After ``unscale_(optimizer)``, which writes the gradients as torch's does, the step only takes over what was found.
     Other optimizers are served in torch's way. Constructor, ``scale``, ``update``, checkpoints and errors are torch's.
 
-    What is found holds for this process: where ranks have different gradients (FSDP), it must be combined over them,
-    as ``torch.distributed.fsdp.sharded_grad_scaler`` does.
+    What is found holds for all processes of the meshes that DTensor parameters lie on (FSDP2), and for those that the
+    optimizer's ``norm_reduce`` combines. For plain tensors that differ between processes (FSDP1), without it, it holds
+    for this process alone.
     """
 
     @functools.wraps(torch.amp.GradScaler.__init__)

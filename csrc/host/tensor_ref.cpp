@@ -316,6 +316,16 @@ TensorRef::Grad TensorRef::read_grad(const void* found, TensorInfo& info) const 
   return read_through(f, &found, info) ? Grad::kDense : Grad::kOther;
 }
 
+bool TensorRef::has_grad(const void* found) const {
+  if (!impl_) return !py::handle(object_).attr("grad").is_none();
+  return found != torch_functions()->undefined;
+}
+
+bool TensorRef::read_impl(const void* impl, TensorInfo& info) {
+  Tensor tensor = const_cast<void*>(impl);
+  return read_through(*torch_functions(), &tensor, info);
+}
+
 bool TensorRef::bump_version() const {
   if (!impl_) return false;
   torch_functions()->bump_version(impl_);

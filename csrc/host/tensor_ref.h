@@ -102,6 +102,9 @@ class TensorRef {
   // In two halves, so that many tensors' gradients can be on their way from memory at once.
   const void* find_grad() const;
   Grad read_grad(const void* found, TensorInfo& info) const;
+  bool has_grad(const void* found) const;  // whether that is a gradient
+  // As `read`, of the c10::TensorImpl of a tensor.
+  static bool read_impl(const void* impl, TensorInfo& info);
   // The address of a gradient that looks as `look`, and has this shape and these strides; null where it does not, or
   // where that cannot be told without asking torch.
   static const void* address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,

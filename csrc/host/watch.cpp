@@ -5,6 +5,7 @@
 #include <string>
 #include <thread>
 
+#include "tensor_layout.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -75,9 +76,10 @@ void Watch::check_row(const TensorInfo& param, const TensorInfo& seen, const Tab
 }
 
 void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dtype, py::object table, int32 slot,
-                bool has_main_grad, std::shared_ptr<Held> held) {
+                bool has_main_grad, std::shared_ptr<Held> held, py::object local) {
   TensorInfo info, seen;
-  const TensorRef ref(param), seen_ref(as_seen);
+  const bool is_shard = !local.is_none();
+  const TensorRef listed(param), ref(is_shard ? local : param), seen_ref(as_seen);
   if (!ref.read(info)) throw py::type_error("Watch.add: param is not a dense tensor");
   const std::vector<int64> shape(info.shape, info.shape + info.ndim);  // borrowed until another tensor is read
   info.shape = shape.data();
@@ -89,9 +91,25 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
     throw py::value_error("Watch.add: got a group before the last row's, expected rows in the order of the groups");
   if (seen.ndim != info.ndim) throw py::value_error("Watch.add: as_seen has other dimensions than param");
   if (rows_table) check_row(info, seen, *rows_table, grad_dtype, slot, held != nullptr);
-  Row row = {ref,       ref.memory(),    GradLook{},    rows_table,       slot,
-             group,     info.dtype,      grad_dtype,    info.device_type, info.device_index,
-             info.ndim, extents_.size(), has_main_grad, std::nullopt,     std::move(held)};
+  Row row = {listed,
+             ref,
+             ref.memory(),
+             GradLook{},
+             rows_table,
+             slot,
+             group,
+             info.dtype,
+             grad_dtype,
+             info.device_type,
+             info.device_index,
+             info.ndim,
+             extents_.size(),
+             has_main_grad,
+             std::nullopt,
+             std::move(held),
+             is_shard,
+             is_shard ? py::object(param.attr("_spec")) : py::none(),
+             py::none()};
   if (has_main_grad) {
     py::object main_grad = param.attr("main_grad");
     if (!main_grad.is_none()) row.main_grad.emplace(main_grad);
@@ -101,9 +119,12 @@ void Watch::add(py::object param, py::object as_seen, int32 group, int32 grad_dt
   extents_.insert(extents_.end(), seen.strides, seen.strides + seen.ndim);
   rows_.push_back(row);
   grads_.push_back(nullptr);
+  shards_.emplace_back();
   relayout_.push_back(false);
+  if (is_shard) note_shard(param.ptr());
   has_main_grads_ = has_main_grads_ || has_main_grad;
   owned_.push_back(std::move(param));
+  owned_.push_back(std::move(local));
   owned_.push_back(std::move(table));
 }
 
@@ -114,8 +135,10 @@ void Watch::remember_state(py::dict state) {
     for (const auto& item : py::reinterpret_borrow<py::dict>(entries)) {
       // Whoever moves the memory of a counter, a view of one tensor for all, moves that of the other state too.
       if (py::isinstance<py::str>(item.first) && item.first.cast<std::string>() == "step") continue;
-      const TensorRef tensor(item.second);
-      if (const Memory memory = tensor.memory(); memory.data) state_tensors_.push_back({tensor, memory});
+      PyObject* const shard = is_shard(item.second) ? item.second.ptr() : nullptr;
+      if (shard) note_shard(shard);
+      const TensorRef tensor(shard ? py::handle(local_of(shard, shard_layout())) : item.second);
+      if (const Memory memory = tensor.memory(); memory.data) state_tensors_.push_back({tensor, memory, shard});
     }
   }
   state_.remember(state);
@@ -158,19 +181,29 @@ bool Watch::find_params(PyObject* param_groups, std::vector<ParamList>& lists) c
 // Of one part of the parameters and states. Looks up the gradients on the way.
 bool Watch::same_addresses(const std::vector<ParamList>& params, size_t part, size_t parts) {
   const Range rows = range_of(rows_.size(), part, parts);
+  const ShardLayout* const layout = has_shards_ ? shard_layout() : nullptr;
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + 2 * kAhead < rows.end) rows_[i + 2 * kAhead].param.prefetch();
     if (i + kAhead < rows.end) rows_[i + kAhead].param.prefetch_all();
+    if (layout && i + 2 * kAhead < rows.end) {
+      rows_[i + 2 * kAhead].listed.prefetch();
+      prefetch_local(rows_[i + 2 * kAhead].listed.object(), *layout);
+    }
+    if (layout && i + kAhead < rows.end) rows_[i + kAhead].listed.prefetch_all();
     const ParamList& list = params[size_t(rows_[i].group)];
-    if (list.items[i - list.first_row] != rows_[i].param.object() || !rows_[i].param.is_at(rows_[i].memory))
-      return false;
-    grads_[i] = rows_[i].param.find_grad();
+    if (list.items[i - list.first_row] != rows_[i].listed.object()) return false;
+    if (rows_[i].is_shard && local_of(rows_[i].listed.object(), layout) != rows_[i].param.object()) return false;
+    if (!rows_[i].param.is_at(rows_[i].memory)) return false;
+    grads_[i] = rows_[i].listed.find_grad();
   }
   const Range states = range_of(state_tensors_.size(), part, parts);
   for (size_t i = states.begin; i < states.end; ++i) {
     if (i + 2 * kAhead < states.end) state_tensors_[i + 2 * kAhead].tensor.prefetch();
+    if (layout && i + 2 * kAhead < states.end) prefetch_local(state_tensors_[i + 2 * kAhead].shard, *layout);
     if (i + kAhead < states.end) state_tensors_[i + kAhead].tensor.prefetch_storage();
-    if (!state_tensors_[i].tensor.is_at(state_tensors_[i].memory)) return false;
+    const StateTensor& state = state_tensors_[i];
+    if (state.shard && local_of(state.shard, layout) != state.tensor.object()) return false;
+    if (!state.tensor.is_at(state.memory)) return false;
   }
   return true;
 }
@@ -179,7 +212,7 @@ bool Watch::same_main_grads() const {
   static PyObject* const name = PyUnicode_InternFromString("main_grad");
   for (const Row& row : rows_) {
     if (!row.has_main_grad) continue;
-    const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(row.param.object(), name));
+    const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(row.listed.object(), name));
     if (!now) PyErr_Clear();
     if (!now || now.ptr() != (row.main_grad ? row.main_grad->object() : Py_None)) return false;
   }
@@ -188,6 +221,7 @@ bool Watch::same_main_grads() const {
 
 bool Watch::read_grad(size_t index, const void* found) {
   Row& row = rows_[index];
+  if (row.is_shard) return read_shard_grad(index, found);
   const bool holds = row.held && row.held->value();
   if (holds && !row.table) return false;
   const int64* shape = extents_.data() + row.extents;
@@ -214,30 +248,86 @@ bool Watch::read_grad(size_t index, const void* found) {
       if (row.main_grad) return false;  // which of the two is meant?
       break;
   }
+  return take_grad(index, found, grad,
+                   TensorRef::may_be_lazy(row.main_grad ? row.main_grad->impl() : found, grad.dtype));
+}
+
+bool Watch::take_grad(size_t index, const void* found, const TensorInfo& grad, bool lazy) {
+  Row& row = rows_[index];
+  const int64* shape = extents_.data() + row.extents;
   if (!row.table || grad.dtype != row.grad_dtype || grad.device_type != row.device_type ||
       grad.device_index != row.device_index || !same_shape(grad, row.ndim, shape))
     return false;
-  const bool lazy = TensorRef::may_be_lazy(row.main_grad ? row.main_grad->impl() : found, grad.dtype);
   const bool direct = same_strides(grad, shape + row.ndim) && !lazy;
   if (direct && grad.data && has_torch_functions()) row.look = TensorRef::look_of(found);
-  row.table->set_grad(row.slot, direct ? gradient_address(grad) : nullptr, holds);
+  row.table->set_grad(row.slot, direct ? gradient_address(grad) : nullptr, row.held && row.held->value());
   relayout_[index] = !direct;
   return true;
+}
+
+// Of a DTensor: what is not an ordinary gradient, on the mesh as the parameter is, is left to Python, which waits for
+// collectives and moves parts.
+bool Watch::read_shard_grad(size_t index, const void* found) {
+  Row& row = rows_[index];
+  if (!row.listed.has_grad(found)) {
+    if (row.table) row.table->set_grad(row.slot, nullptr, false);
+    return true;
+  }
+  if (!row.table) return false;
+  const void* const impl = shards_[index].impl;
+  const int64* shape = extents_.data() + row.extents;
+  if (const void* address =
+          TensorRef::address_of_like(impl, row.look, row.grad_dtype, row.ndim, shape, shape + row.ndim)) {
+    row.table->set_grad(row.slot, address, false);
+    return true;
+  }
+  TensorInfo grad;
+  if (impl && TensorRef::read_impl(impl, grad))
+    return take_grad(index, impl, grad, TensorRef::may_be_lazy(impl, grad.dtype));
+  row.table->set_grad(row.slot, nullptr, false);
+  relayout_[index] = true;
+  return true;
+}
+
+// From the gradients of a part's rows to their local tensors.
+void Watch::find_shard_grads(size_t begin, size_t end) {
+  const ShardLayout* const layout = has_shards_ ? shard_layout() : nullptr;
+  if (!layout) return;
+  const int object_word = tensor_layout()->object;
+  for (size_t i = begin; i < end; ++i) {
+    const bool has_grad = rows_[i].is_shard && rows_[i].listed.has_grad(grads_[i]);
+    shards_[i].find_object(*layout, object_word, has_grad ? grads_[i] : nullptr);
+  }
+  for (size_t i = begin; i < end; ++i) shards_[i].find_local(*layout, rows_[i].spec.ptr(), rows_[i].known_spec.ptr());
+  for (size_t i = begin; i < end; ++i) shards_[i].find_impl(*layout);
+  for (size_t i = begin; i < end; ++i) TensorRef::prefetch_storage_of(shards_[i].impl);
 }
 
 bool Watch::read_part(const std::vector<ParamList>& params, size_t part, size_t parts, bool bump) {
   if (!same_addresses(params, part, parts)) return false;
   const Range rows = range_of(rows_.size(), part, parts);
+  find_shard_grads(rows.begin, rows.end);
   for (size_t i = rows.begin; i < rows.end; ++i) {
     if (i + kAhead < rows.end) TensorRef::prefetch_storage_of(grads_[i + kAhead]);
     relayout_[i] = false;
     if (!read_grad(i, grads_[i])) return false;
-    if (bump && rows_[i].table && rows_[i].table->grad(rows_[i].slot)) rows_[i].param.bump_version();
+    if (bump && rows_[i].table && rows_[i].table->grad(rows_[i].slot)) bump_version(rows_[i]);
   }
   return true;
 }
 
-size_t Watch::num_parts() const { return has_torch_functions() ? (rows_.size() + kPart - 1) / kPart : 1; }
+bool Watch::bump_version(const Row& row) {
+  return row.param.bump_version() && (!row.is_shard || row.listed.bump_version());
+}
+
+void Watch::note_shard(PyObject* shard) {
+  has_shards_ = true;
+  has_odd_shards_ = has_odd_shards_ || !shard_layout() || Py_TYPE(shard) != shard_layout()->shard;
+}
+
+size_t Watch::num_parts() const {
+  return has_torch_functions() && !has_odd_shards_ ? (rows_.size() + kPart - 1) / kPart : 1;
+}
 
 void Watch::summon() const { fusedopt::summon(threads_for(num_parts())); }
 
@@ -261,7 +351,7 @@ bool Watch::refresh(py::list param_groups, py::dict state, py::list relayout, bo
 bool Watch::bump_versions() const {
   if (!has_torch_functions()) return false;
   for (const Row& row : rows_)
-    if (row.table && row.table->grad(row.slot) && !row.param.bump_version()) return false;
+    if (row.table && row.table->grad(row.slot) && !bump_version(row)) return false;
   return true;
 }
 
@@ -279,7 +369,7 @@ void Watch::hold() {
 void Watch::drop_grads() {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   for (const Row& row : rows_)
-    if (row.table && row.table->has_own(row.slot) && PyObject_SetAttr(row.param.object(), name, Py_None) != 0)
+    if (row.table && row.table->has_own(row.slot) && PyObject_SetAttr(row.listed.object(), name, Py_None) != 0)
       throw py::error_already_set();
 }
 

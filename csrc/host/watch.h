@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "shard.h"
 #include "state_guard.h"
 #include "table.h"
 #include "tensor_ref.h"
@@ -39,14 +40,19 @@ class Held {
 
 class Watch {
  public:
-  // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param itself, or a dense
-  // copy of it; complex where the parameter is, whatever kernels make of it). grad_dtype: see TensorInfo. table, slot:
-  // where its gradient pointer goes; table is None while it never had a gradient.
-  // has_main_grad: whether param has an attribute main_grad, which is its gradient unless it is None. held: of the
-  // accumulator's main gradient for param; null where there is none. Rows of a group follow one another. Python's
-  // TypeError or ValueError, with the watch as it was, for tensors and tables that do not fit each other.
+  // param: as found in param_groups[group]. as_seen: the tensor whose layout the kernels see (param or local itself, or
+  // a dense copy of it; complex where the parameter is, whatever kernels make of it). grad_dtype: see TensorInfo.
+  // table, slot: where its gradient pointer goes; table is None while it never had a gradient. has_main_grad: whether
+  // param has an attribute main_grad, which is its gradient unless it is None. held: of the accumulator's main gradient
+  // for param; null where there is none. local: the tensor with its memory, where param is a DTensor; else None. Then
+  // there must be neither main_grad nor held. Rows of a group follow one another. Python's TypeError or ValueError,
+  // with the watch as it was, for tensors and tables that do not fit each other.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
-           int32 slot, bool has_main_grad, std::shared_ptr<Held> held);
+           int32 slot, bool has_main_grad, std::shared_ptr<Held> held, pybind11::object local);
+
+  // Of a DTensor: gradients that lie on the mesh as this object says lie as the parameter does. Others than those, and
+  // than ones that share the parameter's own, are reported by `refresh` as laid out unlike the parameter.
+  void know_spec(size_t row, pybind11::object spec) { rows_.at(row).known_spec = std::move(spec); }
 
   // Remembers the optimizer's state as it is now.
   void remember_state(pybind11::dict state);
@@ -80,7 +86,8 @@ class Watch {
 
  private:
   struct Row {
-    TensorRef param;
+    TensorRef listed;  // what param_groups hold, and what has the gradient
+    TensorRef param;   // what has the memory: the same, or the local tensor of a DTensor
     Memory memory;
     GradLook look;
     Table* table;
@@ -93,10 +100,13 @@ class Watch {
     bool has_main_grad;
     std::optional<TensorRef> main_grad;  // empty where the attribute is None
     std::shared_ptr<Held> held;
+    bool is_shard;
+    pybind11::object spec, known_spec;  // of a DTensor, and of its gradients
   };
   struct StateTensor {
-    TensorRef tensor;  // lives as long as state_ is unchanged
+    TensorRef tensor;  // lives as long as state_ is unchanged, and `shard` holds it
     Memory memory;
+    PyObject* shard;  // the DTensor in the state that it is the local tensor of; else null
   };
 
   // group["params"] of one group.
@@ -112,15 +122,24 @@ class Watch {
   bool same_main_grads() const;
   bool same_addresses(const std::vector<ParamList>& params, size_t part, size_t parts);
   bool read_grad(size_t index, const void* found);
+  bool read_shard_grad(size_t index, const void* found);
+  void find_shard_grads(size_t begin, size_t end);
+  // The gradient of a row whose tensor is known.
+  bool take_grad(size_t index, const void* found, const TensorInfo& grad, bool lazy);
   bool read_part(const std::vector<ParamList>& params, size_t part, size_t parts, bool bump);
   size_t num_parts() const;
+  static bool bump_version(const Row& row);
+  void note_shard(PyObject* shard);
 
   std::vector<Row> rows_;
   std::vector<pybind11::object> owned_;  // parameters and tables of the rows
   std::vector<int64> extents_;
   std::vector<const void*> grads_;  // scratch, by row
+  std::vector<ShardGrad> shards_;   // scratch, by row
   std::vector<char> relayout_;      // scratch, by row: whether its gradient is laid out unlike the parameter
   bool has_main_grads_ = false;
+  bool has_shards_ = false;
+  bool has_odd_shards_ = false;  // to look at which takes Python code
   StateGuard state_;
   std::vector<StateTensor> state_tensors_;
   std::vector<pybind11::object> flag_keys_;

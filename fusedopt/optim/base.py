@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 import torch
 
-from .. import formats, passes
+from .. import formats, passes, sharding
 from ..backends import check_name, for_device, wanted
-from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_params
+from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_norm_reduce, check_params
 from ..compiling import keep_out_of_graphs
 from ..control import Control
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
@@ -20,6 +20,7 @@ from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
 from .plan import OptimizerPlan
+from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
 from .repeat import repetition_of
 
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     min_8bit_size: int
     seed: int | None
     backend: str | None
+    norm_reduce: Callable[[torch.Tensor, Any], Any] | None
 
 
 _STEP_OPTIONS: dict[str, Any] = {
@@ -80,6 +82,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             Not for complex gradients.
         nonfinite: what an inf or NaN gradient element does: "propagate" into the parameters, as torch.optim does, or
             "skip" the whole step, decided on the device.
+
+    Where gradients are spread over processes:
+        norm_reduce: combines the norm with processes that hold other parameters, as pipeline stages do:
+            ``norm_reduce(sums, op)`` reduces a small tensor in place like ``torch.distributed.all_reduce`` with that
+            ``op``; ``functools.partial(torch.distributed.all_reduce, group=…)`` is one. It is called in every step that
+            takes a norm. Not needed for DTensors (FSDP2, tensor parallelism), whose meshes are known. An attribute;
+            checkpoints do not have it.
 
     Formats; a param group may set its own:
         master_weights: for bfloat16 parameters (the first for float16 too): "fp32" keeps a float32 copy
@@ -114,6 +123,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _steps = 0
     """Calls of ``step()``."""
+    _agreed = False
+    """Whether the processes of each mesh were found to have the same parameters and options."""
     _fetches: tuple[torch.device, metrics.Fetches] | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
@@ -129,6 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
         self._backend = check_name(f"{where}: backend", options.get("backend"))
+        self._norm_reduce = check_norm_reduce(where, options.get("norm_reduce"))
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -209,6 +221,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = check_name(f"{type(self).__name__}: backend", value)
 
     @property
+    def norm_reduce(self) -> Callable[[torch.Tensor, Any], Any] | None:
+        """What combines the norm with other processes', or None."""
+        return self._norm_reduce
+
+    @norm_reduce.setter
+    def norm_reduce(self, value: Callable[[torch.Tensor, Any], Any] | None) -> None:
+        self._norm_reduce = check_norm_reduce(type(self).__name__, value)
+        self._scalars = self._scalars._replace()  # another object: the next step is not like the last one
+
+    @property
     def _takes_norm(self) -> bool:
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
@@ -233,7 +255,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(params, torch.Tensor | set):
                 param_group = {**param_group, "params": list(params)}
             plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
-            check_params(f"{where}: params", [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain])
+            each = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain]
+            check_params(f"{where}: params", each, sharded=True)
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
@@ -314,6 +337,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._replan()
         if plan.tables:
             self._run(plan)
+        else:
+            join_norm(self, plan)
         if self._accumulator is not None:
             self._accumulator.reset()
         self._steps += 1
@@ -357,7 +382,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
             names = ("norm", "update") if takes_norm else ("update",)
             reports = "_nonfinite_found" in self.__dict__
-            if self._accumulator is not None or not (plan.repetition and plan.repetition.serves(self._scalars, reports)):
+            if self._accumulator is not None or not (
+                plan.repetition and plan.repetition.serves(self._scalars, reports)
+            ):
                 plan.repetition = None  # before anything can fail: the passes are told other things now
             self._run_passes(plan, scalars, names, self.param_groups)
         if plan.repetition is None:
@@ -380,7 +407,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         passes.begin(plan.tables, scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
-            passes.norm(plan.tables)
+            passes.norm(plan.tables, scalars.norm_type, processes_of(self, plan))
         plan.fresh = []
         passes.run_update(plan.tables)
         plan.scatter_copies()
@@ -527,7 +554,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         weights are not enough.
         """
         params = chain.from_iterable(group["params"] for group in self.param_groups)
-        return [formats.decode_master(self.state.get(param, {}), param) for param in params]
+        return [sharding.on_locals(formats.decode_master, self.state.get(param, {}), param, param) for param in params]
 
     @torch.no_grad()
     def torch_state_dict(self) -> dict[str, Any]:
@@ -537,9 +564,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
         indices = (dict.fromkeys(group["params"], RULES[self._rule_name(group)]) for group in exported["param_groups"])
         rules = {index: rule for own in indices for index, rule in own.items()}
+        params = dict(enumerate(chain.from_iterable(group["params"] for group in self.param_groups)))
         state = {}
         for index, entry in exported["state"].items():
-            states = formats.decode_states(entry, rules[index]) if entry else {}
+            states = sharding.on_locals(formats.decode_states, entry, params[index], rules[index]) if entry else {}
             wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
             counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
             state[index] = {**counted, **wide}
@@ -560,7 +588,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_backend": self._backend}
+        own = {"_options": self._options, "_backend": self._backend, "_norm_reduce": self._norm_reduce}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -570,6 +599,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_accumulator", None)
         self.__dict__.setdefault("_release", None)
         self.__dict__.setdefault("_backend", None)
+        self.__dict__.setdefault("_norm_reduce", None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import sharding
 from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
 from ..specs import RULES, RuleSpec
 
@@ -42,16 +43,20 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     for index, param in params.items():
         entry = state_dict["state"].get(index, {})
         _require_dict(where, entry, f"state[{index}]")
-        check_entry(f"{where}: state[{index}]", entry, param, rule_of[param])
+        entry = _local(f"{where}: state[{index}]", entry, param)
+        check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         param = params.get(index)
         copied = state[index if param is None else param] = _copy(entry, param)
         if param is not None and copied:
             rule = rule_of[param]
-            adopt_entry(copied, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, copied, rule)
-            convert_states(copied, rule, wanted)
+            local = _local(where, copied, param)
+            adopt_entry(local, rule)
+            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, local, rule)
+            convert_states(local, rule, wanted)
+            if sharding.is_sharded(param):
+                sharding.store_entry(copied, local, param)
 
     kept = optimizer.state
     kept.clear()
@@ -59,6 +64,11 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     optimizer.__setstate__({"state": kept, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
+
+
+def _local(where: str, entry: dict, param: torch.Tensor) -> dict:
+    """The state of a parameter as plain tensors; of a plain parameter the state itself."""
+    return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
 
 
 def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..formats import scale_key
+from ..sharding import local_of
 from ..specs import PARAM_FORMATS, RuleSpec
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class MemorySummary:
     """Bytes by role. ``print`` it for a table."""
 
     numel: int
-    """Elements of all parameters."""
+    """Elements of all parameters; of sharded ones those of this process, as for all that follows."""
     bytes: dict[str, int]
     """param, master (what is kept beside the parameters), states, scales, steps, grad, main_grad, tables."""
 
@@ -64,7 +65,7 @@ def summarize(
     scales = {scale_key(key) for key in states}
     tables = [] if plan is None else chain.from_iterable(device.device_memory() for device in plan.tables)
     return MemorySummary(
-        sum(param.numel() for param in params),
+        sum(local_of(param).numel() for param in params),
         {
             "param": _bytes(params),
             "master": _bytes(entry.get(key) for entry in entries for key in _EXTRAS),
@@ -79,4 +80,5 @@ def summarize(
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
-    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, torch.Tensor))
+    local = (local_of(each) for each in tensors if isinstance(each, torch.Tensor))
+    return sum(each.numel() * each.element_size() for each in local)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.graph import increment_version
 
-from .. import _C, passes
+from .. import _C, passes, sharding
 from ..backends import for_device
 from ..checks import check_grad, check_param
 from ..control import Control
@@ -45,8 +45,10 @@ class _Tracked:
     """A parameter as the plan sees it."""
 
     param: torch.Tensor
+    local: torch.Tensor
+    """``param``, or the local tensor of a DTensor: what has the memory."""
     dense: torch.Tensor
-    """``param``, or a dense copy of one with gaps, which each step fills and writes back."""
+    """``local``, or a dense copy of one with gaps, which each step fills and writes back."""
     where: str
     """In messages."""
     group: int
@@ -71,11 +73,11 @@ class _Tracked:
         return bool(self.rule.states or self.param_format.extra or self.param_format.random)
 
     def row(self, states: dict) -> TensorRow:
-        state, rule = states.get(self.param) or self.scratch, self.rule
+        state, rule = self.entry(states.get(self.param) or self.scratch), self.rule
         blocked = self.state_format.blocked
         return TensorRow(
-            numel=self.param.numel(),
-            device=self.param.device,
+            numel=self.local.numel(),
+            device=self.local.device,
             grad_dtype=self.grad_dtype,
             rule=rule,
             param_format=self.param_format,
@@ -88,7 +90,24 @@ class _Tracked:
             main_grad=self.accumulated and self.accumulated.tensor,
             group=self.group,
             id=self.id,
+            spread=sharding.spread_of(self.param),
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.local is not self.param
+
+    def entry(self, state: dict) -> dict:
+        """Its state, as plain tensors."""
+        return sharding.local_entry(f"{self.where}: state", state, self.param) if self.is_sharded else state
+
+    def has_fitting_grad(self) -> bool:
+        """Whether this step's gradient has the shape and dtype that the tables are for."""
+        return self.grad.dtype == self.grad_dtype and self.grad.shape == self.param.shape
+
+    def local_grad(self) -> torch.Tensor:
+        """This step's gradient as a plain tensor; it may take a collective where gradients lie on another mesh."""
+        return sharding.local_grad(f"{self.where}.grad", self.grad, self.param) if self.is_sharded else self.grad
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -122,6 +141,8 @@ class OptimizerPlan:
     """Whether a complex parameter has had a gradient."""
     fresh: list[torch.Tensor] = field(default_factory=list)
     """Parameters whose state is new, until a pass writes to it."""
+    peers: list[sharding.Peers] = field(default_factory=list)
+    """Of the meshes on which DTensors among the parameters lie."""
 
     @classmethod
     def make(
@@ -157,7 +178,7 @@ class OptimizerPlan:
             optimizer._check_complex()
         for each in tracked:
             if each.grad_dtype is not None:
-                _check_state(optimizer.state.get(each.param, {}), each.rule, each.param)
+                _check_state(each.entry(optimizer.state.get(each.param, {})), each.rule, each.local)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
             plan = cls._build(optimizer, controls, backend, tracked, only)
@@ -196,13 +217,22 @@ class OptimizerPlan:
             table = bucket.table if bucket else None
             held = each.accumulated and each.accumulated.held
             plan.watch.add(
-                each.param, each.dense, each.group, code, table, slot, hasattr(each.param, "main_grad"), held
+                each.param,
+                each.dense,
+                each.group,
+                code,
+                table,
+                slot,
+                hasattr(each.param, "main_grad"),
+                held,
+                each.local if each.is_sharded else None,
             )
         groups, state = alone.found_in(optimizer) if alone else (optimizer.param_groups, optimizer.state)
         plan.watch.remember_state(state)
         plan.watch.remember_flags(optimizer.rule_keys, groups)
         plan.has_complex = any(each.param.is_complex() for each in active)
-        plan.copies = [(each.param, each.dense) for each in active if each.dense is not each.param]
+        plan.copies = [(each.local, each.dense) for each in active if each.dense is not each.local]
+        plan.peers = sharding.peers_of(each.param for each in tracked)
         return plan
 
     def refresh(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -214,23 +244,48 @@ class OptimizerPlan:
             groups, state = self.alone.found_in(optimizer)
         if not self.watch.refresh(groups, state, relayout):
             return False
+        if any(not self.tracked[i].has_fitting_grad() for i in relayout):
+            return False
         for i in relayout:
-            each = self.tracked[i]
-            bucket, slot = each.place
-            with torch.no_grad():
-                grad = like_parameter(each.grad, each.dense)
-            self.grads.append(grad)
-            bucket.table.set_grad(slot, grad.data_ptr() or 2)
+            self._lay_out(i)
         return True
 
     def forget_fresh_state(self, optimizer: torch.optim.Optimizer) -> None:
         """For a step that failed before a pass wrote anything: state is as it was before the plan was made."""
         _forget_state(optimizer, self.fresh)
 
+    @torch.no_grad()
+    def _lay_out(self, i: int) -> None:
+        """Gives the passes a gradient that the watch could not."""
+        each = self.tracked[i]
+        bucket, slot = each.place
+        grad = each.local_grad()
+        if each.is_sharded and grad is sharding.local_of(each.grad):
+            self.watch.know_spec(i, each.grad._spec)
+        if not same_layout(grad, each.dense):
+            grad = like_parameter(grad, each.dense)
+        self.grads.append(grad)
+        bucket.table.set_grad(slot, grad.data_ptr() or 2)
+
+    def description(self, groups: list[dict]) -> list[tuple[Any, str]]:
+        """Of each DTensor: its mesh, and what must be the same in all processes of the mesh."""
+        described = []
+        for each in self.tracked:
+            if each.is_sharded:
+                where, param = each.where.partition(": ")[2], each.param
+                text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, rule {each.rule.name}"
+                # Copies of the same elements are rounded alike only with the same random bits.
+                seed = groups[each.group].get("seed") if sharding.spread_of(param).replicated else None
+                text += f", format {each.param_format.name}" + ("" if seed is None else f", seed {seed}")
+                described.append((param.device_mesh, text))
+        return described
+
     def bump_versions(self) -> None:
         """Tells autograd that the parameters with a gradient were written."""
         if not self.watch.bump_versions():
-            increment_version([each.param for each in self.tracked if each.is_updated])
+            written = [each for each in self.tracked if each.is_updated]
+            increment_version([each.param for each in written])
+            increment_version([each.local for each in written if each.is_sharded])
 
     def gather_copies(self) -> None:
         for param, dense in self.copies:
@@ -277,10 +332,14 @@ def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tenso
             if only is not None and param is not only:
                 continue
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
-            check_param(where, param)
-            dense = param if is_dense(param) else torch.empty_like(param, requires_grad=False)
+            check_param(where, param, sharded=True)
+            local = sharding.local_of(param)
+            if local is not param:
+                _check_sharded(where, param, rule)
+            dense = local if is_dense(local) else torch.empty_like(local, requires_grad=False)
             each = _Tracked(
                 param=param,
+                local=local,
                 dense=dense,
                 where=where,
                 group=g,
@@ -296,6 +355,17 @@ def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tenso
             elif optimizer.state.get(param) or each.is_updated:
                 each.grad_dtype = param.dtype  # until a gradient of another dtype comes
             yield each
+
+
+def _check_sharded(where: str, param: torch.Tensor, rule: RuleSpec) -> None:
+    """ValueError for what needs a whole tensor, or keeps gradients elsewhere than in ``.grad``."""
+    if rule.norms and sharding.spread_of(param).replicated != tuple(range(param.device_mesh.ndim)):
+        raise ValueError(
+            f"{where} is a DTensor with placements {param.placements}, expected a parameter that each process holds as "
+            f"a whole: the rule '{rule.name}' needs norms over whole tensors; use AdamW for this model"
+        )
+    if getattr(param, "main_grad", None) is not None:
+        raise ValueError(f"{where} is a DTensor with a main_grad, expected its gradient in .grad; remove the attribute")
 
 
 def _main_grad(where: str, param: torch.Tensor) -> torch.Tensor | None:
@@ -336,25 +406,25 @@ def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) ->
     states, groups = optimizer.state, optimizer.param_groups
     counters: dict[torch.device, list[tuple[dict, float]]] = {}
     for each in active:
-        state = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
-        before = dict(state)
+        stored = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
+        before = dict(stored)
         try:
-            _complete_entry(state, each, groups[each.group], optimizer._initial_state)
+            _complete_entry(stored, each, groups[each.group], optimizer._initial_state)
         except BaseException:
-            state.clear()
-            state.update(before)
+            stored.clear()
+            stored.update(before)
             raise
-        step = state["step"]
-        if not _is_counter(step, each.param.device):
-            counters.setdefault(each.param.device, []).append((state, float(step)))
+        step = stored["step"]
+        if not _is_counter(step, each.local.device):
+            counters.setdefault(each.local.device, []).append((stored, float(step)))
     for device, entries in counters.items():
         values = torch.tensor([value for _, value in entries], dtype=torch.float32).to(device)
         for (state, _), counter in zip(entries, values.unbind()):
             state["step"] = counter
 
 
-def _complete_entry(state: dict, each: _Tracked, group: dict, initial: float) -> None:
-    rule, dense = each.rule, each.dense
+def _complete_entry(stored: dict, each: _Tracked, group: dict, initial: float) -> None:
+    state, rule, dense = each.entry(stored), each.rule, each.dense
     adopt_entry(state, rule)
     each.state_format = wanted_state_format(each.where, group, each.param, state, rule)
     if state:
@@ -363,10 +433,12 @@ def _complete_entry(state: dict, each: _Tracked, group: dict, initial: float) ->
     if not state or not all(key in state for key in rule.states):
         state["step"] = 0.0
         state.update(new_states(rule, each.state_format, dense, initial))
-    if dense is not each.param:
-        dense.copy_(each.param.detach())
-    if convert_master(state, dense.detach(), each.param_format) and dense is not each.param:
-        each.param.detach().copy_(dense)
+    if dense is not each.local:
+        dense.copy_(each.local.detach())
+    if convert_master(state, dense.detach(), each.param_format) and dense is not each.local:
+        each.local.detach().copy_(dense)
+    if each.is_sharded:
+        sharding.store_entry(stored, state, each.param)
 
 
 def _bring_into_layout(state: dict, rule: RuleSpec, dense: torch.Tensor) -> None:

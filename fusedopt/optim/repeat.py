@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from .. import _C, backends
+from .. import _C, backends, passes
+from .processes import processes_of
 
 if TYPE_CHECKING:
     from ..plan import DeviceTables
@@ -23,6 +24,8 @@ def repetition_of(
 ) -> _C.RepeatedStep | None:
     """Of the step of these passes that has just been made, if it was on one device.
 
+    A norm that is taken with other processes is too: then the passes run one by one, from Python.
+
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
     that one is different, asks for another backend, or because hooks or a profiler want to be told of it. A scaler's
     ``grad_scale`` and ``found_inf`` may be there or not, and be other tensors each time; of an accumulator the number
@@ -30,19 +33,23 @@ def repetition_of(
 
     reports: whether ``fusedopt.GradScaler`` was told what the norm pass found.
     """
-    if len(plan.tables) > 1 or plan.copies or not _C.has_torch_functions():
+    if plan.copies or not _C.has_torch_functions() or len({each.device for each in plan.tables}) > 1:
         return None
+    processes = processes_of(optimizer, plan) if "norm" in names else None
     accumulator, has_own_grads = optimizer._accumulator, plan.watch.has_grads()
     divisor = None if accumulator is None else partial(_divisor, accumulator, has_own_grads)
     if divisor is not None and divisor() is None:
         return None
     tables = plan.tables[0]
-    launches = tables.backend.launches(tables, names) if hasattr(tables.backend, "launches") else None
-    repeat = getattr(tables.backend, "repeat", _run_passes)
+    alone = len(plan.tables) == 1 and processes is None
+    launches = tables.backend.launches(tables, names) if alone and hasattr(tables.backend, "launches") else None
+    repeat = partial(getattr(tables.backend, "repeat", _run_passes), tables, names)
+    if not alone:
+        repeat = partial(_run_with_others, plan.tables, names, optimizer._scalars.norm_type, processes)
     step = _C.RepeatedStep(
         watch=plan.watch,
-        hypers=list(tables.hypers.values()),
-        args=[bucket.args for bucket in tables.buckets],
+        hypers=[hypers for each in plan.tables for hypers in each.hypers.values()],
+        args=[bucket.args for each in plan.tables for bucket in each.buckets],
         finding=(tables.device, tables.control.norm_found_inf),
         scalars=optimizer._scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
@@ -52,7 +59,7 @@ def repetition_of(
         accumulator=accumulator,
         divisor=divisor,
         has_own_grads=has_own_grads,
-        run_passes=torch.compiler.disable(partial(repeat, tables, names)) if launches is None else None,
+        run_passes=torch.compiler.disable(repeat) if launches is None else None,
     )
     if launches is not None:
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
@@ -69,6 +76,18 @@ def _divisor(accumulator: Accumulator, own: bool) -> float | None:
     weight, divisor = accumulator.step_scalars(own).values()
     plain = not isinstance(weight, torch.Tensor) and not isinstance(divisor, torch.Tensor) and weight == 1.0
     return float(divisor) if plain else None
+
+
+def _run_with_others(
+    tables: list[DeviceTables], names: tuple[str, ...], norm_type: float, processes: passes.Processes | None
+) -> None:
+    """Where there are several spreads over processes, or other processes have shares in the norm."""
+    for each in tables:
+        each.keep_alive.clear()
+        each.backend.begin(each, names)
+    if "norm" in names:
+        passes.norm(tables, norm_type, processes)
+    passes.run_update(tables)
 
 
 def _run_passes(tables: DeviceTables, names: tuple[str, ...]) -> None:

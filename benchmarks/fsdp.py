@@ -1,0 +1,400 @@
+"""Times clip + step of a model under FSDP2 (``fully_shard``), after real backward passes, beside torch's.
+
+    torchrun --nproc-per-node 2 benchmarks/fsdp.py --json benchmarks/results/fsdp-2xh200.json
+    torchrun --nproc-per-node 2 benchmarks/fsdp.py --device cpu --quick
+
+Models are chains of linear layers, wrapped by ``fully_shard`` in runs of 50: every parameter becomes a DTensor, half of
+whose rows lie in each of two processes. Libraries, in turns, on the same parameters:
+
+* ``fusedopt``: ``AdamW(max_grad_norm=1.0).step()``;
+* ``torch-fused``: ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW(fused=True)``;
+* ``torch-foreach``: the same with ``foreach=True``, torch's default on GPUs.
+
+Reported are medians for each process:
+
+* ``host_ms``, ``wall_ms``: host clock from the call until it returns, and until the device is done. Before it the
+  backward pass is through, the device idle and all processes have met; caches are as training leaves them;
+* ``gpu_ms``: kernels, copies and fills of a tail, as CUPTI timed them, without those of NCCL, of which ``nccl_ms`` is
+  the time, waiting for other processes included; ``launches``, ``collectives``: how many of each;
+* ``floor_ms``: 32 bytes of each parameter of this process at the bandwidth of a copy in the same run;
+  ``efficiency``: the floor's share of ``gpu_ms``;
+* ``check_norm``, ``check_params``: relative difference of the norm, and largest difference of a parameter in units of
+  the learning rate, from torch's after one step with the same gradients.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter_ns
+
+import click
+import torch
+from rich.console import Console
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
+
+import fusedopt
+from benchmarks import timing
+from benchmarks.report import Goal, Row, Rows, environment
+
+MAX_NORM = 1.0
+OPTIONS = {"lr": 1e-3, "weight_decay": 1e-2}
+BYTES_PER_PARAM = 32  # parameter and two moments read and written, the gradient read twice
+LAYERS_PER_GROUP = 50
+ROWS = 8  # of a batch
+WARM_UP_STEPS = 3
+
+CASE = "adamw/fp32/fsdp_clip_step"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A chain of linear layers with biases."""
+
+    name: str
+    layers: int
+    width: int
+
+
+WORKLOADS = {
+    each.name: each
+    for each in (Workload("1000-dtensors", 500, 64), Workload("1.3B", 20, 8192), Workload("quick", 6, 16))
+}
+
+
+@dataclass(frozen=True)
+class Repeats:
+    rounds: int
+    host_steps: int
+    """A round."""
+    traced_steps: int
+    copy_bytes: int
+
+
+FULL = Repeats(rounds=3, host_steps=10, traced_steps=6, copy_bytes=2 << 30)
+QUICK = Repeats(rounds=1, host_steps=2, traced_steps=2, copy_bytes=16 << 20)
+
+
+class Chain(nn.Module):
+    """Residual layers: gradients neither vanish nor explode."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Linear(workload.width, workload.width, device=device) for _ in range(workload.layers)
+        )
+        self.register_buffer("x", torch.randn(ROWS, workload.width, device=device), persistent=False)
+
+    def forward(self) -> torch.Tensor:
+        x = self.x
+        for layer in self.layers:
+            x = x + layer(x) / len(self.layers)
+        return x.square().mean()
+
+
+def sharded_model(workload: Workload, device: torch.device) -> Chain:
+    model = Chain(workload, device)
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for start in range(0, workload.layers, LAYERS_PER_GROUP):
+        fully_shard(list(model.layers[start : start + LAYERS_PER_GROUP]), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+# ---------------------------------------------------------------------------------------------------------- libraries
+
+
+Tail = Callable[[], Callable[[], torch.Tensor]]
+"""Clips and steps; returns what tells the norm before clipping."""
+
+
+@dataclass
+class Entry:
+    """One library on one model, and what was measured."""
+
+    library: str
+    tail: Tail
+    host_ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+    steps: list[TracedStep] = field(default_factory=list)
+    check_norm: float | None = None
+    check_params: float | None = None
+
+
+@dataclass
+class TracedStep:
+    """The device work of one tail."""
+
+    gpu_ms: float = 0.0
+    nccl_ms: float = 0.0
+    launches: int = 0
+    collectives: int = 0
+
+
+def fusedopt_tail(params: list[nn.Parameter]) -> Tail:
+    opt = fusedopt.AdamW(params, max_grad_norm=MAX_NORM, **OPTIONS)
+
+    def tail() -> Callable[[], torch.Tensor]:
+        opt.step()
+        return lambda: opt.grad_norm
+
+    return tail
+
+
+def torch_tail(params: list[nn.Parameter], **implementation: bool) -> Tail:
+    opt = torch.optim.AdamW(params, **implementation, **OPTIONS)
+
+    def tail() -> Callable[[], torch.Tensor]:
+        norm = torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        opt.step()
+        return lambda: norm.full_tensor()
+
+    return tail
+
+
+LIBRARIES = {
+    "torch-fused": lambda params: torch_tail(params, fused=True),
+    "torch-foreach": lambda params: torch_tail(params, foreach=True),
+    "fusedopt": fusedopt_tail,
+}
+"""The first one is what the others are compared with."""
+
+
+# -------------------------------------------------------------------------------------------------------- measurement
+
+
+def backward(model: Chain, device: torch.device) -> None:
+    """New gradients; then all processes wait for one another."""
+    model.zero_grad(set_to_none=True)
+    model().backward()
+    timing.synchronize(device)
+    distributed.barrier()
+    timing.synchronize(device)
+
+
+def local_params(model: nn.Module) -> list[torch.Tensor]:
+    return [param.to_local().detach() for param in model.parameters()]
+
+
+def check(entries: list[Entry], model: Chain, device: torch.device) -> None:
+    """One step of each library from the same parameters."""
+    start = [param.clone() for param in local_params(model)]
+    norms, ends = [], []
+    for entry in entries:
+        backward(model, device)
+        norms.append(float(entry.tail()()))
+        ends.append([param.clone() for param in local_params(model)])
+        for param, value in zip(local_params(model), start):
+            param.copy_(value)
+    for entry, norm, end in zip(entries, norms, ends):
+        entry.check_norm = abs(norm - norms[0]) / norms[0]
+        differences = [float((a - b).abs().max()) for a, b in zip(end, ends[0]) if a.numel()]
+        entry.check_params = max(differences, default=0.0) / OPTIONS["lr"]
+
+
+def time_tails(entry: Entry, model: Chain, device: torch.device, repeats: int) -> None:
+    for _ in range(repeats):
+        backward(model, device)
+        with timing.no_garbage_collection():
+            begin = perf_counter_ns()
+            entry.tail()
+            end = perf_counter_ns()
+            timing.synchronize(device)
+            done = perf_counter_ns()
+        entry.host_ms.append((end - begin) / timing.NS_PER_MS)
+        entry.wall_ms.append((done - begin) / timing.NS_PER_MS)
+
+
+def trace_tails(entry: Entry, model: Chain, caches: timing.Caches, repeats: int) -> None:
+    """Cold steps, all over the gradients of one backward pass."""
+    backward(model, caches.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        for _ in range(repeats):
+            caches.evict_device()
+            entry.tail()
+        timing.synchronize(caches.device)
+    steps = split_steps(timing.trace_events(prof))
+    if len(steps) != repeats:
+        raise RuntimeError(f"trace_tails: the profiler recorded {len(steps)} of {repeats} steps; is CUPTI usable?")
+    entry.steps += steps
+
+
+def split_steps(events: list[dict]) -> list[TracedStep]:
+    """As ``timing.split_steps``, with NCCL's kernels apart."""
+    work = [event for event in events if event.get("cat") in (timing.KERNEL, *timing.MEMORY_OPERATIONS)]
+    steps: list[TracedStep] = []
+    for event in sorted(work, key=lambda event: float(event["ts"])):
+        ms = float(event["dur"]) / timing.US_PER_MS
+        if timing.MARKER in event["name"]:
+            steps.append(TracedStep())
+        elif steps and "nccl" in event["name"].lower():
+            steps[-1].nccl_ms += ms
+            steps[-1].collectives += 1
+        elif steps:
+            steps[-1].gpu_ms += ms
+            steps[-1].launches += event["cat"] == timing.KERNEL
+    return steps
+
+
+def measure(workload: Workload, device: torch.device, repeats: Repeats) -> list[Row]:
+    """Rows of this process."""
+    model = sharded_model(workload, device)
+    params = list(model.parameters())
+    if not all(isinstance(param, DTensor) for param in params):
+        raise RuntimeError("benchmarks/fsdp.py: fully_shard left a parameter that is no DTensor")
+    caches = timing.Caches(device)
+    if device.type == "cuda":
+        timing.start_profiler(caches)
+    gbps = timing.copy_gbps(device, repeats.copy_bytes, 15)
+    entries = [Entry(library, make(params)) for library, make in LIBRARIES.items()]
+    check(entries, model, device)
+    for _ in range(WARM_UP_STEPS):
+        for entry in entries:
+            backward(model, device)
+            entry.tail()
+    for _ in range(repeats.rounds):
+        for entry in entries:
+            time_tails(entry, model, device, repeats.host_steps)
+            if device.type == "cuda":
+                trace_tails(entry, model, caches, repeats.traced_steps)
+    return [row_of(entry, workload, params, gbps, device) for entry in entries]
+
+
+def row_of(entry: Entry, workload: Workload, params: list[DTensor], gbps: float, device: torch.device) -> Row:
+    own = sum(param.to_local().numel() for param in params)
+    floor = BYTES_PER_PARAM * own / gbps / 1e6
+    gpu = _median([step.gpu_ms for step in entry.steps])
+    optimizer, layout, contract = CASE.split("/")
+    return {
+        "workload": workload.name,
+        "optimizer": optimizer,
+        "format": layout,
+        "contract": contract,
+        "library": f"{entry.library}-{device.type}" if entry.library == "fusedopt" else entry.library,
+        "rank": distributed.get_rank(),
+        "world_size": distributed.get_world_size(),
+        "tensors": len(params),
+        "params": sum(param.numel() for param in params),
+        "params_of_this_process": own,
+        "bytes_per_param": BYTES_PER_PARAM,
+        "copy_gbps": gbps,
+        "host_ms": _median(entry.host_ms),
+        "host_ms_min": min(entry.host_ms),
+        "host_ms_max": max(entry.host_ms),
+        "wall_ms": _median(entry.wall_ms),
+        "wall_ms_min": min(entry.wall_ms),
+        "wall_ms_max": max(entry.wall_ms),
+        "gpu_ms": gpu,
+        "nccl_ms": _median([step.nccl_ms for step in entry.steps]),
+        "launches": max((step.launches for step in entry.steps), default=None),
+        "collectives": max((step.collectives for step in entry.steps), default=None),
+        "floor_ms": floor,
+        "efficiency": floor / gpu if gpu else None,
+        "samples": len(entry.host_ms),
+        "traced_samples": len(entry.steps),
+        "check_norm": entry.check_norm,
+        "check_params": entry.check_params,
+    }
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+# -------------------------------------------------------------------------------------------------------------- goals
+
+SMALL, LARGE, OURS = f"1000-dtensors/{CASE}", f"1.3B/{CASE}", "fusedopt-cuda"
+
+GOALS = [
+    Goal(f"{SMALL}: host ms", lambda rows: rows.figure("host_ms", SMALL, OURS), "<=", 0.4),
+    Goal(
+        f"{SMALL}: times less host time than torch",
+        lambda rows: rows.ratio("host_ms", SMALL, OURS, "torch-fused"),
+        ">=",
+        20,
+    ),
+    Goal(
+        f"{SMALL}: times less wall time than torch",
+        lambda rows: rows.ratio("wall_ms", SMALL, OURS, "torch-fused"),
+        ">=",
+        1.5,
+    ),
+    Goal(f"{LARGE}: share of the floor", lambda rows: rows.figure("efficiency", LARGE, OURS), ">=", 0.93),
+    Goal(
+        f"{LARGE}: times less wall time than torch",
+        lambda rows: rows.ratio("wall_ms", LARGE, OURS, "torch-fused"),
+        ">=",
+        1.5,
+    ),
+]
+"""For every process."""
+
+
+def gather(own: list[Row]) -> list[Row]:
+    everyone: list[list[Row]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(everyone, own)
+    return [row for rows in everyone for row in rows]
+
+
+def start(device_type: str) -> torch.device:
+    """Joins the processes that torchrun has started."""
+    if "RANK" not in os.environ:
+        raise click.ClickException("started alone, expected torchrun --nproc-per-node N benchmarks/fsdp.py")
+    if device_type == "cpu":
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    distributed.init_process_group("nccl")
+    return device
+
+
+@click.command(help=__doc__.partition("\n")[0], context_settings={"show_default": True})
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda")
+@click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Default: all but quick.")
+@click.option("--quick", is_flag=True, help="A small model, few steps.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Where every figure is written.")
+def main(device: str, names: tuple[str, ...], quick: bool, path: Path | None) -> None:
+    where, rows = start(device), []
+    for name in names or (["quick"] if quick else ["1000-dtensors", "1.3B"]):
+        rows += gather(measure(WORKLOADS[name], where, QUICK if quick else FULL))
+        gc.collect()
+    if distributed.get_rank() == 0:
+        report(rows, where, path)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def report(rows: list[Row], device: torch.device, path: Path | None) -> None:
+    console = Console()
+    for row in rows:
+        figures = {key: row[key] for key in ("host_ms", "wall_ms", "gpu_ms", "nccl_ms", "floor_ms", "launches")}
+        told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
+        console.print(f"{row['workload']}  rank {row['rank']}  {row['library']:<14} {told}", highlight=False)
+    goals = [
+        {**goal.judge(Rows(row for row in rows if row["rank"] == rank)), "rank": rank}
+        for rank in range(distributed.get_world_size())
+        for goal in GOALS
+    ]
+    judged = [goal for goal in goals if goal["value"] is not None]
+    for goal in judged:
+        console.print(f"rank {goal['rank']}: {goal['name']}: {goal['value']:.4g} {goal['relation']} {goal['bound']}")
+    if path is not None:
+        content = environment(device) | {"world_size": distributed.get_world_size(), "goals": goals, "rows": rows}
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
