@@ -45,8 +45,9 @@ from torch.distributed.tensor import DTensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 import fusedopt
-from benchmarks import timing
-from benchmarks.report import Goal, Row, Rows, environment
+from benchmarks.goals import Goal, Rows
+from fusedopt.bench import timing
+from fusedopt.bench.report import Row, environment
 
 MAX_NORM = 1.0
 OPTIONS = {"lr": 1e-3, "weight_decay": 1e-2}
