@@ -38,9 +38,11 @@ class Once {
   std::atomic<bool> done_{false};
 };
 
-// What is no Exception, as KeyboardInterrupt, is no answer to a question either.
+// Throws what is no answer to a question about torch: an interrupt, memory that ran out.
 inline void pass_interrupts(pybind11::error_already_set& error) {
-  if (!error.matches(PyExc_Exception)) throw error;
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError) ||
+      error.matches(pybind11::module_::import("torch").attr("OutOfMemoryError")))
+    throw error;
 }
 
 constexpr int32 kUnsupportedDType = -1;
