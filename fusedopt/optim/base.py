@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
@@ -377,7 +376,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return scalars
 
     def _run(self, plan: OptimizerPlan) -> None:
-        with self._fresh_state_only_if_used(plan):
+        with plan.fresh_state_only_if_used(self):
             scalars = self._step_scalars(plan)
             takes_norm = scalars.max_grad_norm is not None or scalars.skip_nonfinite
             names = ("norm", "update") if takes_norm else ("update",)
@@ -389,15 +388,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._run_passes(plan, scalars, names, self.param_groups)
         if plan.repetition is None:
             plan.repetition = repetition_of(self, plan, names, reports)
-
-    @contextmanager
-    def _fresh_state_only_if_used(self, plan: OptimizerPlan) -> Iterator[None]:
-        """A step that fails before its update pass leaves no new state behind."""
-        try:
-            yield
-        except BaseException:
-            plan.forget_fresh_state(self)
-            raise
 
     def _run_passes(
         self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
@@ -424,7 +414,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
         scalars = self._scalars
-        with self._fresh_state_only_if_used(plan):
+        with plan.fresh_state_only_if_used(self):
             if self._accumulator is not None:
                 scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
             self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))

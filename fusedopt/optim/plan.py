@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any, Protocol
@@ -250,9 +251,14 @@ class OptimizerPlan:
             self._lay_out(i)
         return True
 
-    def forget_fresh_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """For a step that failed before a pass wrote anything: state is as it was before the plan was made."""
-        _forget_state(optimizer, self.fresh)
+    @contextmanager
+    def fresh_state_only_if_used(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Around a step: where it fails before its update pass, state is as it was before the plan was made."""
+        try:
+            yield
+        except BaseException:
+            _forget_state(optimizer, self.fresh)
+            raise
 
     @torch.no_grad()
     def _lay_out(self, i: int) -> None:
