@@ -52,7 +52,7 @@ MUTANTS = [
         "csrc/host/tensor_ref.cpp",
         "words[layout->sizes + d] != uint64(shape[d]) || words[layout->sizes + kInlineDims + d] != uint64(strides[d]))",
         "words[layout->sizes + d] != uint64(shape[d]) || strides[d] < 0)",
-        (f"{LAYOUT}::test_gradients_of_another_kind[{{device}}-transposed]",),
+        (f"{LAYOUT}::test_gradients_of_one_permutation_and_then_of_another[{{device}}]",),
     ),
     Mutant(
         "gradient-offset-lost",
