@@ -119,14 +119,6 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "rule-not-looked-at",
-        "a param group's momentum is switched on, and nobody notices",
-        "csrc/host/watch.cpp",
-        "if (is_set(PyList_GET_ITEM(param_groups, g), key) != flags_[next++]) return false;",
-        "(void)key, (void)next;",
-        (f"{REPETITION}::test_the_rule_changes_between_steps[{{device}}]",),
-    ),
-    Mutant(
         "chunk-table-short",
         "a tensor's last chunk is missing in the table",
         "csrc/host/table.h",
