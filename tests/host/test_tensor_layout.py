@@ -140,6 +140,20 @@ def test_lazy_clones_keep_their_values(of, device):
     assert not torch.equal(kept, expected)
 
 
+def test_gradients_of_one_permutation_and_then_of_another(device):
+    """Neither is contiguous, so that torch's own marks do not tell them apart; only the strides do."""
+    values = [normal((6, 6, 6), device=device, seed=i) for i in range(5)]
+    p, twin = parameter(values[4].permute(2, 0, 1)), parameter(values[4].permute(2, 0, 1).contiguous())
+    opt, expected = fusedopt.AdamW([p], lr=0.1), fusedopt.AdamW([twin], lr=0.1)
+    for step, value in enumerate(values[:4]):
+        alike, other = torch.empty_like(p).copy_(value), value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        assert alike.stride() == p.stride() != other.stride()
+        p.grad, twin.grad = (other if step == 3 else alike), value
+        opt.step()
+        expected.step()
+    assert_same_bits(p.detach().contiguous(), twin.detach())
+
+
 def test_many_dimensions(device):
     """Torch keeps more than five elsewhere."""
     params = [parameter(normal((1, 2, 3, 1, 2, 3, 2), device=device, seed=i)) for i in range(2)]

@@ -163,6 +163,17 @@ def test_hooks_and_profilers_are_told_of_every_step(device):
     assert [e.count for e in profiler.key_averages() if e.key == "Optimizer.step#AdamW.step"] == [1]
 
 
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_an_optimizers_own_hook_is_told_of_every_step(register, device):
+    """One alone, without hooks of all optimizers beside it."""
+    params = parameters([5], device=device)
+    opt, called = fusedopt.AdamW(params), []
+    train(opt, params, 2)
+    getattr(opt, register)(lambda *_: called.append(True))
+    train(opt, params, 2)
+    assert called == [True, True]
+
+
 def test_autograd_notices_that_parameters_were_written(device):
     param = torch.nn.Parameter(torch.ones(5, device=device))
     opt = fusedopt.AdamW([param])
