@@ -5,12 +5,15 @@ fails in a process ends it there, and the others, whose collectives fail then, t
 that has imported torch and the checks, which takes longer than most of them.
 """
 
+import contextlib
 import datetime
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 TESTS = Path(__file__).resolve().parent
 TIMEOUT = 60
 """Seconds that a collective may take."""
+GRACE = 5
+"""Seconds in which the others may end by themselves, and say why, when one has failed."""
 
 
 @dataclass
@@ -85,7 +90,21 @@ def fork(module: str, checks: list[str], world: int, backend: str, out: str) -> 
         if child == 0:
             work(module, checks, rank, world, port, backend, out)
         children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    sys.exit(wait_for(children))
+
+
+def wait_for(children: list[int]) -> int:
+    """The first exit code that is not 0. Collectives of NCCL would wait minutes for a process that has failed."""
+    for left in range(len(children), 0, -1):
+        _, status = os.wait()
+        if status == 0:
+            continue
+        time.sleep(GRACE if left > 1 else 0)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return abs(os.waitstatus_to_exitcode(status))
+    return 0
 
 
 def start(code: str, *paths: Path, **environment: str) -> subprocess.Popen:
