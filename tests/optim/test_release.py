@@ -175,6 +175,7 @@ def test_a_shared_parameter_is_updated_once(device):
 def test_gradients_do_not_exist_at_once():
     """Twelve layers of 4 MiB: without release 48 MiB of gradients, with it two layers' at most."""
     layer, layers = 4 << 20, 12
+    gc.collect()  # what other tests left must not be freed while this one counts
 
     def peak(release):
         torch.manual_seed(0)
