@@ -153,3 +153,9 @@ def run_checks(
             wrong = [f"processes {missing} did not get there, after {failed or output}"]
         told[name] = "\n".join(wrong)
     return told
+
+
+def assert_all_pass(told: dict[str, str]) -> None:
+    """told: by ``run_checks``."""
+    failed = {name: text for name, text in told.items() if text}
+    assert not failed, "\n\n".join(f"==== {name}: {text}" for name, text in failed.items())
