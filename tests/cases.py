@@ -2,11 +2,13 @@
 
 import functools
 
+import pytest
 import torch
 from torch import Tensor
 
 import fusedopt
 from fusedopt import reference, specs
+from fusedopt.backends import for_device
 from fusedopt.testing.tensors import (  # noqa: F401 - what tests import from here
     GRAD_LAYOUTS,
     LARGEST,
@@ -124,3 +126,14 @@ def memory(opt) -> list[Tensor]:
             tensors.append(storage(p))
             tensors += [value for _, value in sorted(opt.state.get(p, {}).items())]
     return [torch.as_tensor(t).detach().clone() for t in tensors]
+
+
+def backend_or_skip(name: str, device: torch.device) -> str | None:
+    """``backend=`` of an optimizer on the device: None for "best". Skips the test where that one cannot run there."""
+    if name == "best":
+        return None
+    try:
+        for_device(device, name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return name

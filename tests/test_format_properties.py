@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from cases import BY_RULE, STATELESS, assert_same_bits, generator, memory, normal, parameters
+from cases import BY_RULE, STATELESS, assert_same_bits, backend_or_skip, generator, memory, normal, parameters
 from format_cases import COMBINATIONS, FLOAT32, set_gradient
 
 import fusedopt
-from fusedopt.backends import for_device
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -33,13 +32,7 @@ more_sizes = st.lists(st.sampled_from([0, 1, 7, 33, 256, 257, 8193]) | st.intege
 
 @pytest.fixture(params=["best", "triton", "reference"])
 def backend(request, device) -> str | None:
-    if request.param == "best":
-        return None
-    try:
-        for_device(device, request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
+    return backend_or_skip(request.param, device)
 
 
 @pytest.fixture

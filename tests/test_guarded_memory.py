@@ -9,12 +9,11 @@ import contextlib
 
 import pytest
 import torch
-from cases import BY_NAME, assert_same_bits, memory, normal, parameters
+from cases import BY_NAME, assert_same_bits, backend_or_skip, memory, normal, parameters
 from format_cases import COMBINATIONS, Combination, set_gradient
 
 import fusedopt
 from fusedopt import specs
-from fusedopt.backends import for_device
 
 PATTERN, MARGIN = 0xA5, 64
 ROWS = [BY_NAME[name] for name in ("adamw-decay", "lion-decay", "sgd-l2", "adam-amsgrad", "lamb-decay")]
@@ -26,13 +25,7 @@ FEW_SIZES = [1, 31, 257]
 
 @pytest.fixture(params=["best", "triton"])
 def backend(request, device) -> str | None:
-    if request.param == "best":
-        return None
-    try:
-        for_device(device, request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
+    return backend_or_skip(request.param, device)
 
 
 class Guarded:
