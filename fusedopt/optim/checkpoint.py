@@ -5,6 +5,11 @@ torch casts every state tensor to its parameter's dtype, integers included, and 
 States are brought into the format of the optimizer that loads them, rounded to nearest; where its param group leaves
 ``state_dtype`` open, plain states keep their dtype. Masters are converted by the next step, when the model's weights,
 which hold half of a split one, are sure to be loaded too.
+
+The state of a DTensor is saved element by element (``formats.to_elements``): ``torch.distributed.checkpoint`` cuts
+tensors as the processes that load them need it, and knows nothing of blocks. What a state consists of then is a dict:
+an optimizer of another format does not find what it asks for, and that is an error, where a tensor of another dtype
+would be cast.
 """
 
 from __future__ import annotations
@@ -18,10 +23,82 @@ from typing import Any
 import torch
 
 from .. import sharding
-from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
+from ..formats import (
+    OPTIONS,
+    adopt_entry,
+    check_entry,
+    convert_states,
+    decode_states,
+    from_elements,
+    to_elements,
+    wanted_state_format,
+)
+from ..plan import is_dense
 from ..specs import RULES, RuleSpec
 
-__all__ = ["load"]
+__all__ = ["export", "load", "save"]
+
+
+def export(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What ``torch.optim.Optimizer.state_dict`` returned, for torch: states in float32, no masters, no formats."""
+    keys = {*OPTIONS, "seed"}
+    groups = [{key: value for key, value in group.items() if key not in keys} for group in state_dict["param_groups"]]
+    params, rules = _numbered(optimizer)
+    state = {}
+    for index, entry in state_dict["state"].items():
+        states = sharding.on_locals(decode_states, entry, params[index], rules[index]) if entry else {}
+        wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
+        counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
+        state[index] = {**counted, **wide}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _numbered(optimizer: torch.optim.Optimizer) -> tuple[dict[int, torch.Tensor], list[RuleSpec]]:
+    """Parameters and their rules, by the numbers that state dicts have for them."""
+    params = dict(enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+    rules = [RULES[optimizer._rule_name(group)] for group in optimizer.param_groups for _ in group["params"]]
+    return params, rules
+
+
+def save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What ``torch.optim.Optimizer.state_dict`` returned, with the states of DTensors element by element."""
+    params, rules = _numbered(optimizer)
+    if not any(map(sharding.is_sharded, params.values())):
+        return state_dict
+    state = {}
+    for index, entry in state_dict["state"].items():
+        param = params.get(index)
+        if entry and sharding.is_sharded(param):
+            entry = dict(entry)
+            local = sharding.local_entry(f"{type(optimizer).__name__}.state_dict: state[{index}]", entry, param)
+            to_elements(local, rules[index])
+            sharding.store_entry(entry, local, param)
+            entry = _nested(entry)
+        state[index] = entry
+    return {**state_dict, "state": state}
+
+
+def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with a dot as dicts in the dict."""
+    nested: dict[str, Any] = {}
+    for key, value in entry.items():
+        outer, dot, inner = key.partition(".") if isinstance(key, str) else (key, "", "")
+        if dot:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_nested``. An empty dict stands for a key that the checkpoint does not have."""
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": each for inner, each in value.items()})
+        else:
+            flat[key] = value
+    return flat
 
 
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -40,23 +117,13 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     rule_of = {param: rule for group, rule in zip(groups, rules) for param in group["params"]}
     for g, (group, rule) in enumerate(zip(groups, rules)):
         _check_hyperparameters(f"{where}: param_groups[{g}]", {**optimizer.defaults, **group}, rule)
-    for index, param in params.items():
-        entry = state_dict["state"].get(index, {})
-        _require_dict(where, entry, f"state[{index}]")
-        entry = _local(f"{where}: state[{index}]", entry, param)
-        check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
+        _require_dict(where, entry, f"state[{index}]")
         param = params.get(index)
-        copied = state[index if param is None else param] = _copy(entry, param)
+        copied = state[index if param is None else param] = _copy(_flat(entry) if param is not None else entry, param)
         if param is not None and copied:
-            rule = rule_of[param]
-            local = _local(where, copied, param)
-            adopt_entry(local, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, local, rule)
-            convert_states(local, rule, wanted)
-            if sharding.is_sharded(param):
-                sharding.store_entry(copied, local, param)
+            _bring_into_form(f"{where}: state[{index}]", copied, param, group_of[param], rule_of[param])
 
     kept = optimizer.state
     kept.clear()
@@ -66,9 +133,19 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         hook(optimizer)
 
 
-def _local(where: str, entry: dict, param: torch.Tensor) -> dict:
-    """The state of a parameter as plain tensors; of a plain parameter the state itself."""
-    return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
+def _bring_into_form(where: str, entry: dict, param: torch.Tensor, group: dict, rule: RuleSpec) -> None:
+    """Checks the state of a parameter and converts it, in place."""
+    is_sharded, tensor = sharding.is_sharded(param), sharding.local_of(param)
+    if is_sharded and param.dim() == 0:  # torch's full_state_dict leaves these plain, and so they lie everywhere
+        plain = [key for key, value in entry.items() if key != "step" and isinstance(value, torch.Tensor)]
+        entry.update({key: sharding.wrap_like(sharding.local_of(entry[key]), param) for key in plain})
+    local = sharding.local_entry(where, entry, param) if is_sharded else entry
+    from_elements(where, local, tensor if is_dense(tensor) else torch.empty_like(tensor), rule)
+    check_entry(where, local, tensor, rule)
+    adopt_entry(local, rule)
+    convert_states(local, rule, wanted_state_format(where, group, param, local, rule))
+    if is_sharded:
+        sharding.store_entry(entry, local, param)
 
 
 def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:

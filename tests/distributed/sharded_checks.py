@@ -434,7 +434,7 @@ def checkpoints_of_one_process(ctx):
     summary = pair.opt.memory_summary()
     assert (summary.numel, summary.bytes["param"], summary.bytes["states"]) == (numel, 4 * numel, 2 * numel)
     with pytest.raises(ValueError, match="plain tensor"):
-        saved = pair.opt.state_dict()
+        saved = pair.opt.torch_state_dict()
         saved["state"] = {i: {k: whole_of(v) for k, v in e.items()} for i, e in saved["state"].items()}
         twin.opt.load_state_dict(saved)
 
