@@ -58,7 +58,7 @@ OPTIONS = {"lr": 1e-3, "weight_decay": 1e-2}
 BYTES_PER_PARAM = 32  # parameter and two moments read and written, the gradient read twice
 LAYERS_PER_GROUP = 50
 ROWS = 8  # of a batch
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 2  # of each library, one of which is its check
 
 CASE = "adamw/fp32/fsdp_clip_step"
 
@@ -263,6 +263,7 @@ def measure(
     tell: called by all processes with each row that is new, or of more samples than before. deadline: of
     ``time.monotonic``; rounds that would begin later are left out.
     """
+    progress(f"{workload.name}: sharding the model")
     model = sharded_model(workload, device)
     params = list(model.parameters())
     if not all(isinstance(param, DTensor) for param in params):
@@ -272,21 +273,31 @@ def measure(
         timing.start_profiler(caches)
     gbps = timing.copy_gbps(device, repeats.copy_bytes, 15)
     entries = [Entry(library, make(params)) for library, make in LIBRARIES.items()]
+    progress(f"{workload.name}: one step of each library, to compare them")
     check(entries, model, device)
-    for _ in range(WARM_UP_STEPS):
-        for entry in entries:
-            backward(model, device)
-            entry.tail()
     rows: dict[str, Row] = {}
     for entry in entries * repeats.rounds:
         if is_over(deadline, device):
             break
+        if entry.library not in rows:
+            warm_up(entry, model, device)
         time_tails(entry, model, device, repeats.host_steps)
         if device.type == "cuda":
             trace_tails(entry, model, caches, repeats.traced_steps)
         rows[entry.library] = row_of(entry, workload, params, gbps, device)
         tell(rows[entry.library])
     return list(rows.values())
+
+
+def warm_up(entry: Entry, model: Chain, device: torch.device) -> None:
+    for _ in range(WARM_UP_STEPS - 1):
+        backward(model, device)
+        entry.tail()
+
+
+def progress(line: str) -> None:
+    if distributed.get_rank() == 0:
+        click.echo(line, err=True)
 
 
 def is_over(deadline: float, device: torch.device) -> bool:
