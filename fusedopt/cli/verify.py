@@ -34,11 +34,14 @@ def _several(name: str, text: str):
 @click.option(
     "--jobs", type=click.IntRange(1), help="Processes that share the cases. Default: one for each core, 16 at most."
 )
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0), help="Stop after so many seconds; cases that are left fail the run."
+)
 @click.option("--list", "listing", is_flag=True, help="Write the names of the cases, and run none.")
 @json_option("Write every case with its figures here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write a page with plots here.")
 @click.option("--markdown", "markdown_path", type=click.Path(dir_okay=False), help="Write a table of the figures here.")
-def verify(optimizer, jobs, listing, json_path, html_path, markdown_path, **choice) -> None:
+def verify(optimizer, jobs, time_limit, listing, json_path, html_path, markdown_path, **choice) -> None:
     """Compare optimizer steps with the float64 reference, element by element, within derived bounds."""
     from ..testing.harness import plan
     from ..testing.harness import verify as run_plan
@@ -54,14 +57,20 @@ def verify(optimizer, jobs, listing, json_path, html_path, markdown_path, **choi
     _check_reports(html_path, markdown_path)
     try:
         with _progress(len(planned.cases)) as advance:
-            run = run_plan(planned=planned, command=_command(), on_result=advance, jobs=_jobs(jobs, len(planned.cases)))
+            run = run_plan(
+                planned=planned,
+                command=_command(),
+                on_result=advance,
+                jobs=_jobs(jobs, len(planned.cases)),
+                time_limit=time_limit,
+            )
     except (ValueError, RuntimeError) as error:  # of the processes that share the cases; cases raise nothing
         raise click.ClickException(str(error)) from error
     if not run.judged:
         raise click.UsageError(f"no case means anything for {planned.subject}: {run.results[0].left_out}")
     _write_reports(run, html_path, json_path, markdown_path)
     _show(run, planned, choice["quick"])
-    sys.exit(1 if run.failed else 0)
+    sys.exit(1 if run.failed or run.unreached else 0)
 
 
 def _command() -> str:
@@ -161,7 +170,9 @@ def _show(run, planned, quick: bool) -> None:
     for note in planned.notes:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     _show_left_out(console, run, quick)
-    colour = "red" if run.failed else "green"
+    if run.unreached:
+        console.print(f"[bold red]{run.unreached:,} cases were not reached within the time limit[/]")
+    colour = "red" if run.failed or run.unreached else "green"
     total = f"{len(run.judged) - len(run.failed):,} of {len(run.judged):,} cases passed in {run.seconds:.0f} s"
     console.print(f"[bold {colour}]{total}[/]")
 
