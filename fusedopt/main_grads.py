@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def make_main_grads(
     return made
 
 
-_NO_STATE: dict = {}
+_NO_STATE: dict[torch.Tensor, dict[str, Any]] = {}
 
 
 @dataclass
@@ -93,7 +94,7 @@ class AccumulatePlan:
 
     tables: list[DeviceTables]
     watch: _C.Watch
-    groups: list[dict]
+    groups: list[dict[str, Any]]
     """What the watch compares the parameters with."""
     backend: str | None = None
     """What was asked for when the tables were built; see ``backends.wanted``."""

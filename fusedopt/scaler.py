@@ -89,7 +89,9 @@ class GradScaler(torch.amp.GradScaler):
         super().update(new_scale)
 
 
-def _step_with(optimizer: FusedOptimizer, attributes: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+def _step_with(
+    optimizer: FusedOptimizer, attributes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Calls ``step`` with ``attributes`` set for its time.
 
     As with torch, a ``grad_scale`` or ``found_inf`` that was there before is used up; if the step fails it is put back.
