@@ -113,16 +113,14 @@ class AccumulatePlan:
         """
         active = []
         for param, main in zip(params, mains):
-            if param.grad is not None:
+            if main and param.grad is not None:
                 main.grad_dtype = param.grad.dtype
             if main and main.grad_dtype:
-                active.append((param, main))
-        rows = [
-            TensorRow(param.numel(), param.device, main.grad_dtype, main_grad=main.tensor) for param, main in active
-        ]
+                active.append((param, main, main.grad_dtype))
+        rows = [TensorRow(param.numel(), param.device, dtype, main_grad=main.tensor) for param, main, dtype in active]
         tables, places = build_tables(rows, functools.partial(for_device, backend=backend))
         passes.prepare(tables)
-        found = {param: place for (param, _), place in zip(active, places)}
+        found = {param: place for (param, _, _), place in zip(active, places)}
         plan = cls(tables, _C.Watch(), [{"params": params}], backend)
         for param, main in zip(params, mains):
             plan._add(param, main, *found.get(param, (None, -1)))
@@ -134,11 +132,11 @@ class AccumulatePlan:
             param,
             main.tensor if main else param,
             0,
-            dtype_code(main.grad_dtype) if bucket else -1,
+            dtype_code(main.grad_dtype) if bucket and main and main.grad_dtype else -1,
             bucket.table if bucket else None,
             slot,
             False,
-            main.held if bucket else None,
+            main.held if bucket and main else None,
         )
         self.rows.append((param, main, bucket, slot))
 
@@ -151,6 +149,7 @@ class AccumulatePlan:
             return False
         for i in relayout:
             param, main, bucket, slot = self.rows[i]
+            assert param.grad is not None and main is not None and bucket is not None  # the watch has seen them
             self.staged.append(like_parameter(param.grad.detach(), main.tensor))
             bucket.table.set_grad(slot, self.staged[-1].data_ptr() or 2)
         return True

@@ -139,12 +139,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
         self._backend = check_name(f"{where}: backend", options.get("backend"))
-        self._norm_reduce = check_norm_reduce(where, options.get("norm_reduce"))
+        self._norm_reduce: sharding.NormReduce | None = check_norm_reduce(where, options.get("norm_reduce"))
         self._controls: dict[torch.device, Control] = {}
         self._options: dict[str, Any] = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
         # Only what differs from the default is put into param groups: without formats they are exactly torch's.
-        chosen = {key: options[key] for key in OPTIONS if options.get(key, OPTIONS[key]) != OPTIONS[key]}
+        given: dict[str, Any] = {**options}
+        chosen = {key: given[key] for key in OPTIONS if given.get(key, OPTIONS[key]) != OPTIONS[key]}
         if options.get("seed") is not None:
             chosen["seed"] = options["seed"]
         if isinstance(params, torch.Tensor):
@@ -177,7 +178,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def max_grad_norm(self) -> float | None:
         """Bound of the gradients' total norm, or None."""
-        return self._options["max_grad_norm"]
+        value: float | None = self._options["max_grad_norm"]
+        return value
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
@@ -186,7 +188,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def norm_type(self) -> float:
         """Order of the norm: 1, 2 or inf."""
-        return self._options["norm_type"]
+        value: float = self._options["norm_type"]
+        return value
 
     @norm_type.setter
     def norm_type(self, value: float) -> None:
@@ -195,7 +198,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def max_grad_value(self) -> float | None:
         """Bound of each unscaled gradient element, or None."""
-        return self._options["max_grad_value"]
+        value: float | None = self._options["max_grad_value"]
+        return value
 
     @max_grad_value.setter
     def max_grad_value(self, value: float | None) -> None:
@@ -204,7 +208,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def nonfinite(self) -> str:
         """What an inf or NaN gradient element does: "propagate" or "skip"."""
-        return self._options["nonfinite"]
+        value: str = self._options["nonfinite"]
+        return value
 
     @nonfinite.setter
     def nonfinite(self, value: str) -> None:
@@ -284,6 +289,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan: OptimizerPlan | None = None
         self._norm_taken = False
         if self._releases():
+            assert self._release is not None
             self._release.forget_plans()
 
     def _rule_name(self, group: dict[str, Any]) -> str:
@@ -323,7 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._hooked_step() if closure is None else self._hooked_step(closure)
 
     # torch.optim.Optimizer wraps a step that is not, for hooks that are rarely there: 0.1 ms with cold caches.
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]
 
     def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -390,7 +396,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan.repetition = repetition_of(self, plan, names, reports)
 
     def _run_passes(
-        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
+        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict[str, Any]]
     ) -> None:
         if plan.has_complex:
             self._check_complex()
@@ -413,6 +419,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
+        assert plan.alone is not None
         scalars = self._scalars
         with plan.fresh_state_only_if_used(self):
             if self._accumulator is not None:

@@ -50,23 +50,23 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
-        param = params.get(index)
-        copied = state[index if param is None else param] = _copy(entry, param)
-        if param is not None and copied:
-            rule = rule_of[param]
-            local = _local(where, copied, param)
+        own = params.get(index)
+        copied = state[index if own is None else own] = _copy(entry, own)
+        if own is not None and copied:
+            rule = rule_of[own]
+            local = _local(where, copied, own)
             adopt_entry(local, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, local, rule)
+            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[own], own, local, rule)
             convert_states(local, rule, wanted)
-            if sharding.is_sharded(param):
-                sharding.store_entry(copied, local, param)
+            if sharding.is_sharded(own):
+                sharding.store_entry(copied, local, own)
 
     kept = optimizer.state
     kept.clear()
     kept.update(state)
     optimizer.__setstate__({"state": kept, "param_groups": groups})
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
 def _local(where: str, entry: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:

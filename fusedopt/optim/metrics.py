@@ -103,6 +103,7 @@ class _Slot:
         return bool(self.event.query())
 
     def read(self) -> StepMetrics:
+        assert self.about is not None  # it has been started
         copied = self.lr.tolist()
         lr = [copied[i] if isinstance(value, torch.Tensor) else value for i, value in enumerate(self.about.lr)]
         return StepMetrics.read(self.control, self.about, lr)
