@@ -19,7 +19,7 @@ __all__ = ["Check", "Report", "examine"]
 
 _PACKAGES = ("fusedopt", "torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy")
 # Of these cases of ``fusedopt verify``, one for each format.
-_SELF_TEST = {
+_SELF_TEST: dict[str, Any] = {
     "rule": ("adamw",),
     "format": ("float32-None_states", "bfloat16-None_states"),
     "transform": ("clip",),

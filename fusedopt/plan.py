@@ -151,12 +151,18 @@ class Bucket:
     numel: int = 0
     capacity: int = 0
     """CUDA: bytes of step table that the kernels take as a parameter; 0 if they read it from device memory."""
-    launches: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    launches: dict[str, Any] = field(default_factory=dict)
     """By pass. CUDA: context, kernel and number of blocks; Triton: what launches the kernel, and its constants."""
     launches_key: tuple[Any, ...] = ()
     """What ``launches`` were chosen for."""
     staging: Any = None
     """Triton: ``backends.staging.Staging``, how the step table reaches the device."""
+
+    @property
+    def formats(self) -> tuple[RuleSpec, ParamFormatSpec, StateFormatSpec]:
+        """Rule and formats, where it is for an update."""
+        assert self.rule is not None and self.param_format is not None and self.state_format is not None
+        return self.rule, self.param_format, self.state_format
 
     @property
     def norms(self) -> int:
