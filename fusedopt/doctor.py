@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _C, backends
-from .backends import nvrtc
+from .backends import Availability, nvrtc
 
 __all__ = ["Check", "Report", "examine"]
 
@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
     versions: dict[str, str]
     machine: dict[str, str]
-    backends: dict[str, backends.Availability]
+    backends: dict[str, Availability]
     cache: dict[str, Any]
     checks: list[Check]
 

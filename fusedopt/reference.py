@@ -9,8 +9,6 @@ so they can also be evaluated on other number-like types (the tests do so with n
 rounding error).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -292,7 +290,7 @@ def reference_step(
     grad_scale: float = 1.0,
     max_grad_value: float | None = None,
     clip_coef: float = 1.0,
-    **hyper: Any,
+    **hyper: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One step of `rule` on one tensor.
 

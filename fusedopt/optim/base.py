@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, cast
 
 import torch
 
@@ -135,13 +135,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"or one of {', '.join(Options.__annotations__)}; remove it"
             )
         check_hyperparameters(where, defaults)
-        self._forget_plan()
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
+        self._forget_plan()
         self._backend = check_name(f"{where}: backend", options.get("backend"))
         self._norm_reduce: sharding.NormReduce | None = check_norm_reduce(where, options.get("norm_reduce"))
         self._controls: dict[torch.device, Control] = {}
-        self._options: dict[str, Any] = {}
+        self._options: Options = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
         # Only what differs from the default is put into param groups: without formats they are exactly torch's.
         given: dict[str, Any] = {**options}
@@ -159,7 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- options --------------------------------------------------------------------------------------
 
     def _set_options(self, **changes: Any) -> None:
-        before, options = self._options, {**self._options, **changes}
+        before, options = self._options, cast(Any, {**self._options, **changes})
         check_clipping(type(self).__name__, **options)
         self._options = options
         if self._releases():
@@ -178,8 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def max_grad_norm(self) -> float | None:
         """Bound of the gradients' total norm, or None."""
-        value: float | None = self._options["max_grad_norm"]
-        return value
+        return self._options["max_grad_norm"]
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
@@ -188,8 +187,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def norm_type(self) -> float:
         """Order of the norm: 1, 2 or inf."""
-        value: float = self._options["norm_type"]
-        return value
+        return self._options["norm_type"]
 
     @norm_type.setter
     def norm_type(self, value: float) -> None:
@@ -198,8 +196,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def max_grad_value(self) -> float | None:
         """Bound of each unscaled gradient element, or None."""
-        value: float | None = self._options["max_grad_value"]
-        return value
+        return self._options["max_grad_value"]
 
     @max_grad_value.setter
     def max_grad_value(self, value: float | None) -> None:
@@ -208,8 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def nonfinite(self) -> str:
         """What an inf or NaN gradient element does: "propagate" or "skip"."""
-        value: str = self._options["nonfinite"]
-        return value
+        return self._options["nonfinite"]
 
     @nonfinite.setter
     def nonfinite(self, value: str) -> None:
@@ -288,8 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget_plan(self) -> None:
         self._plan: OptimizerPlan | None = None
         self._norm_taken = False
-        if self._releases():
-            assert self._release is not None
+        if self._release is not None and self._releases():
             self._release.forget_plans()
 
     def _rule_name(self, group: dict[str, Any]) -> str:
@@ -419,12 +414,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _run_alone(self, plan: OptimizerPlan, param: torch.Tensor) -> None:
         """The update of one parameter, inside a backward pass."""
-        assert plan.alone is not None
         scalars = self._scalars
         with plan.fresh_state_only_if_used(self):
             if self._accumulator is not None:
                 scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
-            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
+            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups) if plan.alone else [])
         if self._accumulator is not None:
             self._accumulator.release(param)
 
