@@ -184,6 +184,16 @@ def cuda_launch(
     table: Table | None,
     /,
 ) -> None: ...
+def cuda_launch_words(
+    context: int,
+    function: int,
+    grid: int,
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    words: Sequence[int],
+    /,
+) -> None: ...
 def cuda_upload(
     context: int,
     function: int,

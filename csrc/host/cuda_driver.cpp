@@ -97,10 +97,11 @@ void* CudaDriver::load(void* context, const std::string& cubin, const std::strin
   return function;
 }
 
-void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params) const {
+void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params,
+                        uint32 shared_bytes) const {
   const CurrentContext current(cuCtxGetCurrent_, cuCtxPushCurrent_, cuCtxPopCurrent_, context);
   check(current.status(), "cuCtxPushCurrent");
-  check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, 0, stream, params, nullptr), "cuLaunchKernel");
+  check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, params, nullptr), "cuLaunchKernel");
 }
 
 }  // namespace fusedopt

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _C
 from ..plan import Bucket, DeviceTables
 from ..specs import DTYPES, TRITON_CHUNK, TRITON_CHUNK_BLOCKED, ParamFormatSpec, RuleSpec, StateFormatSpec
 from ..structs import Hyper, PassArgs
@@ -278,9 +279,32 @@ def _launcher(
     options = options_of(tile if NVIDIA.value else tile._replace(registers=None))
     compiled = kernel.warmup(*([1 << 40] * num_arguments), grid=grid, **constants, **options)
     run = compiled[grid]  # loads it too
+    if NVIDIA.value and _takes_words_alone(compiled.metadata):
+        return _by_the_driver(compiled, programs)
     in_order = [constants[key] for key in kernel.arg_names[num_arguments:]]
     rest = in_order if _version() >= (3, 3) else []  # the generated launchers take constants too, and ignore them
     return lambda *args: run(*args, *rest)
+
+
+def _takes_words_alone(metadata: Any) -> bool:
+    """Whether a compiled kernel's launch needs nothing but its arguments: no scratch memory, no clusters."""
+    unused = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+    return not any(getattr(metadata, name, 0) for name in unused) and getattr(metadata, "num_ctas", 1) == 1
+
+
+def _by_the_driver(compiled: Any, programs: int) -> Callable[..., None]:
+    """Launches on the current device without Triton's launcher, whose Python code takes long where caches are cold."""
+    device, metadata = torch.cuda.current_device(), compiled.metadata
+    launch = functools.partial(
+        _C.cuda_launch_words,
+        _C.cuda_primary_context(device),
+        compiled.function,
+        programs,
+        metadata.num_warps * metadata.target.warp_size,
+        metadata.shared,
+    )
+    stream_of = torch._C._cuda_getCurrentRawStream
+    return lambda *words: launch(stream_of(device), words)
 
 
 def _grads(bucket: Bucket) -> int:

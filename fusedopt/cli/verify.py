@@ -23,7 +23,7 @@ __all__ = ["verify"]
 _SHOWN_FAILURES = 20
 
 
-@click.command(epilog=exit_codes("a case failed"))
+@click.command(epilog=exit_codes("a case failed, or was not reached in time"))
 @click.option(
     "--optimizer", metavar="MODULE:CLASS", help="Another optimizer, such as torch.optim:AdamW. Default: fusedopt's."
 )
@@ -38,6 +38,9 @@ _SHOWN_FAILURES = 20
 @click.option(
     "--jobs", type=click.IntRange(1), help="Processes that share the cases. Default: one for each core, 16 at most."
 )
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0), help="Stop after so many seconds; cases that are left fail the run."
+)
 @click.option("--list", "listing", is_flag=True, help="Write the names of the cases, and run none.")
 @shared_options("Write every case with its figures here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write a page with plots here.")
@@ -45,6 +48,7 @@ _SHOWN_FAILURES = 20
 def verify(
     optimizer: str | None,
     jobs: int | None,
+    time_limit: float | None,
     listing: bool,
     json_path: str | None,
     html_path: str | None,
@@ -66,14 +70,20 @@ def verify(
     _check_reports(html_path, markdown_path)
     try:
         with _progress(len(planned.cases)) as advance:
-            run = run_plan(planned=planned, command=_command(), on_result=advance, jobs=_jobs(jobs, len(planned.cases)))
+            run = run_plan(
+                planned=planned,
+                command=_command(),
+                on_result=advance,
+                jobs=_jobs(jobs, len(planned.cases)),
+                time_limit=time_limit,
+            )
     except (ValueError, RuntimeError) as error:  # of the processes that share the cases; cases raise nothing
         raise click.ClickException(str(error)) from error
     if not run.judged:
         raise click.UsageError(f"no case means anything for {planned.subject}: {run.results[0].left_out}")
     _write_reports(run, html_path, json_path, markdown_path)
     _show(run, planned, choice["quick"])
-    finish(failed=run.failed)
+    finish(failed=run.failed or run.unreached)
 
 
 def _command() -> str:
@@ -173,7 +183,9 @@ def _show(run: Run, planned: Plan, quick: bool) -> None:
     for note in planned.notes:
         out.print(note, style="yellow", markup=False, soft_wrap=True)
     _show_left_out(out, run, quick)
-    colour = "red" if run.failed else "green"
+    if run.unreached:
+        out.print(f"[bold red]{run.unreached:,} cases were not reached within the time limit[/]")
+    colour = "red" if run.failed or run.unreached else "green"
     total = f"{len(run.judged) - len(run.failed):,} of {len(run.judged):,} cases passed in {run.seconds:.0f} s"
     out.print(f"[bold {colour}]{total}[/]")
 

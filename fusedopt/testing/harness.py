@@ -166,6 +166,7 @@ def verify(
     command: str = "",
     on_result: Callable[[Result], None] = lambda result: None,
     jobs: int = 1,
+    time_limit: float | None = None,
     planned: Plan | None = None,
     **choice: Any,
 ) -> Run:
@@ -178,6 +179,7 @@ def verify(
         on_result: called with each result, for progress bars.
         jobs: processes that share the cases. An optimizer given as a class or factory must then be one that can be
             pickled.
+        time_limit: seconds after which no further result is waited for; ``run.unreached`` counts the cases left.
         choice: ``quick``, ``device``, ``backend``, ``rule``, ``format``, ``dtype``, ``transform``, ``case`` as for
             ``plan``.
 
@@ -194,6 +196,9 @@ def verify(
     for i, result in indexed:
         found[i] = result
         on_result(result)
+        if time_limit is not None and time.monotonic() - start > time_limit:
+            break
     results = [found[i] for i in sorted(found)]
     seconds = time.monotonic() - start
-    return Run(planned.subject, planned.device, results, planned.total - len(planned.cases), seconds, command)
+    skipped, unreached = planned.total - len(planned.cases), len(planned.cases) - len(results)
+    return Run(planned.subject, planned.device, results, skipped, seconds, command, unreached)

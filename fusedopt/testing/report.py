@@ -32,6 +32,8 @@ class Run:
     """Cases that were not run: of a sample, or filtered."""
     seconds: float
     command: str = ""
+    unreached: int = 0
+    """Cases that the time limit left out."""
 
     @property
     def judged(self) -> list[Result]:
@@ -100,7 +102,7 @@ def row_of(result: Result) -> dict[str, Any]:
 
 def write_json(path: str | Path, run: Run) -> None:
     """Environment, counts, and one row for each case."""
-    counts = {"cases": len(run.judged), "failed": len(run.failed), "not_run": run.skipped}
+    counts = {"cases": len(run.judged), "failed": len(run.failed), "not_run": run.skipped, "unreached": run.unreached}
     head = {"subject": run.subject, "command": run.command, **environment(run.device), "seconds": round(run.seconds, 1)}
     histogram = [sum(counts) for counts in zip(*(r.histogram for r in run.judged))]
     record = {
