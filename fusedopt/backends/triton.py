@@ -176,7 +176,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
             args.step_table = bucket.staging.send(bucket)
 
 
-def _current(device: torch.device) -> AbstractContextManager:
+def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device the current one, which Triton launches on."""
     if device.type == "cpu":
         return _NOTHING_TO_DO
@@ -197,7 +197,7 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
     main = str(bucket.main_dtype).removeprefix("torch.") if bucket.main_dtype else NO_MAIN
     constants: dict[str, Any] = {"G": grad, "CHUNK": bucket.chunk, "CLAMP": not math.isinf(bucket.args.max_grad_value)}
     programs, sizes = bucket.num_chunks, [DTYPES[grad].size, *([DTYPES[main].size] if bucket.main_dtype else [])]
-    tile = TILES.get(name) or update_tile(bucket.state_format)
+    tile = TILES.get(name) or update_tile(bucket.formats[2])
     if name == "accumulate":
         constants = {"G": grad, "M": main, "CHUNK": bucket.chunk, "V": _vector(max(sizes))}
         return _launcher("accumulate_pass", programs, 4, constants, tile)
@@ -206,7 +206,7 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
         return _launcher("norm_pass", min(_norm_programs(tables.device), programs), 4, constants, tile)
     if name == "scale":
         return _launcher("scale_pass", programs, 3, constants | {"V": _vector(DTYPES[grad].size)}, tile)
-    constants |= update_constants(bucket.rule, bucket.param_format, bucket.state_format, grad, main, name)
+    constants |= update_constants(*bucket.formats, grad, main, name)
     return _launcher(f"{name}_pass", programs, 4, constants, tile)
 
 

@@ -8,12 +8,13 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .cases import Case
 from .runner import BINS, Result
 
 __all__ = ["Run", "Summary", "environment", "markdown", "row_of", "summaries", "write_json"]
@@ -132,7 +133,7 @@ class Summary:
         self.share = max(self.share, result.ratio)
 
 
-_KEYS = {
+_KEYS: dict[str, Callable[[Case], str]] = {
     "rule": lambda case: case.variant.rule,
     "format": lambda case: str(case.format),
     "parameters": lambda case: parameters_of(str(case.format)),
@@ -147,7 +148,7 @@ def parameters_of(form: str) -> str:
 
 def summaries(results: Iterable[Result], *keys: str) -> list[Summary]:
     """One for each combination of the keys: "rule", "format", "parameters", "backend"; in the order of the results."""
-    found: dict[tuple, Summary] = {}
+    found: dict[tuple[str, ...], Summary] = {}
     for result in results:
         key = tuple(_KEYS[name](result.case) for name in keys)
         found.setdefault(key, Summary(key)).add(result)
@@ -167,7 +168,7 @@ def ulp_text(value: float) -> str:
 def format_table(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Lines of Markdown from rows of ``row_of`` or of the JSON: cases and the worst error in ulp, with a line for each
     rule and format of states, a column for each way of keeping parameters."""
-    cells: dict[tuple, list] = {}
+    cells: dict[tuple[str, ...], list[Any]] = {}
     for row in rows:
         if row["left_out"]:
             continue
