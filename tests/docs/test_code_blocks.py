@@ -119,7 +119,9 @@ def check_fusedopt(words: list[str]) -> None:
         if isinstance(command, click.Group) and word in command.commands:
             command = command.commands[word]
         elif word.startswith("-"):
-            options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+            options = {
+                option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+            }
             options |= {"-h", "--help", "--version"}
             assert word.partition("=")[0] in options, f"{command.name} has no {word}"
     assert command is not main or words[0].startswith("-"), f"fusedopt has no {words[0]}"
@@ -129,7 +131,9 @@ def check_python(words: list[str]) -> None:
     """Files and modules are there."""
     if words[0] == "-m":
         name = words[1].replace(".", "/")
-        assert words[1] in ("pytest", "venv", "mkdocs", "pip") or (ROOT / name).exists() or (ROOT / f"{name}.py").exists()
+        assert (
+            words[1] in ("pytest", "venv", "mkdocs", "pip") or (ROOT / name).exists() or (ROOT / f"{name}.py").exists()
+        )
     scripts = [word for word in words if word.endswith(".py")]
     for script in scripts:
         assert (ROOT / script.partition("::")[0]).is_file(), f"no {script}"
@@ -170,14 +174,19 @@ def test_commands_are_taken_apart():
     ]
 
 
-@pytest.mark.parametrize("text", ["fusedopt bnech", "fusedopt verify --quik", "python benchmarks/stepp.py", "make tset"])
+@pytest.mark.parametrize(
+    "text", ["fusedopt bnech", "fusedopt verify --quik", "python benchmarks/stepp.py", "make tset"]
+)
 def test_what_is_not_there_is_noticed(text):
     with pytest.raises(AssertionError):
         check_command(shlex.split(text))
 
 
 def test_markers():
-    blocks = [Block("python", text, 1) for text in ("# needs a GPU\nx\n", "# needs two processes\nx\n", "# file: a.py\n", "x\n")]
+    blocks = [
+        Block("python", text, 1)
+        for text in ("# needs a GPU\nx\n", "# needs two processes\nx\n", "# file: a.py\n", "x\n")
+    ]
     assert [block.needs_gpu for block in blocks] == [True, False, False, False]
     assert [block.runs_here for block in blocks] == [True, False, False, True]
 
