@@ -6,13 +6,16 @@ import inspect
 import re
 import textwrap
 
-__all__ = ["arguments", "body", "to_markdown"]
+__all__ = ["arguments", "body", "lists", "to_markdown"]
 
 _MATH = re.compile(r"^( *)\.\. math::\n((?:\1 +.*\n|\s*\n)+)", re.MULTILINE)
 _INLINE_MATH = re.compile(r":math:`([^`]+)`")
 _ROLE = re.compile(r":(?:class|meth|func|attr):`([^`]+)`")
 _LINK = re.compile(r"`([^`<]+?)\s+<([^>`]+)>`_")
 _SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Attributes):$|^\S.*:\n    \w+: ", re.MULTILINE)
+_OWN_SECTION = re.compile(
+    r"^(?!(?:Args|Returns|Raises|Yields|Attributes):)(\S.*):\n((?:    (?:[\w, ]+: .*|    .*)\n)+)\n?", re.MULTILINE
+)
 
 
 def to_markdown(text: str) -> str:
@@ -35,6 +38,18 @@ def body(docstring: str) -> str:
     text = inspect.cleandoc(docstring)
     first = _SECTION.search(text)
     return to_markdown(text[: first.start()] if first else text)
+
+
+def lists(docstring: str) -> str:
+    """Sections that only this library has ("Where it runs:") as a line and a list; griffe knows the others."""
+    return _OWN_SECTION.sub(_list, docstring + "\n").rstrip()
+
+
+def _list(section: re.Match[str]) -> str:
+    entries = re.split(r"\n(?=    \S)", section[2].rstrip())
+    pairs = (" ".join(entry.split()).partition(": ") for entry in entries)
+    items = "\n".join(f"- `{name}`: {text}" for name, _, text in pairs)
+    return f"{section[1]}:\n\n{items}\n\n"
 
 
 def arguments(docstring: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
     python docs/tools/optimizer_pages.py            # after a docstring, a default or a format has changed
     python docs/tools/optimizer_pages.py --check    # exit code 1 if a page is not what this would write
 
-Formula, state and arguments are the class's docstring and signature; memory is counted by `memory_summary` after a step.
+Formula, state and arguments are the class's docstring and signature; memory is what `memory_summary` counts.
 A marker names the class: ``<!-- class: AdamW -->`` … ``<!-- end of class -->``.
 """
 
@@ -17,16 +17,14 @@ from pathlib import Path
 import click
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # the checkout, when started as a file
-sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, when started as a file
 
 import docstrings
 
 import fusedopt
 from fusedopt.specs import RULES
 
-PAGES = ROOT / "docs" / "optimizers"
+PAGES = Path(__file__).resolve().parents[1] / "optimizers"
 MARKER = re.compile(r"(<!-- class: (\w+) -->\n).*?(<!-- end of class -->)", re.DOTALL)
 
 NUMEL = 2**16
@@ -98,7 +96,9 @@ def signature_of(cls: type) -> dict[str, inspect.Parameter]:
 def memory_table(cls: type) -> str:
     variants = VARIANTS.get(cls.__name__, {"": {}})
     titles = [name or "bytes per parameter" for name in variants]
-    text = "Bytes per parameter at rest: parameter + gradient + what is kept beside it (master, states, scales of 8-bit blocks)."
+    text = (
+        "Bytes per parameter at rest: parameter + gradient + what is kept beside it: master, states, scales of blocks."
+    )
     lines = [text, "", f"| format | {' | '.join(titles)} |", f"| --- |{' --- |' * len(titles)}"]
     for name, (dtype, options) in FORMATS.items():
         cells = [memory_cell(cls, dtype, {**options, **variant}) for variant in variants.values()]
@@ -108,7 +108,7 @@ def memory_table(cls: type) -> str:
 
 
 def memory_cell(cls: type, dtype: torch.dtype, options: dict[str, object]) -> str:
-    """What ``memory_summary`` counts after a step of one parameter; a dash for 8-bit states of a rule without states."""
+    """What ``memory_summary`` counts after a step of one parameter; a dash for 8-bit states of a rule without any."""
     param = torch.nn.Parameter(torch.ones(NUMEL, dtype=dtype))
     param.grad = torch.ones_like(param)
     try:

@@ -279,7 +279,7 @@ _WORK = {
 
 
 def _grouped_bars(axes, cases: Sequence[Rows], time: str) -> float:
-    """A group of bars for each case, the first at the top, and the floor as a line. Returns the height of all groups."""
+    """A group of bars for each case, the first at the top, and the floor as a line. Returns their number, with gaps."""
     top, ticks, names, labelled = 0.0, [], [], set()
     for case in cases:
         first = case[0]

@@ -1,4 +1,4 @@
-"""Every fenced block of README.md and docs/: Python runs, page by page; of shell commands programs, files and options exist.
+"""Every fenced block of README.md and docs/: Python runs, page by page; programs, files, options of shell ones exist.
 
 A Python block that cannot run here says why in its first line, for readers too: ``# needs a GPU``, ``# needs several
 processes: …``. It is compiled all the same; blocks that need a GPU run where there is one. A block whose first line is
@@ -165,7 +165,8 @@ def test_shell_blocks(page):
 
 
 def test_commands_are_taken_apart():
-    text = 'A=1 B="x y" fusedopt bench --quick   # some\npython -m pytest -q; make test \\\n  lint && pip install ".[cuda]"\n'
+    text = 'A=1 B="x y" fusedopt bench --quick   # some\n'
+    text += 'python -m pytest -q; make test \\\n  lint && pip install ".[cuda]"\n'
     assert commands_of(text) == [
         ["fusedopt", "bench", "--quick"],
         ["python", "-m", "pytest", "-q"],
