@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"python", "sh", "cpp", "diff", "text", "dockerfile", ""}
+LANGUAGES = {"python", "sh", "cpp", "diff", "text", "markdown", "dockerfile", ""}
 MARKER = re.compile(r"# (?:needs (a GPU)|needs (?!a GPU).+|file: \S+)\n")
 VARIABLE = re.compile(r"[A-Z][A-Z_]*=.*", re.DOTALL)
 COMMENT = re.compile(r"(?<!\S)#.*")
