@@ -1,4 +1,4 @@
-"""`docs/adding-an-optimizer.md` to the letter: its blocks go into a copy of the repository, which is built and tested."""
+"""`docs/adding-an-optimizer.md` to the letter: its blocks go into a copy of the sources, which is built and tested."""
 
 import os
 import re
