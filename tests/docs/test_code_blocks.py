@@ -5,6 +5,7 @@ processes: …``. It is compiled all the same; blocks that need a GPU run where 
 ``# file: path`` is a file of `docs/adding-an-optimizer.md`, which `test_adding_an_optimizer.py` follows.
 """
 
+import functools
 import re
 import shlex
 import sys
@@ -87,6 +88,8 @@ def test_python_blocks(page, device, tmp_path, monkeypatch):
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("pages take the GPU that is here")
     monkeypatch.chdir(tmp_path)
+    # Pages are about the graph that breaks at a step; what inductor makes of the rest takes most of a minute to compile.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     threads = torch.get_num_threads()
     try:
         run_page(page, device.type == "cuda")

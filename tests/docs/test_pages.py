@@ -26,6 +26,13 @@ def test_every_optimizer_has_its_page(name):
     assert f"(optimizers/{name.lower()}.md)" in (ROOT / "docs" / "optimizers.md").read_text()
 
 
+def test_everything_public_is_in_the_api():
+    page = (ROOT / "docs" / "api.md").read_text()
+    public = {name for name in fusedopt.__all__ if callable(getattr(fusedopt, name)) and name != "backends"}
+    listed = set(re.findall(r"^::: fusedopt\.(\w+)$", page, re.MULTILINE))
+    assert public <= listed, public - listed
+
+
 def headings(page: Path) -> set[str]:
     """Anchors, as the site and the places that show repositories make them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
