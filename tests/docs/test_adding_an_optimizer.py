@@ -12,8 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "adding-an-optimizer.md"
-COPIED = ("csrc", "fusedopt", "tests", "docs", "benchmarks", "examples", "Makefile", "mkdocs.yml", "setup.py")
-COPIED += ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "demo_out",
+    "*.so",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "*.egg-info",
+)
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEW_FILE = re.compile(r"(?://|#|<!--) file: (\S+)(?: -->)?\n(.*)", re.DOTALL)
@@ -63,13 +73,7 @@ def edits() -> list[Edit]:
 
 
 def copy_with_edits(folder: Path) -> None:
-    leave_out = shutil.ignore_patterns("__pycache__", "*.so", "results")
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=leave_out)
-        else:
-            shutil.copy2(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
     for edit in edits():
         edit.apply(folder)
 

@@ -88,7 +88,7 @@ def test_python_blocks(page, device, tmp_path, monkeypatch):
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("pages take the GPU that is here")
     monkeypatch.chdir(tmp_path)
-    # Pages are about the graph that breaks at a step; what inductor makes of the rest takes most of a minute to compile.
+    # Pages are about the graph that breaks at a step; what inductor makes of the rest takes long to compile.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     threads = torch.get_num_threads()
     try:
