@@ -1,11 +1,12 @@
 """Every fenced block of README.md and docs/: Python runs, page by page; programs, files, options of shell ones exist.
 
-A Python block that cannot run here says why in its first line, for readers too: ``# needs a GPU``, ``# needs several
-processes: …``. It is compiled all the same; blocks that need a GPU run where there is one. A block whose first line is
-``# file: path`` is a file of `docs/adding-an-optimizer.md`, which `test_adding_an_optimizer.py` follows.
+A Python block that cannot run everywhere says why in its first line, for readers too: ``# needs a GPU``, ``# needs
+Triton``, ``# needs several processes: …``. It is compiled all the same, and the first two run where there is one. A
+block whose first line is ``# file: path`` is a file of `docs/adding-an-optimizer.md`: `test_adding_an_optimizer.py`.
 """
 
 import functools
+import importlib.util
 import re
 import shlex
 import sys
@@ -23,7 +24,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "sh", "cpp", "diff", "text", "markdown", "dockerfile", ""}
-MARKER = re.compile(r"# (?:needs (a GPU)|needs (?!a GPU).+|file: \S+)\n")
+MARKER = re.compile(r"# (?:needs (.+)|file: \S+)\n")
+HERE = {"a GPU": torch.cuda.is_available(), "Triton": importlib.util.find_spec("triton") is not None}
+"""What blocks may need, and whether it is there. Whatever else they need is not."""
 VARIABLE = re.compile(r"[A-Z][A-Z_]*=.*", re.DOTALL)
 COMMENT = re.compile(r"(?<!\S)#.*")
 SUBSTITUTION = re.compile(r"\$\([^()]*\)")
@@ -37,14 +40,10 @@ class Block:
     line: int
 
     @property
-    def needs_gpu(self) -> bool:
-        marker = MARKER.match(self.text)
-        return bool(marker and marker[1])
-
-    @property
     def runs_here(self) -> bool:
-        """Whether nothing is missing, on a machine with a GPU."""
-        return self.needs_gpu or MARKER.match(self.text) is None
+        """Whether nothing that it needs is missing."""
+        marker = MARKER.match(self.text)
+        return marker is None or HERE.get(marker[1], False)
 
 
 def blocks_of(page: Path, language: str | None = None) -> list[Block]:
@@ -72,13 +71,13 @@ def test_fences(page):
 # ---- Python --------------------------------------------------------------------------------------------------------
 
 
-def run_page(page: Path, gpu: bool) -> None:
+def run_page(page: Path) -> None:
     """All blocks in one namespace, in a module of their own, as classes and pickles want it."""
     namespace = {"__name__": "__main__"}
     for block in blocks_of(page, "python"):
         # Line numbers are the page's, so that a traceback shows the place.
         code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-        if block.runs_here and (gpu or not block.needs_gpu):
+        if block.runs_here:
             exec(code, namespace)
 
 
@@ -92,7 +91,7 @@ def test_python_blocks(page, device, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     threads = torch.get_num_threads()
     try:
-        run_page(page, device.type == "cuda")
+        run_page(page)
     finally:
         torch.set_num_threads(threads)
 
@@ -187,14 +186,11 @@ def test_what_is_not_there_is_noticed(text):
 
 
 def test_markers():
-    blocks = [
-        Block("python", text, 1)
-        for text in ("# needs a GPU\nx\n", "# needs two processes\nx\n", "# file: a.py\n", "x\n")
-    ]
-    assert [block.needs_gpu for block in blocks] == [True, False, False, False]
-    assert [block.runs_here for block in blocks] == [True, False, False, True]
+    texts = ("x\n", "# needs a GPU\nx\n", "# needs Triton\nx\n", "# needs two processes\nx\n", "# file: a.py\n")
+    runs = [Block("python", text, 1).runs_here for text in texts]
+    assert runs == [True, HERE["a GPU"], HERE["Triton"], False, False]
 
 
 if __name__ == "__main__":  # python tests/docs/test_code_blocks.py docs/formats.md: one page, with its tracebacks
     for argument in sys.argv[1:]:
-        run_page(Path(argument).resolve(), torch.cuda.is_available())
+        run_page(Path(argument).resolve())
