@@ -28,9 +28,12 @@ _ALLOWED = {
     ("torch", "Size"),
     ("torch", "device"),
     ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),
     ("torch._utils", "_rebuild_parameter"),
     ("torch.serialization", "_get_layout"),
+    ("torch.storage", "UntypedStorage"),
     ("torch.nn.parameter", "Parameter"),
+    ("torch.torch_version", "TorchVersion"),
 }
 
 

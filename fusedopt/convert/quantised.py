@@ -78,5 +78,5 @@ def error_corrected(param: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     wide = param.detach().float()
     info = torch.finfo(param.dtype)
     exponent = wide.abs().clamp(min=info.smallest_normal).frexp().exponent - 1
-    half_ulp = torch.ldexp(torch.tensor(info.eps / 2, device=param.device), exponent)
+    half_ulp = torch.ldexp(torch.full_like(wide, info.eps / 2), exponent)
     return wide + error.float() / float(torch.iinfo(error.dtype).max) * half_ulp
