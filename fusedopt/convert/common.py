@@ -113,7 +113,7 @@ def check_optimizer(where: str, optimizer: Any, families: Collection[str]) -> No
     if optimizer.rule not in families:
         raise ValueError(
             f"{where}: got an optimizer of type {type(optimizer).__name__}, expected one with the rule "
-            f"{' or '.join(repr(family) for family in families)}: its algorithm must be the checkpoint's"
+            f"{' or '.join(repr(family) for family in families)}; build one of the checkpoint's algorithm"
         )
     if any(sharding.is_sharded(param) for group in optimizer.param_groups for param in group["params"]):
         raise ValueError(
