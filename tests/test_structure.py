@@ -55,6 +55,7 @@ RANKS = {
     "main_grads": 5,
     "optim": 6,
     "accumulate": 7,
+    "convert": 7,
     "scaler": 7,
     "testing": 8,
     "__init__": 9,
