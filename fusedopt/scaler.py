@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState
 
 from .compiling import keep_out_of_graphs
 from .optim import FusedOptimizer
+from .optim.wrappers import check_unwrapped
 
 __all__ = ["GradScaler"]
 
@@ -44,6 +45,7 @@ class GradScaler(torch.amp.GradScaler):
             NotImplementedError: complex gradients.
         """
         if self._enabled and isinstance(optimizer, FusedOptimizer):
+            check_unwrapped("GradScaler.unscale_", optimizer)
             _require_plain_grads(optimizer)
         super().unscale_(optimizer)
 
@@ -53,10 +55,12 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: called twice without ``update``; ``closure`` given by name.
             AssertionError: no loss was scaled yet.
+            TypeError: a wrapper of Lightning's around an optimizer of ours.
         """
         fused = self._enabled and isinstance(optimizer, FusedOptimizer)
         if not fused or "closure" in kwargs or self._scale is None:
             return super().step(optimizer, *args, **kwargs)
+        check_unwrapped("GradScaler.step", optimizer)
         entry = self._per_optimizer_states[id(optimizer)]
         if entry["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)  # raises

@@ -59,6 +59,7 @@ RANKS = {
     "testing": 8,
     "__init__": 9,
     "bench": 10,
+    "integrations": 10,
     "doctor": 10,
     "cli": 11,
     "__main__": 12,

@@ -22,6 +22,7 @@ from .plan import OptimizerPlan
 from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
 from .repeat import repetition_of
+from .wrappers import check_unwrapped, is_watched_by_accelerate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -158,6 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- options --------------------------------------------------------------------------------------
 
     def _set_options(self, **changes: Any) -> None:
+        check_unwrapped(type(self).__name__, self)
         before, options = self._options, {**self._options, **changes}
         check_clipping(type(self).__name__, **options)
         self._options = options
@@ -217,6 +219,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @backend.setter
     def backend(self, value: str | None) -> None:
+        check_unwrapped(type(self).__name__, self)
         self._backend = check_name(f"{type(self).__name__}: backend", value)
 
     @property
@@ -226,6 +229,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @norm_reduce.setter
     def norm_reduce(self, value: Callable[[torch.Tensor, Any], Any] | None) -> None:
+        check_unwrapped(type(self).__name__, self)
         self._norm_reduce = check_norm_reduce(type(self).__name__, value)
         self._scalars = self._scalars._replace()  # another object: the next step is not like the last one
 
@@ -237,12 +241,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler hands over its scale and verdict and always calls step.
 
-        Only where somebody asked for a fused step: wrappers such as Accelerate and Lightning treat such optimizers
-        differently.
+        Only where somebody asked for a fused step: Accelerate and Lightning treat such optimizers differently.
         """
-        asked = self._takes_norm or self.max_grad_value is not None
         # With main gradients it must not divide .grad alone: it is told to hand over, and then refused.
-        return asked or self._has_accumulated() or any(group.get("fused") for group in self.param_groups)
+        if self._has_accumulated() or is_watched_by_accelerate(self):
+            return self._has_accumulated()
+        return self._takes_norm or self.max_grad_value is not None or any(g.get("fused") for g in self.param_groups)
 
     # ---- param groups ---------------------------------------------------------------------------------
 
