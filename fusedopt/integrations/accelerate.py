@@ -133,7 +133,7 @@ class Accelerator(accelerate.Accelerator):
         return norm
 
     def clip_grad_value_(self, parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
-        """Has the next step clamp: see :class:`Accelerator`. After ``clip_grad_norm_`` both are done at once instead."""
+        """Has the next step clamp: see :class:`Accelerator`. After ``clip_grad_norm_`` both are done at once."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         prepared = self._prepared_for(parameters)
         if prepared is not None and prepared.norm_clip is None and clip_value > 0:

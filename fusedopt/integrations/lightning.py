@@ -27,8 +27,8 @@ __all__ = ["FusedClipping"]
 class FusedClipping:
     """Mixin for LightningModules, before ``LightningModule``: ``gradient_clip_val`` becomes a bound of the step.
 
-    Both algorithms, "norm" and "value", with every precision: Lightning's own refuses optimizers that unscale. ``.grad``
-    keeps its values. Optimizers that are not ours are clipped in Lightning's way.
+    Both algorithms, "norm" and "value", with every precision, while Lightning itself refuses optimizers that unscale.
+    ``.grad`` keeps its values. Optimizers that are not ours are clipped in Lightning's way.
     """
 
     def configure_gradient_clipping(

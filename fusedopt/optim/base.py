@@ -121,8 +121,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a param group that choose between the rules of the family; they may change between steps."""
 
-    _steps = 0
-    """Calls of ``step()``."""
     _agreed = False
     """Whether the processes of each mesh were found to have the same parameters and options."""
     _fetches: tuple[torch.device, metrics.Fetches] | None = None
@@ -137,6 +135,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         check_hyperparameters(where, defaults)
         self._forget_plan()
+        self._steps = 0  # calls of step(); of the instance, for wrappers look there for what their class does not have
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
         self._backend = check_name(f"{where}: backend", options.get("backend"))
@@ -590,6 +589,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._keep_out_of_graphs()
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
+        self.__dict__.setdefault("_steps", 0)
         self.__dict__.setdefault("_accumulator", None)
         self.__dict__.setdefault("_release", None)
         self.__dict__.setdefault("_backend", None)

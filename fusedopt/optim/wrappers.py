@@ -14,8 +14,8 @@ def check_unwrapped(where: str, optimizer: Any) -> None:
     """
     if "_options" not in optimizer.__dict__:
         raise TypeError(
-            f"{where}: got {type(optimizer).__name__}, which wraps an optimizer, expected the optimizer itself; use its "
-            ".optimizer"
+            f"{where}: got {type(optimizer).__name__}, which wraps an optimizer, expected the optimizer itself; use "
+            "its .optimizer"
         )
 
 

@@ -16,13 +16,21 @@ from fusedopt.integrations.transformers import FusedClipping, Trainer, optimizer
 
 STEPS, BATCH, ACCUMULATED = 6, 2, 2
 MAX_NORM, MAX_VALUE = 0.5, 0.02
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def model_of(dtype=torch.float64):
     """GPT-2 of two narrow layers over bytes, without dropout."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=256, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=256,
+        n_positions=CONTEXT,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        **NO_DROPOUT,
     )
     return transformers.GPT2LMHeadModel(config).to(dtype)
 
@@ -194,11 +202,10 @@ def test_trained_twice(device, tmp_path):
 
 
 def test_mixin(device, tmp_path):
-    class Own(FusedClipping, transformers.Seq2SeqTrainer):
+    class Own(FusedClipping, ClipsValues):
         pass
 
-    model, opt, schedule = schedule_and_optimizer(arguments(tmp_path, device))
-    trainer = Own(model, arguments(tmp_path, device), train_dataset=text(), optimizers=(opt, schedule))
+    trainer = Own(model_of(), arguments(tmp_path, device), train_dataset=text())
     assert type(trainer.accelerator).__module__ == "fusedopt.integrations.accelerate"
 
 
