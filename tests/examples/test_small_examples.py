@@ -16,7 +16,12 @@ import fusedopt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing", "captured_graph", "gradient_release"]
-TRAINERS = ["trainer_transformers", "accelerate_loop", "lightning_trainer", "fabric_loop"]  # tests/integrations runs them
+TRAINERS = [
+    "trainer_transformers",
+    "accelerate_loop",
+    "lightning_trainer",
+    "fabric_loop",
+]  # tests/integrations runs them
 STEPS = 14
 
 # Two correct optimizers drift apart by rounding. Over these steps on a CPU, torch against itself, clipped to two ulps
