@@ -73,7 +73,7 @@ clean:
 # ---- set-up -----------------------------------------------------------------------------------------------
 
 $(VENV)/demo.stamp: EXTRAS := cuda,bench
-$(VENV)/test.stamp: EXTRAS := test,bench
+$(VENV)/test.stamp: EXTRAS := test,test-integrations,bench
 
 # Editable: Python sources are used where they are. The extension is compiled again when its sources change.
 $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CXX_SOURCES)

@@ -590,10 +590,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_steps", 0)
-        self.__dict__.setdefault("_accumulator", None)
-        self.__dict__.setdefault("_release", None)
-        self.__dict__.setdefault("_backend", None)
-        self.__dict__.setdefault("_norm_reduce", None)
+        for key in ("_accumulator", "_release", "_backend", "_norm_reduce"):
+            self.__dict__.setdefault(key, None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():
