@@ -1,6 +1,7 @@
 """What the tests of the trainers share: a tiny model of real text, and how far two right trainings may drift apart."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
         torch.testing.assert_close(
             value, theirs[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps its settings in the process."""
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 def refuse_clipping(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 import torch
-from models import EXTRA, NextByte, assert_close, our_adamw, refuse_clipping, state_of, torch_adamw, windows
+from models import (
+    EXTRA,
+    NextByte,
+    assert_close,
+    our_adamw,
+    refuse_clipping,
+    reset_accelerate,
+    state_of,
+    torch_adamw,
+    windows,
+)
 
 import fusedopt
 from fusedopt.integrations import unwrap
@@ -18,18 +28,9 @@ BATCHES, BATCH = 8, 4
 OVERFLOWS = {2, 5}
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Accelerate keeps its settings in the process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
-
-
 def make(cls, device, scaled=False, **kwargs):
     """An accelerator; with a scaler on the CPU too, where Accelerate itself makes none."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    reset_accelerate()
     on_cpu = device.type == "cpu"
     accelerator = cls(cpu=on_cpu, mixed_precision="fp16" if scaled else "no", **kwargs)
     if scaled and on_cpu:

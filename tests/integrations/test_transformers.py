@@ -73,9 +73,16 @@ def fused(args, cls=fusedopt.AdamW, **options):
 class ClipsValues(transformers.Trainer):
     """torch's value clipping before the Trainer's own."""
 
-    def _clip_grad_norm(self, model):
-        torch.nn.utils.clip_grad_value_(model.parameters(), MAX_VALUE)
-        return super()._clip_grad_norm(model)
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        clip_norm = self.accelerator.clip_grad_norm_
+
+        def clip(parameters, *bound):
+            parameters = list(parameters)
+            torch.nn.utils.clip_grad_value_(parameters, MAX_VALUE)
+            return clip_norm(parameters, *bound)
+
+        self.accelerator.clip_grad_norm_ = clip
 
 
 def schedule_and_optimizer(args):
@@ -202,7 +209,10 @@ def test_trained_twice(device, tmp_path):
 
 
 def test_mixin(device, tmp_path):
-    class Own(FusedClipping, ClipsValues):
+    class Derived(transformers.Trainer):
+        pass
+
+    class Own(FusedClipping, Derived):
         pass
 
     trainer = Own(model_of(), arguments(tmp_path, device), train_dataset=text())
