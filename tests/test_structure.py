@@ -118,6 +118,14 @@ def test_only_the_triton_engine_imports_triton():
     assert "triton" not in named
 
 
+def test_only_the_integrations_import_trainers():
+    """Each the library that it is named after, so that ``import fusedopt`` imports none of them."""
+    trainers = {"transformers", "accelerate", "lightning"}
+    for path in PYTHON_FILES:
+        imported = {module.split(".")[0] for module in imported_modules(path)} & trainers
+        assert imported <= ({path.stem} if unit_of(path) == "integrations" else set()), name_of(path)
+
+
 def test_reference_imports_torch_only():
     assert {name.split(".")[0] for name in imported_modules(PACKAGE / "reference.py")} == {"torch"}
 

@@ -31,8 +31,8 @@ try:
     from accelerate.utils import DistributedType
 except ImportError as error:
     raise ImportError(
-        f"fusedopt.integrations.accelerate: importing Accelerate failed ({error}), expected version 1.0 or later; "
-        "pip install 'accelerate>=1.0'"
+        f"fusedopt.integrations.accelerate: importing Accelerate failed ({error}), expected version 1.1 or later; "
+        "pip install 'accelerate>=1.1'"
     ) from error
 
 __all__ = ["Accelerator", "FusedAcceleratedOptimizer", "fuse"]

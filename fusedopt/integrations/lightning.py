@@ -20,11 +20,14 @@ from .clipping import set_bounds
 
 if TYPE_CHECKING:
     import torch
+    from lightning import LightningModule
+else:
+    LightningModule = object  # of a mixin
 
 __all__ = ["FusedClipping"]
 
 
-class FusedClipping:
+class FusedClipping(LightningModule):
     """Mixin for LightningModules, before ``LightningModule``: ``gradient_clip_val`` becomes a bound of the step.
 
     Both algorithms, "norm" and "value", with every precision, while Lightning itself refuses optimizers that unscale.

@@ -27,12 +27,15 @@ except ImportError as error:
 from .accelerate import fuse
 
 if TYPE_CHECKING:
+    from transformers import Trainer as AnyTrainer
     from transformers import TrainingArguments
+else:
+    AnyTrainer = object  # of a mixin
 
 __all__ = ["FusedClipping", "Trainer", "optimizer_cls_and_kwargs"]
 
 
-class FusedClipping:
+class FusedClipping(AnyTrainer):
     """Mixin for any class of Trainers, before it: ``class MyTrainer(FusedClipping, SFTTrainer)``.
 
     Clipping, ``grad_norm`` in the logs, the scaler and skipped steps are those of

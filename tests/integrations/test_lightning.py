@@ -217,8 +217,3 @@ def test_wrappers_are_refused_where_they_would_take_what_is_the_optimizers(devic
             use()
     unwrap(wrapper).max_grad_norm = 0.5
     assert wrapper.max_grad_norm == 0.5
-
-
-def test_unwrap():
-    opt = our_adamw(NextByte().parameters())
-    assert unwrap(opt) is opt and unwrap(torch_adamw(NextByte().parameters())) is None and unwrap(None) is None
