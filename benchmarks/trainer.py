@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Size:
     """Of a library in a round."""
 
 
-GPT2 = Size("gpt2-124M", 50257, 1024, 768, 12, batches=(1, 8, 32), rounds=3, steps=10)
+GPT2 = Size("gpt2-124M", 50257, 1024, 768, 12, batches=(1, 8), rounds=3, steps=10)
 TINY = Size("tiny", 256, 16, 64, 2, batches=(2,), rounds=2, steps=3)
 
 
@@ -416,6 +416,7 @@ def missing_library() -> str | None:
 @click.option(
     "--wheels", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Install from this folder."
 )
+@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Sequences; may be repeated.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
 @click.option("--time-limit", type=float, default=240, show_default=True, help="Start no case after so many seconds.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
@@ -424,6 +425,7 @@ def main(
     quick: bool,
     stand_in: bool,
     wheels: Path | None,
+    batches: tuple[int, ...],
     threads: int | None,
     time_limit: float,
     path: Path | None,
@@ -438,7 +440,9 @@ def main(
     if reason and not stand_in:
         console.print(f"{reason}: measuring a loop that stands in for the Trainer (--wheels takes it from files)")
     say = lambda name: console.print(f"measuring {name}", markup=False, highlight=False)  # noqa: E731
-    result = measure(torch.device(device_type), TINY if quick else GPT2, bool(stand_in or reason), deadline, say)
+    size = TINY if quick else GPT2
+    size = replace(size, batches=batches) if batches else size
+    result = measure(torch.device(device_type), size, bool(stand_in or reason), deadline, say)
     write(path, result)
     print_table(console, result)
     sys.exit(1 if any(row["error"] and row["library"].startswith("fusedopt") for row in result["rows"]) else 0)

@@ -101,7 +101,7 @@ class Accelerator(accelerate.Accelerator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.scaler = _fused_scaler(self.scaler)
+        self.scaler = _fused_scaler(self)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
         """As Accelerate's. What it returned may be given to it again.
@@ -184,13 +184,15 @@ def fuse(accelerator: accelerate.Accelerator) -> Accelerator:
             "before prepare"
         )
     accelerator.__class__ = Accelerator
-    accelerator.scaler = _fused_scaler(accelerator.scaler)
+    accelerator.scaler = _fused_scaler(accelerator)
     return accelerator
 
 
-def _fused_scaler(scaler: Any) -> Any:
-    """Ours with the same settings in the place of torch's own; others, such as FSDP's, as they are."""
-    if type(scaler) is not torch.amp.GradScaler or not scaler.is_enabled():
+def _fused_scaler(accelerator: accelerate.Accelerator) -> Any:
+    """Ours with the same settings in the place of torch's own; None and others, such as FSDP's, as they are."""
+    scaler = accelerator.scaler
+    plain = type(scaler) is torch.amp.GradScaler and accelerator.distributed_type in WHOLE_GRADIENTS
+    if not plain or not scaler.is_enabled():
         return scaler
     return GradScaler(
         scaler._device,

@@ -169,12 +169,17 @@ def test_bf16(device, tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_fp16(tmp_path, monkeypatch):
     """The first steps overflow: they are skipped, and the schedule waits for them."""
-    cuda = torch.device("cuda")
-    args = arguments(tmp_path, cuda, fp16=True, lr_scheduler_type="cosine", max_steps=12, num_train_epochs=9)
+    original = torch.amp.GradScaler.__init__
+    too_large = {"init_scale": 2.0**24}
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "__init__", lambda self, *args, **kwargs: original(self, *args, **too_large | kwargs)
+    )
+    args = arguments(tmp_path, torch.device("cuda"), fp16=True, lr_scheduler_type="cosine", max_steps=12)
     _, theirs, _ = train(transformers.Trainer, args, dtype=torch.float32)
     refuse_clipping(monkeypatch)
     _, ours, trainer = train(Trainer, args, dtype=torch.float32, **fused(args))
     assert type(trainer.accelerator.scaler) is fusedopt.GradScaler
+    assert trainer.accelerator.scaler.get_scale() < 2.0**24 and ours[0]["learning_rate"] == ours[1]["learning_rate"]
     assert [each["learning_rate"] for each in ours] == [each["learning_rate"] for each in theirs]
     assert [each["loss"] for each in ours] == pytest.approx([each["loss"] for each in theirs], abs=1e-3)
 
