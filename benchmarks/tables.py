@@ -102,6 +102,8 @@ def header(result: Row) -> str:
     lines = [", ".join(facts) + "."]
     if missing := result.get("missing_libraries"):
         lines.append(f"Missing, so not compared with: {', '.join(missing)}.")
+    if result.get("driver_loop") == "stand-in":
+        lines.append("A loop that stands in for the Trainer's.")
     if result.get("left_out"):
         lines.append(f"Left out by the time limit: {', '.join(result['left_out'])}.")
     return " ".join(lines)

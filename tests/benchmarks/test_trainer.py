@@ -46,6 +46,7 @@ def test_both_libraries_train_alike_and_are_timed(stand_in, device, tmp_path):
     (tmp_path / "trainer.json").write_text(json.dumps(result))
     page = tables.fill("<!-- table: trainer.json -->\n<!-- end of table -->", tmp_path)
     assert f"`python benchmarks/trainer.py --device {device.type}`" in page and "no loss filter" in page
+    assert ("A loop that stands in for the Trainer's." in page) == stand_in
 
 
 def test_another_training_is_an_error(monkeypatch):

@@ -184,6 +184,33 @@ def test_bounds_are_the_optimizers_own_again(device):
         assert own.max_grad_norm == 2.0
 
 
+@pytest.mark.parametrize("optimized", ["trained", "all"])
+def test_frozen_parameters(optimized, device, monkeypatch):
+    """Where the optimizer has them and where it does not."""
+
+    def build(make_optimizer):
+        def built(params):
+            params = list(params)
+            params[0].requires_grad_(False)
+            return make_optimizer(params if optimized == "all" else params[1:])
+
+        return built
+
+    theirs = train(make(accelerate.Accelerator, device), build(torch_adamw), device, CLIPS["norm"])
+    refuse_clipping(monkeypatch)
+    ours = train(make(Accelerator, device), build(our_adamw), device, CLIPS["norm"])
+    assert_close(ours[0], theirs[0])
+
+
+def test_parameters_that_the_optimizer_lacks_are_in_the_norm(device):
+    def build(make_optimizer):
+        return lambda params: make_optimizer(list(params)[1:])
+
+    theirs = train(make(accelerate.Accelerator, device), build(torch_adamw), device, CLIPS["norm"])
+    ours = train(make(Accelerator, device), build(our_adamw), device, CLIPS["norm"])
+    assert_close(ours[0], theirs[0])
+
+
 def test_two_optimizers_are_clipped_by_accelerate(device, caplog):
     def run(cls, build):
         accelerator = make(cls, device)
