@@ -78,7 +78,7 @@ clean:
 # ---- set-up -----------------------------------------------------------------------------------------------
 
 $(VENV)/demo.stamp: EXTRAS := cuda,bench
-$(VENV)/test.stamp: EXTRAS := test,bench,docs
+$(VENV)/test.stamp: EXTRAS := test,test-integrations,bench,docs
 
 # Editable: Python sources are used where they are. The extension is compiled again when its sources change.
 $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CXX_SOURCES)
