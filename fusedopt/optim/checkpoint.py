@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from .. import sharding
-from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
+from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, decode_states, wanted_state_format
 from ..specs import RULES, RuleSpec
+from .offload import home_of
 
-__all__ = ["load"]
+__all__ = ["export", "load"]
 
 
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -48,7 +49,8 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         param = params.get(index)
-        copied = state[index if param is None else param] = _copy(entry, param)
+        home = None if param is None else home_of(optimizer, param.device)
+        copied = state[index if param is None else param] = _copy(entry, home)
         if param is not None and copied:
             rule = rule_of[param]
             local = _local(where, copied, param)
@@ -130,11 +132,28 @@ def _merge(old: dict, new: dict) -> dict:
     return {**merged, "params": old["params"]}
 
 
-def _copy(value: Any, param: torch.Tensor | None) -> Any:
-    """A copy that shares no memory with the checkpoint, tensors on the parameter's device and in their own dtype."""
+def export(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict that the torch.optim class of the same name loads; see ``FusedOptimizer.torch_state_dict``."""
+    exported = optimizer.state_dict()
+    keys = {*OPTIONS, "seed"}
+    groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
+    indices = (dict.fromkeys(group["params"], RULES[optimizer._rule_name(group)]) for group in exported["param_groups"])
+    rules = {index: rule for own in indices for index, rule in own.items()}
+    params = dict(enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+    state = {}
+    for index, entry in exported["state"].items():
+        states = sharding.on_locals(decode_states, entry, params[index], rules[index]) if entry else {}
+        wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
+        counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
+        state[index] = {**counted, **wide}
+    return {**exported, "state": state, "param_groups": groups}
+
+
+def _copy(value: Any, home: torch.device | None) -> Any:
+    """A copy that shares no memory with the checkpoint, tensors on the device ``home``, by default where they are, and
+    in their own dtype."""
     if isinstance(value, torch.Tensor):
-        device = value.device if param is None else param.device
-        return value.detach().to(device=device, copy=True)
+        return value.detach().to(device=value.device if home is None else home, copy=True)
     if isinstance(value, dict):
-        return {key: _copy(each, param) for key, each in value.items()}
+        return {key: _copy(each, home) for key, each in value.items()}
     return deepcopy(value)
