@@ -211,6 +211,14 @@ class _Queues:
         """A context in which copies are enqueued to the stream."""
         return nullcontext() if stream is None else self.module.stream(stream)
 
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """To the stream whose context this is."""
+        target.copy_(source, non_blocking=True)
+
+    def staging(self, size: int) -> torch.Tensor:
+        """So many bytes of memory that copies need not wait for."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.module is not None)
+
     def begin(self) -> None:
         """Copies come behind what the current stream has been given: it computes gradients and reads parameters."""
         if self.module:
@@ -238,7 +246,7 @@ class _Buffer:
     """Staging memory, and the copies into and out of it."""
 
     def __init__(self, size: int, queues: _Queues) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=queues.module is not None)
+        self.memory = queues.staging(size)
         self.arrived, self.returned = (queues.module.Event() if queues.module else None for _ in range(2))
 
     def before_arrival(self, stream: Any) -> None:
@@ -354,7 +362,7 @@ class Lane:
             buffer.before_arrival(stream)
             for segment in piece.segments:
                 for staged, source in self._sources(piece, segment):
-                    staged.copy_(source[segment.begin : segment.end], non_blocking=True)
+                    self.queues.copy(staged, source[segment.begin : segment.end])
             buffer.after_arrival(stream)
 
     def _sources(self, piece: _Piece, segment: _Segment) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -389,7 +397,7 @@ class Lane:
         with self.queues.on(stream):
             for segment in piece.segments:
                 if self._is_updated(segment):
-                    self.params[segment.row][segment.begin : segment.end].copy_(segment.param, non_blocking=True)
+                    self.queues.copy(self.params[segment.row][segment.begin : segment.end], segment.param)
             buffer.after_return(stream)
 
 

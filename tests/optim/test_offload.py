@@ -21,6 +21,7 @@ from cases import (
     train,
 )
 from format_cases import FEW
+from late_streams import LateQueues
 from offload_cases import (
     CHUNK,
     PIECE,
@@ -417,3 +418,58 @@ def test_a_parameter_that_moves_to_another_device(device):
     train_twins(opt, twin, 2, first=1)
     assert_twins(opt, twin)
     assert opt._plan.lanes
+
+
+# ---- copies that come late -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch):
+    monkeypatch.setattr("fusedopt.optim.offload._Queues", LateQueues)
+
+
+def current_stream(opt):
+    ((lane, _),) = opt._plan.lanes
+    return lane.queues.module.current
+
+
+@pytest.mark.parametrize("case", [ADAMW, BY_NAME["lamb-decay"]], ids=str)
+@pytest.mark.parametrize("buffers", [1, 2, 3, 100])
+def test_every_copy_is_waited_for(case, buffers, late):
+    """However late copies are made: the engine has its gradients, no buffer is overwritten that is still to return."""
+    opt, twin = pair(case, torch.device("cpu"), SIZES, buffers=buffers)
+    for step in range(3):
+        train_twins(opt, twin, 1, first=step)
+        for p in params_of(opt):
+            p.grad.fill_(torch.nan)  # its memory is somebody else's now
+        current_stream(opt).drain()  # who reads the parameters
+        assert_twins(opt, twin)
+
+
+def test_copies_come_behind_the_current_stream(late):
+    """Gradients that it has yet to compute arrive; parameters that it has yet to read are as they were."""
+    opt, twin = pair(ADAMW, torch.device("cpu"), SIZES)
+    train_twins(opt, twin, 1)
+    current_stream(opt).drain()
+    before, read = [p.detach().clone() for p in params_of(opt)], []
+    give(params_of(twin), 1)
+    current = current_stream(opt)
+    current.work.append(lambda: read.extend(p.detach().clone() for p in params_of(opt)))
+    for p, source in zip(params_of(opt), params_of(twin), strict=True):
+        current.work.append(lambda p=p, source=source: p.grad.copy_(source.grad))
+    opt.step(), twin.step()
+    current.drain()
+    assert_same_bits(read, before)
+    assert_twins(opt, twin)
+
+
+def test_a_failure_leaves_no_copy_unwaited_for(late, monkeypatch):
+    opt, twin = pair(ADAMW, torch.device("cpu"), SIZES)
+    train_twins(opt, twin, 1)
+    ((lane, _),) = opt._plan.lanes
+    monkeypatch.setattr("fusedopt.backends.cpu.update_chunks", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.step()
+    current_stream(opt).drain()
+    for stream in (lane.queues.arriving, lane.queues.returning):
+        assert stream.done == len(stream.work)
