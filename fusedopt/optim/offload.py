@@ -220,11 +220,12 @@ class _Queues:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.module is not None)
 
     def begin(self) -> None:
-        """Copies come behind what the current stream has been given: it computes gradients and reads parameters."""
+        """Copies come behind what the current stream has been given: it computes gradients and reads parameters.
+
+        Those that return do too: what returns has arrived before, and the host has waited for that.
+        """
         if self.module:
-            current = self.module.current_stream(self.device)
-            self.arriving.wait_stream(current)
-            self.returning.wait_stream(current)
+            self.arriving.wait_stream(self.module.current_stream(self.device))
 
     def end(self) -> None:
         """What the current stream is given from now on comes behind the copies."""
