@@ -153,7 +153,8 @@ def _copy(value: Any, home: torch.device | None) -> Any:
     """A copy that shares no memory with the checkpoint, tensors on the device ``home``, by default where they are, and
     in their own dtype."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device=value.device if home is None else home, copy=True)
+        device = value.device if home is None else home
+        return value.detach().to(device=device, copy=True)
     if isinstance(value, dict):
         return {key: _copy(each, home) for key, each in value.items()}
     return deepcopy(value)
