@@ -179,7 +179,7 @@ def overflow(opt) -> None:
 def test_nonfinite_skip(master_weights, device):
     """Nothing returns: where a master is on the host, the buffers hold other parameters."""
     dtype = torch.bfloat16 if master_weights else torch.float32
-    opt, twin = pair(ADAMW, device, SIZES, dtype, nonfinite="skip", master_weights=master_weights)
+    opt, twin = pair(ADAMW, device, SIZES, dtype, 1, nonfinite="skip", master_weights=master_weights)
     for step, bad in enumerate([False, True, False, True, False]):
         for each in (opt, twin):
             give(params_of(each), step)
