@@ -6,7 +6,7 @@
 # make fuzz       100,000 inputs for the extension's functions, under the address and the undefined-behaviour sanitizer
 # make mutants    plant mistakes in the sources and see whether the tests notice; writes tests/results/mutants*.json
 # make coverage   line and branch coverage of fusedopt/ and of the C++ engine; reports in build/coverage
-# make lint       ruff and clang-format
+# make lint       ruff, clang-format and mypy
 # make clean      remove everything that was made, .venv included
 #
 # Everything is installed into .venv. A torch >= 2.6 that PYTHON can import is used where it is and left as it is;
@@ -36,6 +36,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	@$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
 
 gpu-test: $(VENV)/test.stamp
 	mkdir -p tests/results
@@ -67,7 +68,7 @@ coverage: $(VENV)/test.stamp
 	$(BIN)/python tests/measure_coverage.py --workers $(WORKERS)
 
 clean:
-	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up -----------------------------------------------------------------------------------------------

@@ -59,6 +59,9 @@ class GradAccumulator:
         ValueError: no parameters; one of them twice; an unknown reduction; an optimizer that has an accumulator.
     """
 
+    _total: float | torch.Tensor
+    _weight: float | torch.Tensor
+
     def __init__(
         self,
         target: torch.optim.Optimizer | Iterable[torch.Tensor],
@@ -76,7 +79,7 @@ class GradAccumulator:
         if isinstance(target, torch.Tensor):
             raise TypeError("GradAccumulator: got a Tensor, expected an optimizer or parameters; pass [param]")
         self.optimizer = target if isinstance(target, torch.optim.Optimizer) else None
-        self._listed = [] if self.optimizer else list(target)
+        self._listed = [] if isinstance(target, torch.optim.Optimizer) else list(target)
         self.dtype, self.reduction = dtype, reduction
         check_params("GradAccumulator: params", self.params)
         if not self.params:
@@ -209,9 +212,9 @@ class GradAccumulator:
         """Drops what was accumulated. The memory stays."""
         self._epoch.advance()
         self._count = 0
-        self._total: float | torch.Tensor = 0.0  # of the weights
+        self._total = 0.0  # of the weights
         self._open = False  # whether hooks have folded a part of a micro-batch that has not ended
-        self._weight: float | torch.Tensor = 1.0
+        self._weight = 1.0
 
     # ---- the result ---------------------------------------------------------------------------------------
 
@@ -456,4 +459,5 @@ def _checked_state(state: dict[str, Any], params: list[torch.Tensor]) -> dict[in
                 f"{where}: got main_grads[{i}] of dtype {grad.dtype} for a parameter of {params[i].dtype}, expected "
                 "both complex or none; load the state of the same model"
             )
-    return state["main_grads"]
+    main_grads: dict[int, torch.Tensor] = state["main_grads"]
+    return main_grads

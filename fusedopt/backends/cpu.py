@@ -78,13 +78,14 @@ def update_chunks(bucket: Bucket, begin: int, end: int) -> None:
 
     The host may do something else in other threads of Python in the meantime.
     """
+    rule, param_format, state_format = bucket.formats
     _C.cpu_update(
         bucket.table,
         bucket.hypers,
-        bucket.rule.index,
-        bucket.param_format.code,
+        rule.index,
+        param_format.code,
         *_dtypes(bucket),
-        bucket.state_format.code,
+        state_format.code,
         bucket.args,
         torch.get_num_threads(),
         begin,

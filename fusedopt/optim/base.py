@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, cast
 
 import torch
 
@@ -140,17 +140,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"or one of {', '.join(Options.__annotations__)}; remove it"
             )
         check_hyperparameters(where, defaults)
-        self._forget_plan()
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
+        self._forget_plan()
         self._backend = check_name(f"{where}: backend", options.get("backend"))
-        self._norm_reduce = check_norm_reduce(where, options.get("norm_reduce"))
+        self._norm_reduce: sharding.NormReduce | None = check_norm_reduce(where, options.get("norm_reduce"))
         self._offload = check_offload(where, options.get("offload"))
         self._controls: dict[torch.device, Control] = {}
-        self._options: dict[str, Any] = {}
+        self._options: Options = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
         # Only what differs from the default is put into param groups: without formats they are exactly torch's.
-        chosen = {key: options[key] for key in OPTIONS if options.get(key, OPTIONS[key]) != OPTIONS[key]}
+        given: dict[str, Any] = {**options}
+        chosen = {key: given[key] for key in OPTIONS if given.get(key, OPTIONS[key]) != OPTIONS[key]}
         if options.get("seed") is not None:
             chosen["seed"] = options["seed"]
         if isinstance(params, torch.Tensor):
@@ -164,7 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- options --------------------------------------------------------------------------------------
 
     def _set_options(self, **changes: Any) -> None:
-        before, options = self._options, {**self._options, **changes}
+        before, options = self._options, cast(Any, {**self._options, **changes})
         check_clipping(type(self).__name__, **options)
         self._options = options
         if self._releases():
@@ -295,7 +296,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget_plan(self) -> None:
         self._plan: OptimizerPlan | None = None
         self._norm_taken = False
-        if self._releases():
+        if self._release is not None and self._releases():
             self._release.forget_plans()
 
     def _rule_name(self, group: dict[str, Any]) -> str:
@@ -335,7 +336,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._hooked_step() if closure is None else self._hooked_step(closure)
 
     # torch.optim.Optimizer wraps a step that is not, for hooks that are rarely there: 0.1 ms with cold caches.
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]
 
     def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -402,7 +403,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan.repetition = repetition_of(self, plan, names, reports)
 
     def _run_passes(
-        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
+        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict[str, Any]]
     ) -> None:
         if plan.has_complex:
             self._check_complex()
@@ -429,7 +430,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         with plan.fresh_state_only_if_used(self):
             if self._accumulator is not None:
                 scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
-            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
+            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups) if plan.alone else [])
         if self._accumulator is not None:
             self._accumulator.release(param)
 

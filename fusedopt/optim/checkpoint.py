@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,10 +22,13 @@ from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, decode_
 from ..specs import RULES, RuleSpec
 from .offload import home_of
 
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
 __all__ = ["export", "load"]
 
 
-def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
     where = f"{type(optimizer).__name__}.load_state_dict"
     _require_dict(where, state_dict, "a checkpoint")
@@ -48,32 +51,32 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
-        param = params.get(index)
-        home = None if param is None else home_of(optimizer, param.device)
-        copied = state[index if param is None else param] = _copy(entry, home)
-        if param is not None and copied:
-            rule = rule_of[param]
-            local = _local(where, copied, param)
+        own = params.get(index)
+        home = None if own is None else home_of(optimizer, own.device)
+        copied = state[index if own is None else own] = _copy(entry, home)
+        if own is not None and copied:
+            rule = rule_of[own]
+            local = _local(where, copied, own)
             adopt_entry(local, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, local, rule)
+            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[own], own, local, rule)
             convert_states(local, rule, wanted)
-            if sharding.is_sharded(param):
-                sharding.store_entry(copied, local, param)
+            if sharding.is_sharded(own):
+                sharding.store_entry(copied, local, own)
 
     kept = optimizer.state
     kept.clear()
     kept.update(state)
     optimizer.__setstate__({"state": kept, "param_groups": groups})
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
-def _local(where: str, entry: dict, param: torch.Tensor) -> dict:
+def _local(where: str, entry: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
     """The state of a parameter as plain tensors; of a plain parameter the state itself."""
     return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
 
 
-def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
+def _match(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
     """Parameter by its index in the checkpoint."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -109,7 +112,7 @@ def _require_dict(where: str, value: Any, what: str) -> None:
         )
 
 
-def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
+def _check_hyperparameters(where: str, group: dict[str, Any], rule: RuleSpec) -> None:
     """ValueError where a step could not read one of the rule's."""
     for _, key, index in rule.hyper:
         value = group.get(key)
@@ -121,7 +124,7 @@ def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
             )
 
 
-def _merge(old: dict, new: dict) -> dict:
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's hyper-parameters with the optimizer's own parameters, as torch merges them, and own formats."""
     merged = deepcopy({key: value for key, value in new.items() if key not in ("params", *OPTIONS)})
     merged.update({key: old[key] for key in OPTIONS if key in old})
@@ -132,7 +135,7 @@ def _merge(old: dict, new: dict) -> dict:
     return {**merged, "params": old["params"]}
 
 
-def export(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def export(optimizer: FusedOptimizer) -> dict[str, Any]:
     """A state dict that the torch.optim class of the same name loads; see ``FusedOptimizer.torch_state_dict``."""
     exported = optimizer.state_dict()
     keys = {*OPTIONS, "seed"}

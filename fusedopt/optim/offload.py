@@ -114,24 +114,23 @@ class _Segment:
     """Of the tensor in its lane."""
     begin: int
     end: int
-    grad: torch.Tensor | None = None
-    param: torch.Tensor | None = None
-    main_grad: torch.Tensor | None = None
+    grad: torch.Tensor = field(init=False)
+    param: torch.Tensor = field(init=False)
+    main_grad: torch.Tensor = field(init=False)
+    """Empty where nobody accumulates."""
 
     def stage(self, memory: torch.Tensor, offset: int, dtypes: Sequence[torch.dtype | None]) -> int:
         """Takes its parts of ``memory``, bytes, from ``offset`` on; returns where the next segment's begin."""
-        parts: list[torch.Tensor | None] = []
+        parts = []
         for dtype in dtypes:
             size = 0 if dtype is None else (self.end - self.begin) * dtype.itemsize
-            parts.append(None if dtype is None else memory[offset : offset + size].view(dtype))
+            parts.append(memory[offset : offset + size].view(dtype or torch.uint8))
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
         self.grad, self.param, self.main_grad = parts
         return offset
 
-    def origin(self, part: torch.Tensor | None) -> int:
+    def origin(self, part: torch.Tensor) -> int:
         """Where the tensor would begin if all of it were there; of an empty one an address that is never read."""
-        if part is None:
-            return 0
         return part.data_ptr() - self.begin * part.element_size() if part.numel() else _ALIGNMENT
 
 
@@ -147,14 +146,10 @@ class _Piece:
     segments: list[_Segment] = field(default_factory=list)
 
     @property
-    def dtypes(self) -> tuple[torch.dtype | None, ...]:
-        """Of staged gradients, parameters and main gradients."""
-        return self.bucket.grad_dtype, getattr(torch, self.bucket.param_format.dtype), self.bucket.main_dtype
-
-    @property
     def reads_param(self) -> bool:
         """Whether the update does not overwrite the parameter with a master that is on the host."""
-        extra = self.bucket.param_format.extra
+        _, param_format, _ = self.bucket.formats
+        extra = param_format.extra
         return extra is None or extra[0] != "master_param"
 
     def add(self, slot: int, row: int, begin: int, end: int, size: int) -> None:
@@ -178,10 +173,15 @@ def _units(numel: int, whole: bool) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, numel)) for begin in range(0, max(numel, 1), step))
 
 
+def _staged_dtypes(bucket: Bucket) -> tuple[torch.dtype | None, ...]:
+    """Of gradients, parameters and main gradients."""
+    _, param_format, _ = bucket.formats
+    return bucket.grad_dtype, getattr(torch, param_format.dtype), bucket.main_dtype
+
+
 def _staged_bytes(bucket: Bucket, numel: int) -> int:
     """Of so many elements, at most."""
-    dtypes = (bucket.grad_dtype, getattr(torch, bucket.param_format.dtype), bucket.main_dtype)
-    return sum(numel * dtype.itemsize + _ALIGNMENT for dtype in dtypes if dtype is not None)
+    return sum(numel * dtype.itemsize + _ALIGNMENT for dtype in _staged_dtypes(bucket) if dtype is not None)
 
 
 def _cut(bucket: Bucket, tensors: Iterable[tuple[int, int]], capacity: int) -> list[_Piece]:
@@ -204,8 +204,9 @@ class _Queues:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.module = None if device.type == "cpu" else torch.get_device_module(device)
-        self.arriving, self.returning = (self.module.Stream(device) if self.module else None for _ in range(2))
+        self.module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self.arriving: Any = self.module and self.module.Stream(device)
+        self.returning: Any = self.module and self.module.Stream(device)
 
     def on(self, stream: Any) -> Any:
         """A context in which copies are enqueued to the stream."""
@@ -248,7 +249,8 @@ class _Buffer:
 
     def __init__(self, size: int, queues: _Queues) -> None:
         self.memory = queues.staging(size)
-        self.arrived, self.returned = (queues.module.Event() if queues.module else None for _ in range(2))
+        self.arrived: Any = queues.module and queues.module.Event()
+        self.returned: Any = queues.module and queues.module.Event()
 
     def before_arrival(self, stream: Any) -> None:
         """An event that was never recorded holds nothing up."""
@@ -302,7 +304,7 @@ class Lane:
         for i, piece in enumerate(self.pieces):
             offset = 0
             for segment in piece.segments:
-                offset = segment.stage(self._buffer(i).memory, offset, piece.dtypes)
+                offset = segment.stage(self._buffer(i).memory, offset, _staged_dtypes(piece.bucket))
 
     def _buffer(self, i: int) -> _Buffer:
         """That the piece number ``i`` passes through."""
@@ -315,7 +317,9 @@ class Lane:
 
     # ---- the step -------------------------------------------------------------------------------------
 
-    def begin(self, where: str, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]) -> None:
+    def begin(
+        self, where: str, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict[str, Any]]
+    ) -> None:
         """As ``passes.begin``; waits for the device where a scalar is there. RuntimeError under graph capture."""
         self.queues.refuse_capture(where)
         passes.begin([self.tables], scalars, names, groups)
@@ -333,7 +337,9 @@ class Lane:
         self.control.skipped.fill_(float(skips))
         self.control.skipped_steps.add_(int(skips))
         self.params = [_flat(param) for param in params]
-        self.grads, self.mains = ([_flat(each) for each in column] for column in zip(*arrivals))
+        self.grads, self.mains = (
+            [None if each is None else _flat(each) for each in column] for column in zip(*arrivals)
+        )
         self.started, self.running = 0, not skips
         self.queues.begin()
         self._let_arrive(len(self.buffers))
@@ -402,9 +408,7 @@ class Lane:
             buffer.after_return(stream)
 
 
-def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's elements as real numbers in memory order, without autograd."""
-    if tensor is None:
-        return None
     tensor = tensor.detach()
     return in_memory_order(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
