@@ -16,7 +16,7 @@ __all__ = ["from_bitsandbytes"]
 _FAMILIES = ("adam", "adamw", "lion")
 _NESTED = "__bnb_optimizer_quant_state__"
 _BLOCK_SIZES = (256, 2048)
-"""Elements to a scale: now, and in versions before 0.44."""
+"""Elements to a scale: now, and in older versions."""
 
 
 def from_bitsandbytes(
