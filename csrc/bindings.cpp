@@ -187,6 +187,18 @@ void cuda_upload(uint64 context, uint64 function, uint64 stream, uint64 to, Tabl
                                 params);
 }
 
+// For kernels whose parameters are 64-bit words, as Triton's are. They may have parameters of their own behind `words`,
+// which they do not use (scratch memory): those are null.
+void cuda_launch_words(uint64 context, uint64 function, uint32 grid, uint32 threads, uint32 shared_bytes, uint64 stream,
+                       std::vector<uint64> words) {
+  constexpr size_t kUnused = 8;
+  words.resize(words.size() + kUnused);
+  std::vector<void*> params;
+  for (uint64& word : words) params.push_back(&word);
+  CudaDriver::instance().launch(address<void>(context), address<void>(function), grid, threads, address<void>(stream),
+                                params.data(), shared_bytes);
+}
+
 // A field that is a pointer, seen from Python as an integer.
 #define FUSEDOPT_ADDRESS(name, member)                                                  \
   def_property(                                                                         \
@@ -400,6 +412,9 @@ before anything is written. tests/fuzz holds it to that.)";
   m.def("cuda_launch", &cuda_launch,
         "(context, function, grid, stream, args, table or None): handles of the driver; the table packed with as many "
         "bytes as the kernel takes.");
+  m.def("cuda_launch_words", &cuda_launch_words,
+        "(context, function, grid, threads, shared_bytes, stream, words): of a kernel whose parameters are 64-bit "
+        "integers.");
   m.def("cuda_upload", &cuda_upload,
         "(context, function, stream, to, table, offset, bytes, capacity): a part of the packed table to the device "
         "address `to`.");

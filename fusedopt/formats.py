@@ -352,7 +352,8 @@ def _from_word(word: torch.Tensor) -> torch.Tensor:
 def decode_master(entry: Mapping[str, Any], param: torch.Tensor) -> torch.Tensor:
     """The value of a parameter to all its digits, in the parameter's shape: float32, or wider where it is."""
     if "master_param" in entry:
-        return entry["master_param"].detach().clone()
+        master: torch.Tensor = entry["master_param"]
+        return master.detach().clone()
     low = entry.get("param_remainder")
     param = param.detach()
     if low is None:
@@ -383,11 +384,11 @@ def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamForm
     """
     key, dtype = wanted.extra or (None, None)
     present = [name for name in ("master_param", "param_remainder") if name in entry]
-    if present == [key] and entry[key].dtype == getattr(torch, dtype):
-        return False
-    if key is None:
+    if key is None or dtype is None:
         for name in present:
             del entry[name]
+        return False
+    if present == [key] and entry[key].dtype == getattr(torch, dtype):
         return False
     if not present and key == "param_remainder":
         entry[key] = torch.zeros_like(param, dtype=getattr(torch, dtype), requires_grad=False)

@@ -9,6 +9,7 @@
 #include "../core/norms.h"
 #include "../host/threads.h"
 #include "../rules/all.h"
+#include "instruction_sets.h"
 
 namespace fusedopt {
 namespace {
@@ -17,11 +18,9 @@ namespace {
 std::vector<const CpuEngine*> supported_engines() {
   std::vector<const CpuEngine*> engines;
 #if defined(FUSEDOPT_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    engines.push_back(&engine_avx512());
-  if (__builtin_cpu_supports("avx2")) engines.push_back(&engine_avx2());
+  const InstructionSets sets = InstructionSets::here();
+  if (sets.avx512) engines.push_back(&engine_avx512());
+  if (sets.avx2) engines.push_back(&engine_avx2());
 #endif
   engines.push_back(&engine_baseline());
   return engines;

@@ -59,13 +59,14 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
 def update(tables: DeviceTables) -> None:
     for i, bucket in enumerate(tables.buckets):
         bucket.args.lead = int(i == 0)
+        rule, param_format, state_format = bucket.formats
         _C.cpu_update(
             bucket.table,
             bucket.hypers,
-            bucket.rule.index,
-            bucket.param_format.code,
+            rule.index,
+            param_format.code,
             *_dtypes(bucket),
-            bucket.state_format.code,
+            state_format.code,
             bucket.args,
             torch.get_num_threads(),
         )

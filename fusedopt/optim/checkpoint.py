@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +21,13 @@ from .. import sharding
 from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
 from ..specs import RULES, RuleSpec
 
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
 __all__ = ["load", "match_params", "require_dict"]
 
 
-def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
     where = f"{type(optimizer).__name__}.load_state_dict"
     require_dict(where, state_dict, "a checkpoint")
@@ -47,31 +50,31 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
-        param = params.get(index)
-        copied = state[index if param is None else param] = _copy(entry, param)
-        if param is not None and copied:
-            rule = rule_of[param]
-            local = _local(where, copied, param)
+        own = params.get(index)
+        copied = state[index if own is None else own] = _copy(entry, own)
+        if own is not None and copied:
+            rule = rule_of[own]
+            local = _local(where, copied, own)
             adopt_entry(local, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[param], param, local, rule)
+            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[own], own, local, rule)
             convert_states(local, rule, wanted)
-            if sharding.is_sharded(param):
-                sharding.store_entry(copied, local, param)
+            if sharding.is_sharded(own):
+                sharding.store_entry(copied, local, own)
 
     kept = optimizer.state
     kept.clear()
     kept.update(state)
     optimizer.__setstate__({"state": kept, "param_groups": groups})
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
-def _local(where: str, entry: dict, param: torch.Tensor) -> dict:
+def _local(where: str, entry: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
     """The state of a parameter as plain tensors; of a plain parameter the state itself."""
     return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
 
 
-def match_params(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
+def match_params(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
     """Parameter by its index in the checkpoint."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -107,7 +110,7 @@ def require_dict(where: str, value: Any, what: str) -> None:
         )
 
 
-def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
+def _check_hyperparameters(where: str, group: dict[str, Any], rule: RuleSpec) -> None:
     """ValueError where a step could not read one of the rule's."""
     for _, key, index in rule.hyper:
         value = group.get(key)
@@ -119,7 +122,7 @@ def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
             )
 
 
-def _merge(old: dict, new: dict) -> dict:
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's hyper-parameters with the optimizer's own parameters, as torch merges them, and own formats."""
     merged = deepcopy({key: value for key, value in new.items() if key not in ("params", *OPTIONS)})
     merged.update({key: old[key] for key in OPTIONS if key in old})

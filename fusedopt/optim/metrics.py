@@ -100,9 +100,10 @@ class _Slot:
         self.event.record(torch.cuda.current_stream(self.device))
 
     def done(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())
 
     def read(self) -> StepMetrics:
+        assert self.about is not None  # it has been started
         copied = self.lr.tolist()
         lr = [copied[i] if isinstance(value, torch.Tensor) else value for i, value in enumerate(self.about.lr)]
         return StepMetrics.read(self.control, self.about, lr)
@@ -111,9 +112,9 @@ class _Slot:
 class Fetches:
     """Copies under way, in order, and what has arrived. Slots have the methods of ``_Slot``."""
 
-    def __init__(self, slots: list) -> None:
+    def __init__(self, slots: list[_Slot]) -> None:
         self.free = list(slots)
-        self.pending: deque = deque()
+        self.pending: deque[_Slot] = deque()
         self.newest: StepMetrics | None = None
 
     def collect(self) -> None:

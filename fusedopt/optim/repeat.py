@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from .. import _C, backends, passes
+from .. import _C, passes
+from ..backends import context_backend
 from .processes import processes_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def repetition_of(
         scalars=optimizer._scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
         backend=optimizer._backend,
-        context_backend=backends.context_backend,
+        context_backend=context_backend,
         reports=reports,
         accumulator=accumulator,
         divisor=divisor,

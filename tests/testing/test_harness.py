@@ -58,6 +58,13 @@ def test_a_sample_of_ours(device):
     assert run.skipped == plan.total - len(run.results) > 0
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_time_limit_leaves_cases_unreached(jobs):
+    plan = harness.plan(rule=("sgd",), format=("float32-None_states",), quick=True)
+    run = testing.verify(planned=plan, time_limit=0, jobs=jobs)
+    assert len(run.results) == 1 and run.unreached == len(plan.cases) - 1 > 0 and not run.failed
+
+
 @pytest.mark.parametrize("make", [fusedopt.AdamW, make_adamw])
 def test_a_class_and_a_factory(make):
     run = testing.verify(make, rule=("adamw",), case=("mixed", "intermittent"), dtype=("float32",))
