@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -109,7 +109,7 @@ def _joined(where: str, state_dict: Mapping[str, Any], optimizer: FusedOptimizer
     small = _in_order(where, state_dict.get("on-device", {"state": {}, "param_groups": []}))
     state, groups, index = {}, [], 0
     for own in optimizer.param_groups:
-        hyper: dict[str, Any] | None = None
+        hyper: Mapping[str, Any] | None = None
         indices = []
         for param in own["params"]:
             indices.append(index)
@@ -135,7 +135,7 @@ def _joined(where: str, state_dict: Mapping[str, Any], optimizer: FusedOptimizer
     return {"state": state, "param_groups": groups}
 
 
-def _in_order(where: str, state_dict: Mapping[str, Any]) -> Any:
+def _in_order(where: str, state_dict: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Parameter by parameter: its state and its param group."""
     for group in state_dict["param_groups"]:
         for index in group["params"]:
@@ -145,7 +145,8 @@ def _in_order(where: str, state_dict: Mapping[str, Any]) -> Any:
 def _single(where: str, part: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """State and param group of one parameter."""
     if isinstance(part, tuple):
-        return part
+        entry, group = part
+        return entry, group
     pairs = list(_in_order(where, part))
     if len(pairs) != 1:
         raise ValueError(
