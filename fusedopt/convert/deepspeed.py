@@ -179,7 +179,7 @@ def _gathered(
 
 def _flat_state(where: str, base: Any, group: int) -> Mapping[str, Any]:
     """Of one param group: a state_dict's, or with elastic checkpoints an element of a list."""
-    state = base["state"].get(group) if isinstance(base, Mapping) else base[group]
+    state: Mapping[str, Any] = base["state"].get(group) if isinstance(base, Mapping) else base[group]
     require_dict(where, state, "its state")
     return state
 

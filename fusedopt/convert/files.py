@@ -87,12 +87,13 @@ def _found(path: str, find_class: Any, module: str, name: str) -> Any:
     )
 
 
-def _unbuilt(cls: type, *args: Any) -> Any:
+def _unbuilt(cls: type[Any], *args: Any) -> Any:
     """A tensor subclass around other tensors: an object without attributes yet."""
-    return cls.__new__(cls)
+    make: Any = cls.__new__
+    return make(cls)
 
 
-def _rebuilt(make: Any, cls: type, args: tuple, state: Any) -> Any:
+def _rebuilt(make: Any, cls: type[Any], args: tuple[Any, ...], state: Any) -> Any:
     """A tensor subclass, or a tensor with attributes."""
     if not issubclass(cls, Foreign):
         return make(*args)

@@ -24,7 +24,17 @@ from .common import (
 __all__ = ["from_optimi"]
 
 _FAMILIES = ("adam", "adamw", "radam", "lion", "sgd", "sgdw")
-_DROP = ("beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "kahan_sum", "foreach", "triton", "gradient_release")
+_DROP: tuple[str, ...] = (
+    "beta1",
+    "beta2",
+    "decouple_wd",
+    "decouple_lr",
+    "max_lr",
+    "kahan_sum",
+    "foreach",
+    "triton",
+    "gradient_release",
+)
 _DROP += ("setup", "torch_init")
 
 

@@ -109,7 +109,7 @@ def _joined(where: str, state_dict: Mapping[str, Any], optimizer: FusedOptimizer
     small = _in_order(where, state_dict.get("on-device", {"state": {}, "param_groups": []}))
     state, groups, index = {}, [], 0
     for own in optimizer.param_groups:
-        hyper: dict[str, Any] | None = None
+        hyper: Mapping[str, Any] | None = None
         indices = []
         for param in own["params"]:
             indices.append(index)
@@ -145,8 +145,9 @@ def _in_order(where: str, state_dict: Mapping[str, Any]) -> Any:
 def _single(where: str, part: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """State and param group of one parameter."""
     if isinstance(part, tuple):
-        return part
-    pairs = list(_in_order(where, part))
+        state, group = part
+        return state, group
+    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = list(_in_order(where, part))
     if len(pairs) != 1:
         raise ValueError(
             f"{where}: an 'offloaded' optimizer has {len(pairs)} parameters, expected one; "
