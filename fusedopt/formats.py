@@ -26,6 +26,7 @@ __all__ = [
     "decode_master",
     "decode_states",
     "in_memory_order",
+    "lacks_master",
     "needs_seed",
     "new_states",
     "param_format",
@@ -358,6 +359,7 @@ def decode_master(entry: Mapping[str, Any], param: torch.Tensor) -> torch.Tensor
     param = param.detach()
     if low is None:
         return param.to(torch.promote_types(param.dtype, torch.float32), copy=True)
+    param = param.to(low.device)
     low = low.to(torch.int64) * (1 if low.dtype == torch.int16 else 256)
     return _from_word((_word(param.float()) + low) % 2**32)
 
@@ -372,6 +374,14 @@ def _split(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     high = torch.where(value.isnan(), 0x7FFF, high)
     low = torch.where(value.isnan(), 0, low)
     return _from_word((high << 16) % 2**32).to(torch.bfloat16), low.to(torch.int16 if bits == 16 else torch.int8)
+
+
+def lacks_master(entry: Mapping[str, Any], wanted: ParamFormatSpec) -> bool:
+    """Whether ``convert_master`` will make a second tensor, for which it may read the parameter."""
+    if wanted.extra is None:
+        return False
+    key, dtype = wanted.extra
+    return key not in entry or entry[key].dtype != getattr(torch, dtype)
 
 
 def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> bool:

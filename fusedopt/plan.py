@@ -235,8 +235,8 @@ class DeviceTables:
         return self.hypers[rule]
 
     def learning_rates(self) -> list[float]:
-        """Of all param groups, as last packed; every rule's hyper-parameters begin with it."""
-        hypers = next(iter(self.hypers.values()), None)
+        """Of all param groups, as last packed; every rule's hyper-parameters begin with it. None without an update."""
+        hypers = next((hypers for rule, hypers in self.hypers.items() if rule is not None), None)
         return [] if hypers is None else hypers.learning_rates()
 
     def device_memory(self) -> list[torch.Tensor]:

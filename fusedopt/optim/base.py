@@ -18,6 +18,7 @@ from ..specs import RULES
 from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
+from .offload import check_offload, check_offloadable
 from .plan import OptimizerPlan
 from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
@@ -55,6 +56,7 @@ class Options(TypedDict, total=False):
     min_8bit_size: int
     seed: int | None
     backend: str | None
+    offload: str | None
     norm_reduce: Callable[[torch.Tensor, Any], Any] | None
 
 
@@ -105,6 +107,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     Where it runs:
         backend: "cpu", "cuda", "triton" or "reference"; None takes what ``fusedopt.use_backend`` or FUSEDOPT_BACKEND
             asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
+        offload: "cpu" keeps the states and masters of parameters on other devices in host memory and updates them
+            there, while gradients arrive and parameters return; ``step()`` returns when the host has done its part.
+            Not for graph captures, ``release_gradients`` and DTensors on devices. Never saved.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
     first step and not None. They may be of any of the dtypes, float64 only with float64, complex ones only with their
@@ -140,6 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget_plan()
         self._backend = check_name(f"{where}: backend", options.get("backend"))
         self._norm_reduce: sharding.NormReduce | None = check_norm_reduce(where, options.get("norm_reduce"))
+        self._offload = check_offload(where, options.get("offload"))
         self._controls: dict[torch.device, Control] = {}
         self._options: Options = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
@@ -223,6 +229,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = check_name(f"{type(self).__name__}: backend", value)
 
     @property
+    def offload(self) -> str | None:
+        """Where states are and the update is made: "cpu", or None for the parameters' devices."""
+        return None if self._offload is None else "cpu"
+
+    @property
     def norm_reduce(self) -> Callable[[torch.Tensor, Any], Any] | None:
         """What combines the norm with other processes', or None."""
         return self._norm_reduce
@@ -260,6 +271,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
             each = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain]
             check_params(f"{where}: params", each, sharded=True)
+            check_offloadable(f"{where}: params", self._offload, each)
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
@@ -398,12 +410,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if plan.has_complex:
             self._check_complex()
-        passes.begin(plan.tables, scalars, names, groups)
+        plan.begin(f"{type(self).__name__}.step", scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
             passes.norm(plan.tables, scalars.norm_type, processes_of(self, plan))
         plan.fresh = []
-        passes.run_update(plan.tables)
+        plan.update()
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
@@ -553,19 +565,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def torch_state_dict(self) -> dict[str, Any]:
         """A state dict that the torch.optim class of the same name loads: states in float32, no masters, no formats."""
-        exported = self.state_dict()
-        keys = {*formats.OPTIONS, "seed"}
-        groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
-        indices = (dict.fromkeys(group["params"], RULES[self._rule_name(group)]) for group in exported["param_groups"])
-        rules = {index: rule for own in indices for index, rule in own.items()}
-        params = dict(enumerate(chain.from_iterable(group["params"] for group in self.param_groups)))
-        state = {}
-        for index, entry in exported["state"].items():
-            states = sharding.on_locals(formats.decode_states, entry, params[index], rules[index]) if entry else {}
-            wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
-            counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
-            state[index] = {**counted, **wide}
-        return {**exported, "state": state, "param_groups": groups}
+        return checkpoint.export(self)
 
     # ---- checkpoints, copies ------------------------------------------------------------------------------
 
@@ -582,8 +582,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_options": self._options, "_backend": self._backend, "_norm_reduce": self._norm_reduce}
-        return {**super().__getstate__(), **own}
+        own = ("_options", "_backend", "_norm_reduce", "_offload")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -591,7 +591,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_steps", 0)
-        for key in ("_accumulator", "_release", "_backend", "_norm_reduce"):
+        for key in ("_accumulator", "_release", "_backend", "_norm_reduce", "_offload"):
             self.__dict__.setdefault(key, None)
         self._forget_plan()
         for group in self.param_groups:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import sharding
-from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, wanted_state_format
+from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, decode_states, wanted_state_format
 from ..specs import RULES, RuleSpec
+from .offload import home_of
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["load", "match_params", "require_dict"]
+__all__ = ["export", "load", "match_params", "require_dict"]
 
 
 def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
@@ -51,7 +52,8 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         own = params.get(index)
-        copied = state[index if own is None else own] = _copy(entry, own)
+        home = None if own is None else home_of(optimizer, own.device)
+        copied = state[index if own is None else own] = _copy(entry, home)
         if own is not None and copied:
             rule = rule_of[own]
             local = _local(where, copied, own)
@@ -133,11 +135,29 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**merged, "params": old["params"]}
 
 
-def _copy(value: Any, param: torch.Tensor | None) -> Any:
-    """A copy that shares no memory with the checkpoint, tensors on the parameter's device and in their own dtype."""
+def export(optimizer: FusedOptimizer) -> dict[str, Any]:
+    """A state dict that the torch.optim class of the same name loads; see ``FusedOptimizer.torch_state_dict``."""
+    exported = optimizer.state_dict()
+    keys = {*OPTIONS, "seed"}
+    groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
+    indices = (dict.fromkeys(group["params"], RULES[optimizer._rule_name(group)]) for group in exported["param_groups"])
+    rules = {index: rule for own in indices for index, rule in own.items()}
+    params = dict(enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+    state = {}
+    for index, entry in exported["state"].items():
+        states = sharding.on_locals(decode_states, entry, params[index], rules[index]) if entry else {}
+        wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
+        counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
+        state[index] = {**counted, **wide}
+    return {**exported, "state": state, "param_groups": groups}
+
+
+def _copy(value: Any, home: torch.device | None) -> Any:
+    """A copy that shares no memory with the checkpoint, tensors on the device ``home``, by default where they are, and
+    in their own dtype."""
     if isinstance(value, torch.Tensor):
-        device = value.device if param is None else param.device
+        device = value.device if home is None else home
         return value.detach().to(device=device, copy=True)
     if isinstance(value, dict):
-        return {key: _copy(each, param) for key, each in value.items()}
+        return {key: _copy(each, home) for key, each in value.items()}
     return deepcopy(value)

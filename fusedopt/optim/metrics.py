@@ -67,7 +67,7 @@ class _About:
     @classmethod
     def last_step(cls, optimizer: FusedOptimizer) -> _About:
         groups, plan = optimizer.param_groups, optimizer._plan
-        used = plan.tables[0].learning_rates() if plan is not None and plan.tables else []
+        used = [] if plan is None else plan.learning_rates()
         lr = []
         for i, group in enumerate(groups):
             value = group["lr"]

@@ -23,6 +23,7 @@ from ..formats import (
     convert_master,
     convert_states,
     decode_states,
+    lacks_master,
     new_states,
     param_format,
     scale_key,
@@ -30,6 +31,7 @@ from ..formats import (
 )
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
+from .offload import Arrival, GradientsOnly, Lane, home_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -66,6 +68,9 @@ class _Tracked:
     """Its ``main_grad`` attribute, or None where it has no such attribute."""
     accumulated: AccumulatedGrad | None
     """Its main gradient in the optimizer's accumulator."""
+    home: torch.device
+    """Where its state is: with its memory, or offloaded to the host."""
+    is_offloaded: bool = False
     grad_dtype: torch.dtype | None = None
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
@@ -84,7 +89,7 @@ class _Tracked:
         blocked = self.state_format.blocked
         return TensorRow(
             numel=self.local.numel(),
-            device=self.local.device,
+            device=self.home,
             grad_dtype=self.grad_dtype,
             rule=rule,
             param_format=self.param_format,
@@ -99,6 +104,19 @@ class _Tracked:
             id=self.id,
             spread=sharding.spread_of(self.param),
         )
+
+    def gradient_row(self) -> TensorRow:
+        """For passes that only read gradients."""
+        assert self.grad_dtype is not None
+        main_grad = None if self.accumulated is None else self.accumulated.tensor
+        return TensorRow(self.local.numel(), self.local.device, self.grad_dtype, main_grad=main_grad)
+
+    def template(self) -> torch.Tensor:
+        """A tensor of the layout and dtype of ``dense`` where the state is. Its values say nothing if it is offloaded:
+        then its memory is only taken once it is written to."""
+        if not self.is_offloaded:
+            return self.dense
+        return torch.empty_strided(self.dense.shape, self.dense.stride(), dtype=self.dense.dtype, device=self.home)
 
     @property
     def is_sharded(self) -> bool:
@@ -143,8 +161,10 @@ class OptimizerPlan:
     """What was asked for when the tables were built; see ``backends.wanted``."""
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(parameter with gaps, its dense copy)."""
-    grads: list[torch.Tensor] = field(default_factory=list)
-    """Gradients that were laid out anew for the step under way."""
+    grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Gradients that were laid out anew for the step under way, by number of the tracked parameter."""
+    lanes: list[tuple[Lane, list[_Tracked]]] = field(default_factory=list)
+    """The updates that are offloaded, and of which parameters each is."""
     repetition: _C.RepeatedStep | None = None
     """Of the last step, where the next one may be made like it."""
     alone: _Alone | None = None
@@ -190,7 +210,7 @@ class OptimizerPlan:
             optimizer._check_complex()
         for each in tracked:
             if each.grad_dtype is not None:
-                _check_state(each.entry(optimizer.state.get(each.param, {})), each.rule, each.local)
+                _check_state(each.entry(optimizer.state.get(each.param, {})), each.rule, each.local, each.home)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
             plan = cls._build(optimizer, controls, backend, tracked, only)
@@ -215,7 +235,7 @@ class OptimizerPlan:
     ) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer, active)
-        rows = [each.row(optimizer.state) for each in active]
+        rows = [each.gradient_row() if each.is_offloaded else each.row(optimizer.state) for each in active]
         alone = None
         if only is not None:
             alone = _Alone.of(optimizer, tracked[0])
@@ -223,7 +243,8 @@ class OptimizerPlan:
                 each.group = 0
             for row in rows:
                 row.group = 0
-        tables, places = build_tables(rows, functools.partial(for_device, backend=backend), controls)
+        offloaded = {each.local.device for each in active if each.is_offloaded}
+        tables, places = build_tables(rows, functools.partial(_backend_of, backend, offloaded), controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -253,6 +274,11 @@ class OptimizerPlan:
         plan.has_complex = any(each.param.is_complex() for each in active)
         plan.copies = [(each.local, each.dense) for each in active if each.dense is not each.local]
         plan.peers = sharding.peers_of(each.param for each in tracked)
+        for device in offloaded:
+            assert optimizer._offload is not None
+            own = [each for each in active if each.local.device == device]
+            lane_rows = [each.row(optimizer.state) for each in own]
+            plan.lanes.append((Lane(optimizer._offload, controls[device], device, lane_rows, seed), own))
         return plan
 
     def refresh(self, optimizer: FusedOptimizer) -> bool:
@@ -289,7 +315,7 @@ class OptimizerPlan:
             self.watch.know_spec(i, whole._spec)
         if not same_layout(grad, each.dense):
             grad = like_parameter(grad, each.dense)
-        self.grads.append(grad)
+        self.grads[i] = grad
         bucket.table.set_grad(slot, grad.data_ptr() or 2)
 
     def description(self, groups: list[dict[str, Any]]) -> list[tuple[Any, str]]:
@@ -305,6 +331,44 @@ class OptimizerPlan:
                 text += f", format {each.param_format.name}" + ("" if seed is None else f", seed {seed}")
                 described.append((param.device_mesh, text))
         return described
+
+    def begin(
+        self, where: str, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict[str, Any]]
+    ) -> None:
+        """Gets everything ready for the passes ``names``; whatever can fail fails here. As ``passes.begin``."""
+        passes.begin(self.tables, scalars, names, groups)
+        for lane, _ in self.lanes:
+            lane.begin(where, scalars, names, groups)
+
+    def update(self) -> None:
+        """The update pass, on devices and, for what is offloaded, on the host."""
+        passes.run_update(self.tables)
+        if not self.lanes:
+            return
+        numbers = {id(each): i for i, each in enumerate(self.tracked)} if self.grads else {}
+        try:
+            for lane, own in self.lanes:
+                lane.start([each.dense for each in own], [self._arrival(each, numbers) for each in own])
+            for lane, _ in self.lanes:
+                lane.finish()
+        finally:
+            for lane, _ in self.lanes:
+                lane.end()
+
+    def learning_rates(self) -> list[float]:
+        """Of all param groups, in the last step; see ``DeviceTables``."""
+        every = (*self.tables, *(lane.tables for lane, _ in self.lanes))
+        return next((rates for tables in every if (rates := tables.learning_rates())), [])
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of pinned memory through which offloaded tensors pass."""
+        return sum(lane.staging_bytes for lane, _ in self.lanes)
+
+    def _arrival(self, each: _Tracked, numbers: dict[int, int]) -> Arrival:
+        """What this step has for a parameter that is offloaded."""
+        main, grad = each.accumulated, self.grads.get(numbers.get(id(each), -1), each.grad)
+        return Arrival(grad, main.tensor if main is not None and main.held.value else None)
 
     def bump_versions(self) -> None:
         """Tells autograd that the parameters with a gradient were written."""
@@ -374,6 +438,8 @@ def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | Non
                 param_format=param_format(where, group, param.dtype),
                 main_grad=_main_grad(where, param),
                 accumulated=optimizer._accumulated_grad(where, param),
+                home=home_of(optimizer, local.device),
+                is_offloaded=optimizer._offload is not None and optimizer._offload.covers(local.device),
             )
             if each.grad is not None:
                 check_grad(f"{where}.{'grad' if each.main_grad is None else 'main_grad'}", each.grad, param)
@@ -381,6 +447,12 @@ def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | Non
             elif optimizer.state.get(param) or each.is_updated:
                 each.grad_dtype = param.dtype  # until a gradient of another dtype comes
             yield each
+
+
+def _backend_of(backend: str | None, offloaded: set[torch.device], device: torch.device) -> Any:
+    """What runs the passes on a device; of ``offloaded`` ones those over gradients."""
+    found = for_device(device, backend)
+    return GradientsOnly(found) if device in offloaded else found
 
 
 def _check_sharded(where: str, param: DTensor, rule: RuleSpec) -> None:
@@ -408,14 +480,15 @@ def _main_grad(where: str, param: torch.Tensor) -> torch.Tensor | None:
     return main_grad
 
 
-def _check_state(state: dict[str, Any], rule: RuleSpec, param: torch.Tensor) -> None:
+def _check_state(state: dict[str, Any], rule: RuleSpec, param: torch.Tensor, home: torch.device) -> None:
     where = f"optimizer state of a parameter of shape {tuple(param.shape)}"
     check_entry(where, state, param, rule)
     for key, value in state.items():
-        if key != "step" and isinstance(value, torch.Tensor) and value.device != param.device:
+        if key != "step" and isinstance(value, torch.Tensor) and value.device != home:
+            expected = f"the parameter's {home}" if home == param.device else f"{home}, where it is offloaded to"
             raise ValueError(
-                f"{where}: '{key}' is on {value.device}, expected the parameter's {param.device}; "
-                "move the optimizer state together with the model"
+                f"{where}: '{key}' is on {value.device}, expected {expected}; "
+                "move the optimizer state together with the model, or load it with load_state_dict()"
             )
 
 
@@ -441,8 +514,8 @@ def _complete_state(optimizer: FusedOptimizer, active: list[_Tracked]) -> None:
             stored.update(before)
             raise
         step = stored["step"]
-        if not _is_counter(step, each.local.device):
-            counters.setdefault(each.local.device, []).append((stored, float(step)))
+        if not _is_counter(step, each.home):
+            counters.setdefault(each.home, []).append((stored, float(step)))
     for device, entries in counters.items():
         values = torch.tensor([value for _, value in entries], dtype=torch.float32).to(device)
         for (state, _), counter in zip(entries, values.unbind()):
@@ -450,19 +523,23 @@ def _complete_state(optimizer: FusedOptimizer, active: list[_Tracked]) -> None:
 
 
 def _complete_entry(stored: dict[str, Any], each: _Tracked, group: dict[str, Any], initial: float) -> None:
-    state, rule, dense = each.entry(stored), each.rule, each.dense
+    state, rule, dense, template = each.entry(stored), each.rule, each.dense, each.template()
     adopt_entry(state, rule)
     each.state_format = wanted_state_format(each.where, group, each.param, state, rule)
     if state:
-        _bring_into_layout(state, rule, dense)
+        _bring_into_layout(state, rule, template)
         convert_states(state, rule, each.state_format)
     if not state or not all(key in state for key in rule.states):
         state["step"] = 0.0
-        state.update(new_states(rule, each.state_format, dense, initial))
+        state.update(new_states(rule, each.state_format, template, initial))
     if dense is not each.local:
         dense.copy_(each.local.detach())
-    if convert_master(state, dense.detach(), each.param_format) and dense is not each.local:
-        each.local.detach().copy_(dense)
+    if template is not dense and lacks_master(state, each.param_format):
+        template.copy_(dense.detach())
+    if convert_master(state, template.detach(), each.param_format):
+        for written, value in ((dense, template), (each.local, dense)):
+            if written is not value:
+                written.detach().copy_(value)
     if sharding.is_sharded(each.param):
         sharding.store_entry(stored, state, each.param)
 

@@ -33,6 +33,11 @@ def check_releasable(optimizer: FusedOptimizer) -> None:
             f"{where}: got nonfinite='skip', expected 'propagate': a parameter is updated before all gradients have "
             "been looked at; do without one of them"
         )
+    if optimizer.offload is not None:
+        raise ValueError(
+            f"{where}: got offload={optimizer.offload!r}, expected None: gradients would arrive on the host, and "
+            "parameters return, one by one within the backward pass; do without one of them"
+        )
 
 
 def releasable(

@@ -34,7 +34,7 @@ def repetition_of(
 
     reports: whether ``fusedopt.GradScaler`` was told what the norm pass found.
     """
-    if plan.copies or not _C.has_torch_functions() or len({each.device for each in plan.tables}) > 1:
+    if plan.copies or plan.lanes or not _C.has_torch_functions() or len({each.device for each in plan.tables}) > 1:
         return None
     processes = processes_of(optimizer, plan) if "norm" in names else None
     accumulator, has_own_grads = optimizer._accumulator, plan.watch.has_grads()
