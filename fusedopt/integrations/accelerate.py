@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -127,7 +127,8 @@ class Accelerator(accelerate.Accelerator):
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         prepared = self._prepared_for(parameters)
         if prepared is None or float(norm_type) not in NORM_TYPES or not max_norm > 0:
-            return super().clip_grad_norm_(parameters, max_norm, norm_type)
+            taken: torch.Tensor | None = super().clip_grad_norm_(parameters, max_norm, norm_type)
+            return taken
         norm = torch.full((), float("nan"), device=prepared.optimizer._control().buffer.device)
         prepared.norm_clip = NormClip(float(max_norm), float(norm_type), norm)
         return norm
@@ -185,7 +186,7 @@ def fuse(accelerator: accelerate.Accelerator) -> Accelerator:
         )
     accelerator.__class__ = Accelerator
     accelerator.scaler = _fused_scaler(accelerator)
-    return accelerator
+    return cast(Accelerator, accelerator)
 
 
 def _fused_scaler(accelerator: accelerate.Accelerator) -> Any:
