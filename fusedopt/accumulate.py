@@ -18,6 +18,7 @@ from .compiling import keep_out_of_graphs
 from .hooks import on_gradient
 from .main_grads import AccumulatePlan, MainGrad, check_grads, make_main_grads
 from .optim.base import FusedOptimizer
+from .optim.wrappers import check_unwrapped
 
 __all__ = ["GradAccumulator"]
 
@@ -78,6 +79,8 @@ class GradAccumulator:
             raise ValueError(f"GradAccumulator: got reduction={reduction!r}, expected 'mean' or 'sum'; choose one")
         if isinstance(target, torch.Tensor):
             raise TypeError("GradAccumulator: got a Tensor, expected an optimizer or parameters; pass [param]")
+        if isinstance(target, FusedOptimizer):
+            check_unwrapped("GradAccumulator", target)
         self.optimizer = target if isinstance(target, torch.optim.Optimizer) else None
         self._listed = [] if isinstance(target, torch.optim.Optimizer) else list(target)
         self.dtype, self.reduction = dtype, reduction

@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState
 
 from .compiling import keep_out_of_graphs
 from .optim import FusedOptimizer
+from .optim.wrappers import check_unwrapped
 
 __all__ = ["GradScaler"]
 
@@ -46,6 +47,7 @@ class GradScaler(torch.amp.GradScaler):
             NotImplementedError: complex gradients.
         """
         if self._enabled and isinstance(optimizer, FusedOptimizer):
+            check_unwrapped("GradScaler.unscale_", optimizer)
             _require_plain_grads(optimizer)
         super().unscale_(optimizer)
 
@@ -55,10 +57,12 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: called twice without ``update``; ``closure`` given by name.
             AssertionError: no loss was scaled yet.
+            TypeError: a wrapper of Lightning's around an optimizer of ours.
         """
         served = self._enabled and "closure" not in kwargs and self._scale is not None
         if not isinstance(optimizer, FusedOptimizer) or not served:
             return super().step(optimizer, *args, **kwargs)
+        check_unwrapped("GradScaler.step", optimizer)
         entry = self._per_optimizer_states[id(optimizer)]
         if entry["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)  # raises

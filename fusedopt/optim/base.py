@@ -23,6 +23,7 @@ from .plan import OptimizerPlan
 from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
 from .repeat import repetition_of
+from .wrappers import check_unwrapped, is_watched_by_accelerate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -125,8 +126,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a param group that choose between the rules of the family; they may change between steps."""
 
-    _steps = 0
-    """Calls of ``step()``."""
     _agreed = False
     """Whether the processes of each mesh were found to have the same parameters and options."""
     _fetches: tuple[torch.device, metrics.Fetches] | None = None
@@ -140,6 +139,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"or one of {', '.join(Options.__annotations__)}; remove it"
             )
         check_hyperparameters(where, defaults)
+        self._steps = 0  # calls of step(); of the instance, for wrappers look there for what their class does not have
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
         self._forget_plan()
@@ -165,6 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- options --------------------------------------------------------------------------------------
 
     def _set_options(self, **changes: Any) -> None:
+        check_unwrapped(type(self).__name__, self)
         before, options = self._options, cast(Any, {**self._options, **changes})
         check_clipping(type(self).__name__, **options)
         self._options = options
@@ -224,6 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @backend.setter
     def backend(self, value: str | None) -> None:
+        check_unwrapped(type(self).__name__, self)
         self._backend = check_name(f"{type(self).__name__}: backend", value)
 
     @property
@@ -238,6 +240,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @norm_reduce.setter
     def norm_reduce(self, value: Callable[[torch.Tensor, Any], Any] | None) -> None:
+        check_unwrapped(type(self).__name__, self)
         self._norm_reduce = check_norm_reduce(type(self).__name__, value)
         self._scalars = self._scalars._replace()  # another object: the next step is not like the last one
 
@@ -249,12 +252,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler hands over its scale and verdict and always calls step.
 
-        Only where somebody asked for a fused step: wrappers such as Accelerate and Lightning treat such optimizers
-        differently.
+        Only where somebody asked for a fused step: Accelerate and Lightning treat such optimizers differently.
         """
-        asked = self._takes_norm or self.max_grad_value is not None
         # With main gradients it must not divide .grad alone: it is told to hand over, and then refused.
-        return asked or self._has_accumulated() or any(group.get("fused") for group in self.param_groups)
+        if self._has_accumulated() or is_watched_by_accelerate(self):
+            return self._has_accumulated()
+        return self._takes_norm or self.max_grad_value is not None or any(g.get("fused") for g in self.param_groups)
 
     # ---- param groups ---------------------------------------------------------------------------------
 
@@ -587,11 +590,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._keep_out_of_graphs()
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
-        self.__dict__.setdefault("_accumulator", None)
-        self.__dict__.setdefault("_release", None)
-        self.__dict__.setdefault("_backend", None)
-        self.__dict__.setdefault("_norm_reduce", None)
-        self.__dict__.setdefault("_offload", None)
+        self.__dict__.setdefault("_steps", 0)
+        for key in ("_accumulator", "_release", "_backend", "_norm_reduce", "_offload"):
+            self.__dict__.setdefault(key, None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -25,19 +25,19 @@ from .offload import home_of
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["export", "load"]
+__all__ = ["export", "load", "match_params", "require_dict"]
 
 
 def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
     where = f"{type(optimizer).__name__}.load_state_dict"
-    _require_dict(where, state_dict, "a checkpoint")
+    require_dict(where, state_dict, "a checkpoint")
     state_dict = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
 
-    params = _match(where, optimizer.param_groups, state_dict)
+    params = match_params(where, optimizer.param_groups, state_dict)
     groups = [_merge(old, new) for old, new in zip(optimizer.param_groups, state_dict["param_groups"])]
     group_of = {param: group for group in groups for param in group["params"]}
     rules = [RULES[optimizer._rule_name({**optimizer.defaults, **group})] for group in groups]
@@ -46,7 +46,7 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         _check_hyperparameters(f"{where}: param_groups[{g}]", {**optimizer.defaults, **group}, rule)
     for index, param in params.items():
         entry = state_dict["state"].get(index, {})
-        _require_dict(where, entry, f"state[{index}]")
+        require_dict(where, entry, f"state[{index}]")
         entry = _local(f"{where}: state[{index}]", entry, param)
         check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
@@ -76,7 +76,7 @@ def _local(where: str, entry: dict[str, Any], param: torch.Tensor) -> dict[str, 
     return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
 
 
-def _match(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
+def match_params(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
     """Parameter by its index in the checkpoint."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -84,13 +84,13 @@ def _match(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any])
                 f"{where}: got keys {sorted(map(str, state_dict))}, expected '{key}'; pass opt.state_dict()"
             )
     saved = state_dict["param_groups"]
-    _require_dict(where, state_dict["state"], "'state'")
+    require_dict(where, state_dict["state"], "'state'")
     if not isinstance(saved, list | tuple):
         raise ValueError(
             f"{where}: got 'param_groups' of type {type(saved).__name__}, expected a list; pass opt.state_dict()"
         )
     for g, group in enumerate(saved):
-        _require_dict(where, group, f"param_groups[{g}]")
+        require_dict(where, group, f"param_groups[{g}]")
         if not isinstance(group.get("params"), list | tuple):
             raise ValueError(
                 f"{where}: got param_groups[{g}] without a list of 'params', expected one; pass opt.state_dict()"
@@ -105,7 +105,7 @@ def _match(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any])
     return dict(zip(indices, chain.from_iterable(g["params"] for g in groups)))
 
 
-def _require_dict(where: str, value: Any, what: str) -> None:
+def require_dict(where: str, value: Any, what: str) -> None:
     if not isinstance(value, Mapping):
         raise ValueError(
             f"{where}: got {what} of type {type(value).__name__}, expected a dict; pass what opt.state_dict() returned"

@@ -16,6 +16,12 @@ import fusedopt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing", "captured_graph", "gradient_release", "cpu_offload"]
+TRAINERS = [
+    "trainer_transformers",
+    "accelerate_loop",
+    "lightning_trainer",
+    "fabric_loop",
+]  # tests/integrations runs them
 STEPS = 14
 
 # Two correct optimizers drift apart by rounding. Over these steps on a CPU, torch against itself, clipped to two ulps
@@ -47,7 +53,7 @@ def test_runs_from_the_command_line(name, device):
     assert math.isfinite(last) and (last < first or name == "amp_fp16")  # whose first steps overflow
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *TRAINERS])
 def test_examples_are_small(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80
 
