@@ -1,12 +1,13 @@
 # make demo       train the example with torch's AdamW and with fusedopt's; results in demo_out/
-# make test       lint, then the test suite (on a GPU too, where there is one)
+# make test       lint, the documents, then the test suite (on a GPU too, where there is one)
+# make docs       the site, in build/site; a broken link is an error
 # make gpu-test   the GPU tests alone; writes tests/results/gpu.json
 # make sanitize   compute-sanitizer over every kind of kernel; writes tests/results/sanitizer.json
 # make bench      time the step tail, and what a training loop does around it, beside torch's
 # make fuzz       100,000 inputs for the extension's functions, under the address and the undefined-behaviour sanitizer
 # make mutants    plant mistakes in the sources and see whether the tests notice; writes tests/results/mutants*.json
 # make coverage   line and branch coverage of fusedopt/ and of the C++ engine; reports in build/coverage
-# make lint       ruff and clang-format
+# make lint       ruff, clang-format and mypy
 # make clean      remove everything that was made, .venv included
 #
 # Everything is installed into .venv. A torch >= 2.6 that PYTHON can import is used where it is and left as it is;
@@ -24,18 +25,22 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools are started as modules: beside a torch that was there already they may have been there too, outside $(BIN).
 CLANG_FORMAT := $(BIN)/python -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint gpu-test sanitize bench sanitized fuzz mutants coverage clean
+.PHONY: demo test lint docs gpu-test sanitize bench sanitized fuzz mutants coverage clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_gpt.py --out demo_out
 
-test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+test: lint docs
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	@$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/test.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 gpu-test: $(VENV)/test.stamp
 	mkdir -p tests/results
@@ -67,13 +72,13 @@ coverage: $(VENV)/test.stamp
 	$(BIN)/python tests/measure_coverage.py --workers $(WORKERS)
 
 clean:
-	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo_out *.egg-info fusedopt/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up -----------------------------------------------------------------------------------------------
 
 $(VENV)/demo.stamp: EXTRAS := cuda,bench
-$(VENV)/test.stamp: EXTRAS := test,bench
+$(VENV)/test.stamp: EXTRAS := test,test-integrations,bench,docs
 
 # Editable: Python sources are used where they are. The extension is compiled again when its sources change.
 $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CXX_SOURCES)

@@ -1,12 +1,14 @@
 """Builds the extension ``fusedopt._C`` with ninja. Everything else about the package is in pyproject.toml.
 
 Neither torch nor a CUDA toolkit is needed: the extension takes addresses, and CUDA kernels are compiled at run time.
+g++ and clang build it (CXX says which); on Windows clang does, which comes with Visual Studio as a component.
 
 FUSEDOPT_SANITIZE=address,undefined (or thread) builds it for gcc's sanitizers; see docs/testing.md.
 """
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -16,10 +18,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# macOS says in ARCHFLAGS ("-arch arm64") which processor to build for, where it is not its own.
+ARCH_FLAGS = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
+MACHINES = [flag for flag in ARCH_FLAGS if flag != "-arch"] or [platform.machine().lower()]
 # With FUSEDOPT_BASELINE_ONLY the CPU engine has no copies for newer instruction sets: quick to build, for experiments.
-X86 = platform.machine().lower() in ("x86_64", "amd64") and not os.environ.get("FUSEDOPT_BASELINE_ONLY")
+X86 = set(MACHINES) <= {"x86_64", "amd64"} and not os.environ.get("FUSEDOPT_BASELINE_ONLY")
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", *ARCH_FLAGS]
+# Windows: getenv is no mistake; the C library that Python uses.
+WINDOWS_FLAGS = ["-D_CRT_SECURE_NO_WARNINGS", "-fms-runtime-lib=dll"]
+COMMON_FLAGS += WINDOWS_FLAGS if sys.platform == "win32" else ["-fPIC", "-pthread"]
 # Contraction off: a*b+c rounds twice on every compiler, so that all engines give the same bits.
 # The other two only let sqrt and selects be vectorised; they change no result.
 ARITHMETIC_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -63,12 +71,23 @@ def sanitizer_flags() -> list[str]:
     return [*checks, "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
+def linker_flags() -> list[str]:
+    if sys.platform == "darwin":
+        return [*ARCH_FLAGS, "-bundle", "-undefined", "dynamic_lookup"]
+    if sys.platform == "win32":  # Python's import library is named in a header of Python's
+        return ["-shared", quote(f"-L{Path(sys.base_prefix) / 'libs'}")]
+    return ["-pthread", "-shared", "-ldl"]
+
+
+def quote(argument: str) -> str:
+    """For the shell that ninja starts; on Windows there is none, but a command line."""
+    return subprocess.list2cmdline([argument]) if sys.platform == "win32" else shlex.quote(argument)
+
+
 class NinjaBuildExt(build_ext):
     """Writes a build.ninja with flags of its own for each source, and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        if self.compiler.compiler_type == "msvc":
-            raise SystemExit("fusedopt: the Microsoft compiler is not supported; build with g++ or clang")
         import ninja
         import pybind11
 
@@ -82,18 +101,17 @@ class NinjaBuildExt(build_ext):
         subprocess.run(command + (["-v"] if self.verbose else []), check=True, stdout=sys.stderr)
 
     def ninja_file(self, ext: Extension, target: Path, includes: list[str]) -> str:
-        compiler = os.environ.get("CXX", "c++")
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "win32" else "c++")
         # $in is escaped by ninja for the shell; paths in this file need "$ " for a space.
         escape = lambda text: str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
         flags = COMMON_FLAGS + ARITHMETIC_FLAGS + (["-DFUSEDOPT_X86"] if X86 else [])
-        flags += [f"'-I{path}'" for path in includes] + os.environ.get("CXXFLAGS", "").split() + sanitizer_flags()
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-ldl"]
-        shared += sanitizer_flags()
+        flags += [quote(f"-I{path}") for path in includes] + os.environ.get("CXXFLAGS", "").split() + sanitizer_flags()
+        shared = linker_flags() + sanitizer_flags()
         lines = [
             f"flags = {' '.join(flags)}",
             f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags $isa -c $in -o $out\n  depfile = $out.d",
             "  deps = gcc\n  description = compile $in",
-            f"rule link\n  command = {compiler} -pthread $in {' '.join(shared)} -o $out\n  description = link $out",
+            f"rule link\n  command = {compiler} $in {' '.join(shared)} -o $out\n  description = link $out",
         ]
         objects = []
         for source in ext.sources:

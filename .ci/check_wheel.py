@@ -25,8 +25,10 @@ with zipfile.ZipFile(arguments.wheel) as wheel:
     names = set(wheel.namelist())
 if missing := headers - names:
     sys.exit(f"{arguments.wheel.name} lacks {sorted(missing)}; see package-data in pyproject.toml")
-if not any(name.startswith("fusedopt/_C.") for name in names):
+if not any(name.startswith("fusedopt/_C.") and name.endswith((".so", ".pyd")) for name in names):
     sys.exit(f"{arguments.wheel.name} lacks the extension fusedopt._C")
+if untyped := {"fusedopt/py.typed", "fusedopt/_C.pyi"} - names:
+    sys.exit(f"{arguments.wheel.name} lacks {sorted(untyped)}, so type checkers would not see its annotations")
 if strangers := {name.split("/")[0] for name in names if not name.startswith(("fusedopt/", "fusedopt-"))}:
     sys.exit(f"{arguments.wheel.name} installs {sorted(strangers)} beside fusedopt")
 print(f"{arguments.wheel.name}: {size} bytes, {len(names)} files, {len(headers)} headers")

@@ -1,6 +1,6 @@
 """The figures that a run is to show: what was asked of rows, and what they came to.
 
-python benchmarks/goals.py benchmarks/results/bench-h100.json     # of fusedopt bench --suite standard
+python benchmarks/goals.py benchmarks/results/bench-h100.json     # of fusedopt bench --suite standard, for one
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Rows:
         """``key`` of the row with this ``workload/optimizer/format/contract`` and library."""
         names = ("workload", "optimizer", "format", "contract")
         for row in self.rows:
-            if "/".join(str(row[name]) for name in names) == case and row["library"] == library:
+            if "/".join(str(row.get(name)) for name in names) == case and row["library"] == library:
                 return row.get(key)
         return None
 
@@ -329,12 +329,16 @@ GOALS["cuda"]["standard"], GOALS["cpu"]["standard"] = STANDARD_GOALS, STANDARD_C
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def main(results: tuple[Path, ...]) -> None:
-    """Judge results of ``fusedopt bench --suite standard``, one file or several of one run."""
-    loaded = [json.loads(path.read_text()) for path in results]
-    rows = [row for result in loaded for row in result["rows"]]
-    device = torch.device(loaded[0]["device_type"])
-    print_goals(Console(), judge_goals(device, ("standard",), rows, []))
+@click.option("--device", "device_type", type=click.Choice(list(GOALS)), default="cuda", show_default=True)
+def main(results: tuple[Path, ...], device_type: str) -> None:
+    """Judge results of ``fusedopt bench`` and of these benchmarks, one file or several: the goals that they have rows
+    for."""
+    loaded = [json.loads(each.read_text()) for each in results]
+    rows = [row for result in loaded for row in result.get("rows", [])]
+    first_step = [row for result in loaded for row in result.get("first_step", [])]
+    judged = judge_goals(torch.device(device_type), GOALS[device_type], rows, first_step)
+    known = {goal["name"]: goal for goal in judged if goal["value"] is not None}
+    print_goals(Console(width=None if sys.stdout.isatty() else 140), list(known.values()))
 
 
 if __name__ == "__main__":

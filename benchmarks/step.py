@@ -143,11 +143,11 @@ def measure(
 
 
 def measure_first_step(device: torch.device, repeats: Repeats) -> tuple[list[Row], str | None]:
-    """Rows, and the error if a child failed: the figures measured before are worth keeping."""
+    """Rows, and the error if a child failed or was interrupted: the figures measured before are worth keeping."""
     try:
         return first_step_benchmark.measure(device, repeats.processes), None
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        return [], str(error)
+    except (RuntimeError, subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        return [], str(error) or "interrupted"
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -57,6 +57,10 @@ TRAINING_COLUMNS: list[Column] = [
 ]
 
 
+TRAINING = ("train_step", "trainer_step")
+"""Contracts of whole training steps."""
+
+
 def fill(page: str, results: Path = RESULTS) -> str:
     """The page with the tables that its markers ask for.
 
@@ -98,6 +102,8 @@ def header(result: Row) -> str:
     lines = [", ".join(facts) + "."]
     if missing := result.get("missing_libraries"):
         lines.append(f"Missing, so not compared with: {', '.join(missing)}.")
+    if result.get("driver_loop") == "stand-in":
+        lines.append("A loop that stands in for the Trainer's.")
     if result.get("left_out"):
         lines.append(f"Left out by the time limit: {', '.join(result['left_out'])}.")
     return " ".join(lines)
@@ -105,7 +111,7 @@ def header(result: Row) -> str:
 
 def markdown(rows: list[Row], result: Row) -> str:
     """One line a row, columns that no row fills left out."""
-    training = any(row["contract"] == "train_step" for row in rows)
+    training = any(row["contract"] in TRAINING for row in rows)
     columns = [one for one in (TRAINING_COLUMNS if training else STEP_COLUMNS) if any(row.get(one[1]) for row in rows)]
     device_type = result.get("device_type") or ("cuda" if result.get("driver") else "cpu")
     titles = ["what", "library", *(title for title, _ in columns), "again"]
@@ -142,8 +148,8 @@ def _cell(row: Row, key: str) -> str:
 
 def command(row: Row, device_type: str) -> str:
     """The one command that measures a row again."""
-    if row["contract"] == "train_step":
-        return f"python benchmarks/train_step.py --device {device_type}"
+    if row["contract"] in TRAINING:
+        return f"python benchmarks/{row['contract'].replace('trainer_step', 'trainer')}.py --device {device_type}"
     if suites.known(row):
         return suites.command_of(row, device_type)
     script = "step.py" if row["contract"] == "torch_scaler_clip_step" else "loop.py"

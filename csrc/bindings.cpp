@@ -82,8 +82,13 @@ GradTable grad_table(Table& table, int32 grad_dtype, int32 main_dtype) {
 bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
 
 void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
-                     int32 main_dtype, int32 state_format, const PassArgs& args, int threads) {
+                     int32 main_dtype, int32 state_format, const PassArgs& args, int threads, int64 begin, int64 end) {
   const py::gil_scoped_release release;
+  const Range part = {begin, end < 0 ? int64(table.chunks().size()) : end};
+  if (part.begin < 0 || part.begin > part.end || part.end > int64(table.chunks().size()))
+    throw std::invalid_argument("cpu_update: got chunks [" + std::to_string(part.begin) + ", " +
+                                std::to_string(part.end) + "), expected a part of the table's " +
+                                std::to_string(table.chunks().size()) + "; see Table.num_chunks");
   check_update(table, hypers.rows().size(), rule, param_format, grad_dtype, main_dtype, state_format);
   const UpdateJob job = {grad_table(table, grad_dtype, main_dtype),
                          ParamFormat(param_format),
@@ -94,7 +99,7 @@ void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param
                          args.scaling,
                          nullptr};
   const bool skip = nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf);
-  cpu_update(job, table.chunks(), int64(table.entries().size()), skip, threads);
+  cpu_update(job, table.chunks(), part, int64(table.entries().size()), skip, threads);
   if (args.lead && args.control) {
     args.control->skipped = skip ? 1.0f : 0.0f;
     args.control->skipped_steps += skip;
@@ -185,6 +190,18 @@ void cuda_upload(uint64 context, uint64 function, uint64 stream, uint64 to, Tabl
   void* params[3] = {&to, &bytes, part.data()};
   CudaDriver::instance().launch(address<void>(context), address<void>(function), 1, kCudaThreads, address<void>(stream),
                                 params);
+}
+
+// For kernels whose parameters are 64-bit words, as Triton's are. They may have parameters of their own behind `words`,
+// which they do not use (scratch memory): those are null.
+void cuda_launch_words(uint64 context, uint64 function, uint32 grid, uint32 threads, uint32 shared_bytes, uint64 stream,
+                       std::vector<uint64> words) {
+  constexpr size_t kUnused = 8;
+  words.resize(words.size() + kUnused);
+  std::vector<void*> params;
+  for (uint64& word : words) params.push_back(&word);
+  CudaDriver::instance().launch(address<void>(context), address<void>(function), grid, threads, address<void>(stream),
+                                params.data(), shared_bytes);
 }
 
 // A field that is a pointer, seen from Python as an integer.
@@ -301,6 +318,17 @@ before anything is written. tests/fuzz holds it to that.)";
             table.set_grad(index, address<void>(grad), table.has_main(index));
           },
           "The gradient of a slot: the address of numel elements, or 0 where it has none in this step.")
+      .def(
+          "set_memory",
+          [](Table& table, int32 index, uint64 param, uint64 grad, uint64 main_grad, bool has_main) {
+            if (grad & 1)
+              throw std::invalid_argument("Table.set_memory: got an odd address, expected that of elements");
+            table.set_memory(index, address<void>(param), address<void>(main_grad));
+            table.set_grad(index, address<void>(grad), has_main);
+          },
+          py::arg("slot"), py::arg("param"), py::arg("grad"), py::arg("main_grad") = 0, py::arg("has_main") = false,
+          "Where a slot's parameter, gradient and main gradient are from now on. Addresses of their first elements, "
+          "whether or not those are there: a pass over some chunks looks at the elements of these alone.")
       .def("entries", [](const Table& table) { return as_bytes(table.entries()); })
       .def("chunks", [](const Table& table) { return as_bytes(table.chunks()); })
       .def("pack", [](Table& table, const Hypers& hypers, size_t capacity) { table.pack(hypers.rows(), capacity); })
@@ -377,10 +405,11 @@ before anything is written. tests/fuzz holds it to that.)";
            })
       .def("serves", &RepeatedStep::serves);
   add_run(m.attr("RepeatedStep"));
-  m.def("cpu_update", &bind_cpu_update,
-        "(table, hypers, rule, param_format, grad_dtype, main_dtype, state_format, args, threads): the update pass "
-        "over a "
-        "table's memory, which must be in these formats.");
+  m.def("cpu_update", &bind_cpu_update, py::arg("table"), py::arg("hypers"), py::arg("rule"), py::arg("param_format"),
+        py::arg("grad_dtype"), py::arg("main_dtype"), py::arg("state_format"), py::arg("args"), py::arg("threads"),
+        py::arg("begin") = 0, py::arg("end") = -1,
+        "The update pass over a table's memory, which must be in these formats, or over its chunks [begin, end): steps "
+        "are counted with the last one. For a rule of two phases a part must hold whole tensors.");
   m.def("cpu_norm", &bind_cpu_norm,
         "(table, grad_dtype, main_dtype, args, sum, nonfinite, threads): `sum` and `nonfinite` with the gradients' "
         "added.");
@@ -401,6 +430,9 @@ before anything is written. tests/fuzz holds it to that.)";
   m.def("cuda_launch", &cuda_launch,
         "(context, function, grid, stream, args, table or None): handles of the driver; the table packed with as many "
         "bytes as the kernel takes.");
+  m.def("cuda_launch_words", &cuda_launch_words,
+        "(context, function, grid, threads, shared_bytes, stream, words): of a kernel whose parameters are 64-bit "
+        "integers.");
   m.def("cuda_upload", &cuda_upload,
         "(context, function, stream, to, table, offset, bytes, capacity): a part of the packed table to the device "
         "address `to`.");

@@ -4,12 +4,21 @@ Swap ``torch.optim.AdamW`` for ``fusedopt.AdamW``: unscale, inf/NaN check, globa
 kernel launches for any number of tensors, with no host synchronisation.
 """
 
-from . import backends, functional
+from typing import TYPE_CHECKING
+
+from . import functional
 from .accumulate import GradAccumulator
 from .backends import use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm, unscale_grads_
 from .optim import LAMB, SGD, SGDW, Adagrad, Adam, AdamW, FusedOptimizer, Lion, RAdam, RMSprop, StepMetrics
 from .scaler import GradScaler
+
+if TYPE_CHECKING:
+    from .backends import CallableModule
+
+    backends: CallableModule
+else:
+    from . import backends
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ from .compiling import keep_out_of_graphs
 from .hooks import on_gradient
 from .main_grads import AccumulatePlan, MainGrad, check_grads, make_main_grads
 from .optim.base import FusedOptimizer
+from .optim.wrappers import check_unwrapped
 
 __all__ = ["GradAccumulator"]
 
@@ -59,6 +60,9 @@ class GradAccumulator:
         ValueError: no parameters; one of them twice; an unknown reduction; an optimizer that has an accumulator.
     """
 
+    _total: float | torch.Tensor
+    _weight: float | torch.Tensor
+
     def __init__(
         self,
         target: torch.optim.Optimizer | Iterable[torch.Tensor],
@@ -75,8 +79,10 @@ class GradAccumulator:
             raise ValueError(f"GradAccumulator: got reduction={reduction!r}, expected 'mean' or 'sum'; choose one")
         if isinstance(target, torch.Tensor):
             raise TypeError("GradAccumulator: got a Tensor, expected an optimizer or parameters; pass [param]")
+        if isinstance(target, FusedOptimizer):
+            check_unwrapped("GradAccumulator", target)
         self.optimizer = target if isinstance(target, torch.optim.Optimizer) else None
-        self._listed = [] if self.optimizer else list(target)
+        self._listed = [] if isinstance(target, torch.optim.Optimizer) else list(target)
         self.dtype, self.reduction = dtype, reduction
         check_params("GradAccumulator: params", self.params)
         if not self.params:
@@ -209,9 +215,9 @@ class GradAccumulator:
         """Drops what was accumulated. The memory stays."""
         self._epoch.advance()
         self._count = 0
-        self._total: float | torch.Tensor = 0.0  # of the weights
+        self._total = 0.0  # of the weights
         self._open = False  # whether hooks have folded a part of a micro-batch that has not ended
-        self._weight: float | torch.Tensor = 1.0
+        self._weight = 1.0
 
     # ---- the result ---------------------------------------------------------------------------------------
 
@@ -456,4 +462,5 @@ def _checked_state(state: dict[str, Any], params: list[torch.Tensor]) -> dict[in
                 f"{where}: got main_grads[{i}] of dtype {grad.dtype} for a parameter of {params[i].dtype}, expected "
                 "both complex or none; load the state of the same model"
             )
-    return state["main_grads"]
+    main_grads: dict[int, torch.Tensor] = state["main_grads"]
+    return main_grads

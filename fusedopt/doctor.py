@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _C, backends
-from .backends import nvrtc
+from .backends import Availability, nvrtc
 
 __all__ = ["Check", "Report", "examine"]
 
 _PACKAGES = ("fusedopt", "torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy")
 # Of these cases of ``fusedopt verify``, one for each format.
-_SELF_TEST = {
+_SELF_TEST: dict[str, Any] = {
     "rule": ("adamw",),
     "format": ("float32-None_states", "bfloat16-None_states"),
     "transform": ("clip",),
@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
     versions: dict[str, str]
     machine: dict[str, str]
-    backends: dict[str, backends.Availability]
+    backends: dict[str, Availability]
     cache: dict[str, Any]
     checks: list[Check]
 

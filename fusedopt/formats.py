@@ -27,6 +27,7 @@ __all__ = [
     "decode_states",
     "from_elements",
     "in_memory_order",
+    "lacks_master",
     "needs_seed",
     "new_states",
     "param_format",
@@ -356,11 +357,13 @@ def _from_word(word: torch.Tensor) -> torch.Tensor:
 def decode_master(entry: Mapping[str, Any], param: torch.Tensor) -> torch.Tensor:
     """The value of a parameter to all its digits, in the parameter's shape: float32, or wider where it is."""
     if "master_param" in entry:
-        return entry["master_param"].detach().clone()
+        master: torch.Tensor = entry["master_param"]
+        return master.detach().clone()
     low = entry.get("param_remainder")
     param = param.detach()
     if low is None:
         return param.to(torch.promote_types(param.dtype, torch.float32), copy=True)
+    param = param.to(low.device)
     low = low.to(torch.int64) * (1 if low.dtype == torch.int16 else 256)
     return _from_word((_word(param.float()) + low) % 2**32)
 
@@ -377,6 +380,14 @@ def _split(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _from_word((high << 16) % 2**32).to(torch.bfloat16), low.to(torch.int16 if bits == 16 else torch.int8)
 
 
+def lacks_master(entry: Mapping[str, Any], wanted: ParamFormatSpec) -> bool:
+    """Whether ``convert_master`` will make a second tensor, for which it may read the parameter."""
+    if wanted.extra is None:
+        return False
+    key, dtype = wanted.extra
+    return key not in entry or entry[key].dtype != getattr(torch, dtype)
+
+
 def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamFormatSpec) -> bool:
     """Gives the state of one (dense) parameter the second tensor that ``wanted`` keeps, and removes any other.
 
@@ -387,11 +398,11 @@ def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamForm
     """
     key, dtype = wanted.extra or (None, None)
     present = [name for name in ("master_param", "param_remainder") if name in entry]
-    if present == [key] and entry[key].dtype == getattr(torch, dtype):
-        return False
-    if key is None:
+    if key is None or dtype is None:
         for name in present:
             del entry[name]
+        return False
+    if present == [key] and entry[key].dtype == getattr(torch, dtype):
         return False
     if not present and key == "param_remainder":
         entry[key] = torch.zeros_like(param, dtype=getattr(torch, dtype), requires_grad=False)

@@ -22,7 +22,8 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
@@ -293,9 +294,9 @@ def _apply(
     name: str,
     params: Tensors,
     grads: Tensors,
-    named_states: dict[str, Tensors | None],
+    named_states: Mapping[str, Tensors | None],
     steps: Tensors,
-    hyper: dict,
+    hyper: dict[str, Any],
     scalars: passes.StepScalars,
 ) -> None:
     """named_states: those of all variants; the rule ``name`` takes its own."""

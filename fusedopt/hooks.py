@@ -24,4 +24,5 @@ def on_gradient(param: torch.Tensor, method: Callable[[torch.Tensor], None]) -> 
         if alive is not None:
             alive(param)
 
-    return param.register_post_accumulate_grad_hook(hook)
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+    return handle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def make_main_grads(
     return made
 
 
-_NO_STATE: dict = {}
+_NO_STATE: dict[torch.Tensor, dict[str, Any]] = {}
 
 
 @dataclass
@@ -93,7 +94,7 @@ class AccumulatePlan:
 
     tables: list[DeviceTables]
     watch: _C.Watch
-    groups: list[dict]
+    groups: list[dict[str, Any]]
     """What the watch compares the parameters with."""
     backend: str | None = None
     """What was asked for when the tables were built; see ``backends.wanted``."""
@@ -112,16 +113,14 @@ class AccumulatePlan:
         """
         active = []
         for param, main in zip(params, mains):
-            if param.grad is not None:
+            if main and param.grad is not None:
                 main.grad_dtype = param.grad.dtype
             if main and main.grad_dtype:
-                active.append((param, main))
-        rows = [
-            TensorRow(param.numel(), param.device, main.grad_dtype, main_grad=main.tensor) for param, main in active
-        ]
+                active.append((param, main, main.grad_dtype))
+        rows = [TensorRow(param.numel(), param.device, dtype, main_grad=main.tensor) for param, main, dtype in active]
         tables, places = build_tables(rows, functools.partial(for_device, backend=backend))
         passes.prepare(tables)
-        found = {param: place for (param, _), place in zip(active, places)}
+        found = {param: place for (param, _, _), place in zip(active, places)}
         plan = cls(tables, _C.Watch(), [{"params": params}], backend)
         for param, main in zip(params, mains):
             plan._add(param, main, *found.get(param, (None, -1)))
@@ -133,11 +132,11 @@ class AccumulatePlan:
             param,
             main.tensor if main else param,
             0,
-            dtype_code(main.grad_dtype) if bucket else -1,
+            dtype_code(main.grad_dtype) if bucket and main and main.grad_dtype else -1,
             bucket.table if bucket else None,
             slot,
             False,
-            main.held if bucket else None,
+            main.held if bucket and main else None,
         )
         self.rows.append((param, main, bucket, slot))
 
@@ -150,6 +149,7 @@ class AccumulatePlan:
             return False
         for i in relayout:
             param, main, bucket, slot = self.rows[i]
+            assert param.grad is not None and main is not None and bucket is not None  # the watch has seen them
             self.staged.append(like_parameter(param.grad.detach(), main.tensor))
             bucket.table.set_grad(slot, self.staged[-1].data_ptr() or 2)
         return True

@@ -80,7 +80,7 @@ def begin(
     tables: Sequence[DeviceTables],
     scalars: StepScalars,
     passes: tuple[str, ...],
-    groups: Sequence[dict] = (),
+    groups: Sequence[dict[str, Any]] = (),
     nonfinite_out: int = 0,
 ) -> None:
     """Gets every device ready for ``passes``; whatever can fail fails here.
@@ -116,7 +116,9 @@ def begin(
         device.backend.begin(device, passes)
 
 
-def _accumulation(device: DeviceTables, scalars: StepScalars) -> list[tuple[list, torch.Tensor | float, Any]]:
+def _accumulation(
+    device: DeviceTables, scalars: StepScalars
+) -> list[tuple[list[_C.PassArgs], torch.Tensor | float, Any]]:
     """Weight and divisor of every bucket. Kernels that know no main gradient know no weight: they divide by less."""
     weight, divisor = scalars.grad_weight, scalars.grad_divisor
     every = [bucket.args for bucket in device.buckets]
@@ -210,7 +212,9 @@ class TablesCache:
 
     def get(self, rows: Sequence[TensorRow]) -> tuple[list[DeviceTables], list[tuple[Bucket, int]]]:
         """As ``build_tables``, with the backends' ``prepare`` done."""
-        entries: OrderedDict = self.local.__dict__.setdefault("entries", OrderedDict())
+        entries: OrderedDict[tuple[Any, ...], tuple[list[DeviceTables], list[tuple[Bucket, int]]]] = (
+            self.local.__dict__.setdefault("entries", OrderedDict())
+        )
         key = (wanted(), *(self._key(row) for row in rows))
         found = entries.pop(key, None)
         if found is None:
@@ -222,5 +226,5 @@ class TablesCache:
         return found
 
     @staticmethod
-    def _key(row: TensorRow) -> tuple:
+    def _key(row: TensorRow) -> tuple[Any, ...]:
         return (row.device, row.spread, row.numel, row.key, *(tensor.data_ptr() for tensor in row.tensors))

@@ -30,6 +30,9 @@ __all__ = [
     "same_layout",
 ]
 
+BucketKey = tuple[RuleSpec | None, torch.dtype, ParamFormatSpec | None, StateFormatSpec | None, torch.dtype | None]
+"""Rule, dtype of gradients, formats of parameters and states, dtype of main gradients."""
+
 _CODES = {getattr(torch, name): spec.code for name, spec in DTYPES.items()}
 _CODES |= {getattr(torch, name): code for code, name in enumerate(COMPLEX_DTYPES, len(DTYPES))}
 
@@ -112,7 +115,7 @@ class TensorRow:
             )
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> BucketKey:
         """What must be equal for two tensors to share a launch."""
         main_dtype = None if self.main_grad is None else self.main_grad.dtype
         return (self.rule, self.grad_dtype, self.param_format, self.state_format, main_dtype)
@@ -148,12 +151,18 @@ class Bucket:
     numel: int = 0
     capacity: int = 0
     """CUDA: bytes of step table that the kernels take as a parameter; 0 if they read it from device memory."""
-    launches: dict[str, tuple] = field(default_factory=dict)
+    launches: dict[str, Any] = field(default_factory=dict)
     """By pass. CUDA: context, kernel and number of blocks; Triton: what launches the kernel, and its constants."""
-    launches_key: tuple = ()
+    launches_key: tuple[Any, ...] = ()
     """What ``launches`` were chosen for."""
     staging: Any = None
     """Triton: ``backends.staging.Staging``, how the step table reaches the device."""
+
+    @property
+    def formats(self) -> tuple[RuleSpec, ParamFormatSpec, StateFormatSpec]:
+        """Rule and formats, where it is for an update."""
+        assert self.rule is not None and self.param_format is not None and self.state_format is not None
+        return self.rule, self.param_format, self.state_format
 
     @property
     def norms(self) -> int:
@@ -188,14 +197,14 @@ class DeviceTables:
         self.stream = 0
         """CUDA: the stream of the step under way."""
         self.control = control or Control(device)
-        self.told: tuple | None = None
+        self.told: tuple[Any, ...] | None = None
         """The scalars that the passes were last given, unless a tensor is among them."""
         self.keep_alive: list[torch.Tensor] = []
         """Tensors whose addresses the passes of this step were given."""
 
     def add(self, rows: Iterable[TensorRow]) -> list[tuple[Bucket, int]]:
         """Adds rows; returns where each went: its bucket and its slot in the bucket's table."""
-        buckets: dict[tuple, Bucket] = {}
+        buckets: dict[BucketKey, Bucket] = {}
         places = []
         for row in rows:
             bucket = buckets.get(row.key)
@@ -226,8 +235,8 @@ class DeviceTables:
         return self.hypers[rule]
 
     def learning_rates(self) -> list[float]:
-        """Of all param groups, as last packed; every rule's hyper-parameters begin with it."""
-        hypers = next(iter(self.hypers.values()), None)
+        """Of all param groups, as last packed; every rule's hyper-parameters begin with it. None without an update."""
+        hypers = next((hypers for rule, hypers in self.hypers.items() if rule is not None), None)
         return [] if hypers is None else hypers.learning_rates()
 
     def device_memory(self) -> list[torch.Tensor]:
@@ -236,11 +245,12 @@ class DeviceTables:
         unique = {id(tensor): tensor for tensor in (*owned, self.control.buffer) if tensor is not None}
         return list(unique.values())
 
-    def pack_hypers(self, groups: Sequence[dict]) -> None:
+    def pack_hypers(self, groups: Sequence[dict[str, Any]]) -> None:
         """Reads the hyper-parameters of all groups. A device lr stays on the device; other tensors are read here."""
         self.num_groups = len(groups)
         for rule, hypers in self.hypers.items():
             for group, position in hypers.pack(groups if isinstance(groups, list) else list(groups)):
+                assert rule is not None  # else there are no hyper-parameters
                 _, key, index = rule.hyper[position]
                 value = groups[group][key] if index < 0 else groups[group][key][index]
                 on_device = isinstance(value, torch.Tensor) and value.device.type == self.device.type != "cpu"
@@ -273,7 +283,8 @@ def build_tables(
     by_device: dict[tuple[torch.device, Spread | None], list[int]] = {}
     for i, row in enumerate(rows):
         by_device.setdefault((row.device, row.spread), []).append(i)
-    tables, places = [], [None] * len(rows)
+    tables: list[DeviceTables] = []
+    places: dict[int, tuple[Bucket, int]] = {}
     for (device, spread), indices in by_device.items():
         if device not in controls:
             controls[device] = Control(device)
@@ -283,4 +294,4 @@ def build_tables(
         for i, place in zip(indices, table.add(rows[i] for i in indices)):
             places[i] = place
         tables.append(table)
-    return tables, places
+    return tables, [places[i] for i in range(len(rows))]

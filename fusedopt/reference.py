@@ -233,7 +233,7 @@ RULES = {
         lamb,
     )
 }
-STATES = {
+STATES: dict[str, tuple[str, ...]] = {
     "adam": _MOMENTS,
     "adamw": _MOMENTS,
     "lion": ("exp_avg",),
@@ -268,9 +268,10 @@ def total_norm(tensors: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     # The leading zero changes no norm and gives the norm of nothing.
     zero = torch.zeros(1, dtype=torch.float64)
-    return torch.linalg.vector_norm(
+    norm: Tensor = torch.linalg.vector_norm(
         torch.cat([zero, *(t.detach().double().cpu().flatten() for t in tensors)]), norm_type
     )
+    return norm
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -289,7 +290,7 @@ def reference_step(
     grad_scale: float = 1.0,
     max_grad_value: float | None = None,
     clip_coef: float = 1.0,
-    **hyper,
+    **hyper: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One step of `rule` on one tensor.
 
@@ -306,7 +307,10 @@ def reference_step(
     param, grad = param.detach().double(), grad.detach().double()
     states = {name: states[name].detach().double() for name in STATES[rule]}
     grad = transform_gradient(grad, grad_scale=grad_scale, max_grad_value=max_grad_value, clip_coef=clip_coef)
-    return RULES[rule](param, -grad if maximize else grad, **states, step=step, **hyper)
+    stepped: tuple[Tensor, dict[str, Tensor]] = RULES[rule](
+        param, -grad if maximize else grad, **states, step=step, **hyper
+    )
+    return stepped
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.amp.grad_scaler import OptState
 
 from .compiling import keep_out_of_graphs
 from .optim import FusedOptimizer
+from .optim.wrappers import check_unwrapped
 
 __all__ = ["GradScaler"]
 
@@ -30,10 +31,12 @@ class GradScaler(torch.amp.GradScaler):
     for this process alone.
     """
 
-    @functools.wraps(torch.amp.GradScaler.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        keep_out_of_graphs(type(self), "step", "unscale_", "update")
+    if not TYPE_CHECKING:  # the signature is torch's
+
+        @functools.wraps(torch.amp.GradScaler.__init__)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            keep_out_of_graphs(type(self), "step", "unscale_", "update")
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the scale, in place, and notes whether they hold inf or NaN; see torch.
@@ -44,6 +47,7 @@ class GradScaler(torch.amp.GradScaler):
             NotImplementedError: complex gradients.
         """
         if self._enabled and isinstance(optimizer, FusedOptimizer):
+            check_unwrapped("GradScaler.unscale_", optimizer)
             _require_plain_grads(optimizer)
         super().unscale_(optimizer)
 
@@ -53,10 +57,12 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: called twice without ``update``; ``closure`` given by name.
             AssertionError: no loss was scaled yet.
+            TypeError: a wrapper of Lightning's around an optimizer of ours.
         """
-        fused = self._enabled and isinstance(optimizer, FusedOptimizer)
-        if not fused or "closure" in kwargs or self._scale is None:
+        served = self._enabled and "closure" not in kwargs and self._scale is not None
+        if not isinstance(optimizer, FusedOptimizer) or not served:
             return super().step(optimizer, *args, **kwargs)
+        check_unwrapped("GradScaler.step", optimizer)
         entry = self._per_optimizer_states[id(optimizer)]
         if entry["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)  # raises
@@ -74,6 +80,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _after_unscale(self, entry: dict[str, Any]) -> dict[str, Any]:
         """What makes a step skip if ``unscale_`` found something. The gradients are divided already."""
+        assert self._scale is not None
         found = [each.to(self._scale.device, non_blocking=True) for each in entry["found_inf_per_device"].values()]
         return {"found_inf": sum(found[1:], found[0])} if found else {}
 
@@ -89,7 +96,9 @@ class GradScaler(torch.amp.GradScaler):
         super().update(new_scale)
 
 
-def _step_with(optimizer: FusedOptimizer, attributes: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+def _step_with(
+    optimizer: FusedOptimizer, attributes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Calls ``step`` with ``attributes`` set for its time.
 
     As with torch, a ``grad_scale`` or ``found_inf`` that was there before is used up; if the step fails it is put back.

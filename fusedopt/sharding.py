@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -22,6 +22,8 @@ from .specs import STATE_BLOCK
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+    from typing_extensions import TypeIs
 
 __all__ = [
     "NormReduce",
@@ -49,7 +51,7 @@ NormReduce = Callable[[torch.Tensor, Any], Any]
 ``torch.distributed.all_reduce`` does with ``op``."""
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: Any) -> TypeIs[DTensor]:
     """Whether it is a DTensor. Imports nothing: who has one has imported its module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -69,7 +71,7 @@ def dense_local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def local_grad(where: str, grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+def local_grad(where: str, grad: torch.Tensor, param: DTensor) -> torch.Tensor:
     """This process' part of the gradient of a DTensor ``param``, placed as the parameter.
 
     A gradient with other placements (sequence parallelism leaves partial sums for replicated parameters) is
@@ -94,26 +96,27 @@ def local_grad(where: str, grad: torch.Tensor, param: torch.Tensor) -> torch.Ten
         return grad.to_local()
 
 
-def wrap_like(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+def wrap_like(local: torch.Tensor, param: DTensor) -> DTensor:
     """A DTensor of ``param``'s shape, mesh and placements around a local tensor of any dtype."""
     return _wrap(local, param, tuple(param.placements), param.shape, param.stride())
 
 
 def _wrap(
-    local: torch.Tensor, param: torch.Tensor, placements: tuple[Any, ...], shape: Sequence[int], stride: Sequence[int]
-) -> torch.Tensor:
+    local: torch.Tensor, param: DTensor, placements: tuple[Any, ...], shape: Sequence[int], stride: Sequence[int]
+) -> DTensor:
     """As DTensor.from_local, which would move parts that are offloaded to the host to the mesh's device."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     spec = DTensorSpec(param.device_mesh, placements, tensor_meta=meta)
-    return sys.modules["torch.distributed.tensor"].DTensor(local, spec, requires_grad=False)
+    made: DTensor = sys.modules["torch.distributed.tensor"].DTensor(local, spec, requires_grad=False)
+    return made
 
 
 # ---- states ---------------------------------------------------------------------------------------------------
 
 
-def local_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
+def local_entry(where: str, entry: Mapping[str, Any], param: DTensor) -> dict[str, Any]:
     """The state of one DTensor parameter as this process' plain tensors.
 
     Scales of blocks, of which every process keeps as many, are cut to those of its own elements.
@@ -144,7 +147,7 @@ def local_entry(where: str, entry: Mapping[str, Any], param: torch.Tensor) -> di
     return local
 
 
-def store_entry(entry: dict[str, Any], local: Mapping[str, Any], param: torch.Tensor) -> None:
+def store_entry(entry: dict[str, Any], local: Mapping[str, Any], param: DTensor) -> None:
     """Makes ``entry`` hold what ``local``, this process' plain tensors, holds: as DTensors, new ones where changed."""
     for key in [key for key in entry if key not in local]:
         del entry[key]
@@ -178,19 +181,20 @@ def _blocks(numel: int) -> int:
     return -(-numel // STATE_BLOCK)
 
 
-def _scale_placements(param: torch.Tensor) -> tuple[Any, ...]:
+def _scale_placements(param: DTensor) -> tuple[Any, ...]:
     """Of the scales of blocks: one after the other in the order of the processes that hold different elements."""
     module = sys.modules["torch.distributed.tensor"]
     return tuple(module.Replicate() if each.is_replicate() else module.Shard(0) for each in param.placements)
 
 
-def _wrap_scale(scale: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+def _wrap_scale(scale: torch.Tensor, param: DTensor) -> DTensor:
     """A DTensor of equally many scales from each process, as many as the largest part of the parameter needs."""
     shape, mesh = list(param.shape), param.device_mesh
     processes = 1
     for dim, placement in enumerate(param.placements):
         if not placement.is_replicate():
-            shape[placement.dim] = -(-shape[placement.dim] // mesh.size(dim))
+            sharded = cast("Shard", placement).dim
+            shape[sharded] = -(-shape[sharded] // mesh.size(dim))
             processes *= mesh.size(dim)
     rows = _blocks(torch.Size(shape).numel())
     padded = scale.new_zeros(rows)
@@ -248,7 +252,7 @@ class Peers(NamedTuple):
 
         if mesh.ndim > 1 and mesh.size() == distributed.get_world_size():
             world = distributed.group.WORLD
-            if mesh.device_type in {device.type for device in getattr(world, "_device_types", ())}:
+            if world and mesh.device_type in {device.type for device in getattr(world, "_device_types", ())}:
                 return cls(mesh, (world,))
         return cls(mesh, tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1))
 
@@ -352,7 +356,7 @@ def home_of(groups: Iterable[Mapping[str, Any]]) -> torch.device:
 
     for group in groups:
         for param in group["params"]:
-            return param.device
+            return cast(torch.device, param.device)
     on_gpu = torch.cuda.is_available() and distributed.is_initialized() and "nccl" in distributed.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 

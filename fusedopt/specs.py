@@ -81,7 +81,7 @@ _NORMS = {"lamb": 2}
 """Of the rules of two phases, by name."""
 
 # name, family, C++ struct, states with their moments, hyper-parameters; in the order of csrc/rules/all.h
-_ROWS = (
+_ROWS: tuple[tuple[str, str, str, dict[str, str], tuple[tuple[str, str, int], ...]], ...] = (
     ("adam", "adam", "Adam", _ADAM, _ADAM_HYPER),
     ("adamw", "adamw", "AdamW", _ADAM, _ADAM_HYPER),
     ("lion", "lion", "Lion", {"exp_avg": "first"}, (_LR, *_BETAS, _WEIGHT_DECAY)),

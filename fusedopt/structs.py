@@ -7,10 +7,13 @@ values. Standard library only. ``tests/test_structure.py`` compares field by fie
 from __future__ import annotations
 
 from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, sizeof
+from typing import TypeVar
 
 __all__ = ["Chunk", "Control", "Hyper", "NormOptions", "Partial", "PassArgs", "Scaling", "TensorEntry", "rows"]
 
 _MAX_STATES, _MAX_HYPER = 4, 10  # kMaxStates, kMaxHyper
+
+Row = TypeVar("Row", bound=Structure)
 
 # Pointers are unsigned 64-bit integers here: addresses, of whatever device.
 
@@ -120,6 +123,6 @@ class PassArgs(Structure):
     )
 
 
-def rows(struct: type[Structure], content: bytes) -> list[Structure]:
+def rows(struct: type[Row], content: bytes) -> list[Row]:
     """Copies of the rows that ``content`` holds one after the other."""
     return list((struct * (len(content) // sizeof(struct))).from_buffer_copy(content))

@@ -55,10 +55,12 @@ RANKS = {
     "main_grads": 5,
     "optim": 6,
     "accumulate": 7,
+    "convert": 7,
     "scaler": 7,
     "testing": 8,
     "__init__": 9,
     "bench": 10,
+    "integrations": 10,
     "doctor": 10,
     "cli": 11,
     "__main__": 12,
@@ -115,6 +117,14 @@ def test_only_the_triton_engine_imports_triton():
     top_level = ast.parse((PACKAGE / "backends/triton.py").read_text()).body
     named = [alias.name for node in top_level if isinstance(node, ast.Import) for alias in node.names]
     assert "triton" not in named
+
+
+def test_only_the_integrations_import_trainers():
+    """Each the library that it is named after, so that ``import fusedopt`` imports none of them."""
+    trainers = {"transformers", "accelerate", "lightning"}
+    for path in PYTHON_FILES:
+        imported = {module.split(".")[0] for module in imported_modules(path)} & trainers
+        assert imported <= ({path.stem} if unit_of(path) == "integrations" else set()), name_of(path)
 
 
 def test_reference_imports_torch_only():

@@ -9,6 +9,7 @@
 #include "../core/norms.h"
 #include "../host/threads.h"
 #include "../rules/all.h"
+#include "instruction_sets.h"
 
 namespace fusedopt {
 namespace {
@@ -17,11 +18,9 @@ namespace {
 std::vector<const CpuEngine*> supported_engines() {
   std::vector<const CpuEngine*> engines;
 #if defined(FUSEDOPT_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    engines.push_back(&engine_avx512());
-  if (__builtin_cpu_supports("avx2")) engines.push_back(&engine_avx2());
+  const InstructionSets sets = InstructionSets::here();
+  if (sets.avx512) engines.push_back(&engine_avx512());
+  if (sets.avx2) engines.push_back(&engine_avx2());
 #endif
   engines.push_back(&engine_baseline());
   return engines;
@@ -55,11 +54,11 @@ int norms_of(int32 rule) {
 }
 
 // The first phase of a rule of two: the norms of each tensor, their parts added in chunk order.
-std::vector<TensorNorms> measure(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, int threads) {
+std::vector<TensorNorms> measure(const UpdateJob& job, const Chunk* chunks, int64 count, int64 tensors, int threads) {
   const CpuEngine& engine = cpu_engine();
-  std::vector<TensorNorms> parts(chunks.size()), norms(static_cast<size_t>(tensors), TensorNorms{});
-  parallel_for(threads, int64(chunks.size()), [&](int64 i) { parts[i] = engine.measure(job, chunks[i]); });
-  for (size_t i = 0; i < chunks.size(); ++i)
+  std::vector<TensorNorms> parts(static_cast<size_t>(count)), norms(static_cast<size_t>(tensors), TensorNorms{});
+  parallel_for(threads, count, [&](int64 i) { parts[i] = engine.measure(job, chunks[i]); });
+  for (int64 i = 0; i < count; ++i)
     for (int k = 0; k < kMaxNorms; ++k) norms[chunks[i].tensor].value[k] += parts[i].value[k];
   for (TensorNorms& each : norms)
     for (double& value : each.value) value = baseline::square_root(value);
@@ -85,18 +84,20 @@ const CpuEngine& cpu_engine() {
   return engine;
 }
 
-void cpu_update(const UpdateJob& given, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads) {
+void cpu_update(const UpdateJob& given, const std::vector<Chunk>& chunks, Range part, int64 tensors, bool skip,
+                int threads) {
   if (skip) return;
   const CpuEngine& engine = cpu_engine();
   UpdateJob job = given;
   std::vector<TensorNorms> norms;
   if (norms_of(job.rule) > 0) {
-    norms = measure(job, chunks, tensors, threads);
+    norms = measure(job, chunks.data() + part.begin, part.end - part.begin, tensors, threads);
     job.norms = norms.data();
   }
   // Backwards: a norm pass before this one left the last gradients in the cache.
-  const int64 last = int64(chunks.size()) - 1;
-  parallel_for(threads, last + 1, [&](int64 i) { engine.update(job, chunks[last - i]); });
+  const int64 last = part.end - 1;
+  parallel_for(threads, part.end - part.begin, [&](int64 i) { engine.update(job, chunks[last - i]); });
+  if (part.end < int64(chunks.size())) return;
   for (int64 t = 0; t < tensors; ++t)
     if (job.table.grads[t]) *job.table.tensors[t].step += 1.0f;
 }

@@ -22,9 +22,15 @@ struct RuleInfo {
 };
 std::vector<RuleInfo> rule_infos();
 
-// Skips if told so; otherwise updates every tensor that has a gradient and counts its step. Of a rule of two phases it
-// makes both.
-void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, int64 tensors, bool skip, int threads);
+// Chunks [begin, end) of a table.
+struct Range {
+  int64 begin, end;
+};
+
+// Skips if told so; otherwise updates every tensor that has a gradient and, with the table's last chunk, counts its
+// step. Of a rule of two phases it makes both; then a part must hold whole tensors.
+void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, int64 tensors, bool skip,
+                int threads);
 
 // Adds the table's gradients to (sum, nonfinite), in chunk order whatever the number of threads.
 void cpu_norm(const NormJob& job, const std::vector<Chunk>& chunks, int threads, double& sum, double& nonfinite);

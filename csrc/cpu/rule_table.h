@@ -5,6 +5,13 @@
 #include "../core/norms.h"
 #include "../rules/all.h"
 
+// Before a loop whose iterations touch different memory.
+#if defined(__clang__)
+#define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
 
@@ -39,7 +46,7 @@ void apply_rule(T* __restrict param, const T* __restrict grad, T* const* states,
   __builtin_memcpy(&coefficients, stored.bytes, sizeof(coefficients));
   T* state[kSlots<Rule>];
   for (int k = 0; k < Rule::kStates; ++k) state[k] = states[k];
-#pragma GCC ivdep
+  FUSEDOPT_INDEPENDENT
   for (int64 i = 0; i < n; ++i) {
     T s[kSlots<Rule>];
     for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];
@@ -62,7 +69,7 @@ void measure_block(const T* __restrict param, const T* __restrict grad, const T*
   for (int k = 0; k < Rule::kStates; ++k) state[k] = states[k];
   T* term[kNorms];
   for (int k = 0; k < kNorms; ++k) term[k] = terms[k];
-#pragma GCC ivdep
+  FUSEDOPT_INDEPENDENT
   for (int64 i = 0; i < n; ++i) {
     T s[kSlots<Rule>], t[kNorms];
     for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];

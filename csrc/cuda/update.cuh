@@ -13,8 +13,9 @@ namespace fusedopt {
 namespace FUSEDOPT_ISA {
 
 __device__ __forceinline__ bool must_skip(const PassArgs& args) {
-  const bool asked = args.scaling.found_inf && *args.scaling.found_inf != 0.0f;
-  return asked || (args.norm_found_inf && *args.norm_found_inf != 0.0f);
+  const float asked = args.scaling.found_inf ? *args.scaling.found_inf : 0.0f;
+  const float found = args.norm_found_inf ? *args.norm_found_inf : 0.0f;  // read whatever was asked: one wait, not two
+  return (asked != 0.0f) | (found != 0.0f);
 }
 
 __device__ __forceinline__ uint32 warp_maximum(uint32 x) {

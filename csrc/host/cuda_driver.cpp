@@ -1,11 +1,17 @@
 #include "cuda_driver.h"
 
-#include <dlfcn.h>
-
 #include <stdexcept>
+
+#include "dynamic_library.h"
 
 namespace fusedopt {
 namespace {
+
+#if defined(_WIN32)
+constexpr const char* kCudaLibrary = "nvcuda.dll";
+#else
+constexpr const char* kCudaLibrary = "libcuda.so.1";
+#endif
 
 // Makes a context current for a scope: a step may run in a thread (backward hooks) where none is yet.
 class CurrentContext {
@@ -36,10 +42,11 @@ const CudaDriver& CudaDriver::instance() {
 }
 
 CudaDriver::CudaDriver() {
-  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (!library) throw std::runtime_error(std::string("fusedopt: the CUDA driver could not be loaded: ") + dlerror());
+  std::string problem;
+  void* library = load_library(kCudaLibrary, problem);
+  if (!library) throw std::runtime_error("fusedopt: the CUDA driver could not be loaded: " + problem);
   const auto find = [&](auto& pointer, const char* name) {
-    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(dlsym(library, name));
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(find_symbol(library, name));
     if (!pointer) throw std::runtime_error(std::string("fusedopt: the CUDA driver has no ") + name + "; update it");
   };
   find(cuInit_, "cuInit");
@@ -90,10 +97,11 @@ void* CudaDriver::load(void* context, const std::string& cubin, const std::strin
   return function;
 }
 
-void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params) const {
+void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params,
+                        uint32 shared_bytes) const {
   const CurrentContext current(cuCtxGetCurrent_, cuCtxPushCurrent_, cuCtxPopCurrent_, context);
   check(current.status(), "cuCtxPushCurrent");
-  check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, 0, stream, params, nullptr), "cuLaunchKernel");
+  check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, params, nullptr), "cuLaunchKernel");
 }
 
 }  // namespace fusedopt

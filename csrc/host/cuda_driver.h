@@ -21,7 +21,9 @@ class CudaDriver {
   void* primary_context(int device) const;
   // The kernel `name` of a cubin. Never unloaded: captured graphs may hold it.
   void* load(void* context, const std::string& cubin, const std::string& name) const;
-  void launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params) const;
+  // shared_bytes: of shared memory, beside what the kernel declares.
+  void launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params,
+              uint32 shared_bytes = 0) const;
 
  private:
   CudaDriver();

@@ -51,6 +51,13 @@ class Table {
   void set_grad(int32 index, const void* grad, bool has_main = false) {
     grads_.at(index) = reinterpret_cast<const void*>(reinterpret_cast<uint64>(grad) | uint64(has_main));
   }
+  // For tables that the host alone reads: where a tensor is changes while its chunks are gone through.
+  void set_memory(int32 index, void* param, void* main_grad) {
+    TensorEntry& entry = entries_.at(size_t(index));
+    entry.param = param;
+    entry.main_grad = main_grad;
+    checked_for = 0;
+  }
   // A word, as GradSource.
   const void* grad(int32 index) const { return grads_.at(index); }
   bool has_main(int32 index) const { return reinterpret_cast<uint64>(grads_.at(index)) & 1; }

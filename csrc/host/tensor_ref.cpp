@@ -1,9 +1,8 @@
 #include "tensor_ref.h"
 
-#include <dlfcn.h>
-
 #include <string>
 
+#include "dynamic_library.h"
 #include "tensor_layout.h"
 
 namespace py = pybind11;
@@ -17,6 +16,9 @@ using Tensor = const void*;  // at::Tensor: one pointer, to a c10::TensorImpl
 
 #if defined(__APPLE__)
 constexpr const char* kTorchLibraries[] = {"@rpath/libtorch_cpu.dylib", "@rpath/libc10.dylib"};
+#elif defined(_WIN32)
+// Names of C++ functions are others there, so not all are found: tensors are read through Python.
+constexpr const char* kTorchLibraries[] = {"torch_cpu.dll", "c10.dll"};
 #else
 constexpr const char* kTorchLibraries[] = {"libtorch_cpu.so", "libc10.so"};
 #endif
@@ -44,10 +46,7 @@ struct TorchFunctions {
 template <class Function>
 bool find(Function& function, const char* name) {
   for (const char* library : kTorchLibraries) {
-    void* handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);  // only if torch has loaded it
-    if (!handle) continue;
-    function = reinterpret_cast<Function>(dlsym(handle, name));
-    dlclose(handle);
+    function = reinterpret_cast<Function>(find_loaded_symbol(library, name));
     if (function) return true;
   }
   return false;

@@ -1,6 +1,8 @@
 #include "threads.h"
 
+#if !defined(_WIN32)
 #include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -112,7 +114,9 @@ std::atomic<Pool*> pool{nullptr};
 Pool& get_pool() {
   static const bool registered = [] {
     pool.store(new Pool);
+#if !defined(_WIN32)
     pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
+#endif
     return true;
   }();
   (void)registered;

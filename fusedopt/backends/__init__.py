@@ -177,11 +177,11 @@ def _availability(name: str) -> Availability:
     return Availability(False, _DEVICES[name], reason)
 
 
-class _CallableModule(ModuleType):
+class CallableModule(ModuleType):
     """``fusedopt.backends`` is this package and, because it is the natural question, a function: ``available``."""
 
     def __call__(self) -> dict[str, Availability]:
         return available()
 
 
-sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__class__ = CallableModule

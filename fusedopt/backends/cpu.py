@@ -8,7 +8,18 @@ from .. import _C
 from ..plan import Bucket, DeviceTables, dtype_code
 from ..specs import CPU_CHUNK, StateFormatSpec
 
-__all__ = ["accumulate", "begin", "chunk", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+__all__ = [
+    "accumulate",
+    "begin",
+    "chunk",
+    "finalize_norm",
+    "norm",
+    "prepare",
+    "require_available",
+    "scale",
+    "update",
+    "update_chunks",
+]
 
 
 def require_available(device: torch.device) -> None:
@@ -59,16 +70,27 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
 def update(tables: DeviceTables) -> None:
     for i, bucket in enumerate(tables.buckets):
         bucket.args.lead = int(i == 0)
-        _C.cpu_update(
-            bucket.table,
-            bucket.hypers,
-            bucket.rule.index,
-            bucket.param_format.code,
-            *_dtypes(bucket),
-            bucket.state_format.code,
-            bucket.args,
-            torch.get_num_threads(),
-        )
+        update_chunks(bucket, 0, bucket.num_chunks)
+
+
+def update_chunks(bucket: Bucket, begin: int, end: int) -> None:
+    """The part [begin, end) of a bucket's update: whole tensors, if its rule has two phases. The last one counts steps.
+
+    The host may do something else in other threads of Python in the meantime.
+    """
+    rule, param_format, state_format = bucket.formats
+    _C.cpu_update(
+        bucket.table,
+        bucket.hypers,
+        rule.index,
+        param_format.code,
+        *_dtypes(bucket),
+        state_format.code,
+        bucket.args,
+        torch.get_num_threads(),
+        begin,
+        end,
+    )
 
 
 def accumulate(tables: DeviceTables) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class Device:
         self.multiprocessors = properties.multi_processor_count
         self.arch = f"sm_{properties.major}{properties.minor}"
         self.context = _C.cuda_primary_context(index)
-        self.table_sizes = (nvrtc.SMALL_TABLE,)
+        self.table_sizes: tuple[int, ...] = (nvrtc.SMALL_TABLE,)
         if _C.cuda_driver_version() >= 12010 and properties.major >= 7:
             self.table_sizes += (nvrtc.MEDIUM_TABLE, nvrtc.LARGE_TABLE)
         self.functions: dict[nvrtc.KernelSpec, int] = {}
@@ -154,16 +155,18 @@ def _kernel(name: str, tables: DeviceTables, bucket: Bucket) -> nvrtc.KernelSpec
     grad = str(bucket.grad_dtype).removeprefix("torch.")
     main = str(bucket.main_dtype).removeprefix("torch.") if bucket.main_dtype else None
     if name == "accumulate":
+        assert main is not None
         return nvrtc.accumulate_kernel(grad, main, bucket.capacity)
     if name == "norm":
         order = _NORM_ORDERS[bucket.args.norm_type]
         return nvrtc.norm_kernel(grad, order, bucket.capacity, _latency_bound(bucket), bucket.chunk, main)
     if name == "scale":
         return nvrtc.scale_kernel(grad, bucket.capacity)
-    param, state = bucket.param_format.name, bucket.state_format.name
+    rule, param_format, state_format = bucket.formats
+    param, state = param_format.name, state_format.name
     low = param == "float32" and _latency_bound(bucket)
     make = nvrtc.measure_kernel if name == "measure" else nvrtc.update_kernel
-    return make(bucket.rule.name, param, grad, state, bucket.capacity, low, main)
+    return make(rule.name, param, grad, state, bucket.capacity, low, main)
 
 
 def _latency_bound(bucket: Bucket) -> bool:
@@ -190,7 +193,7 @@ def _launch(name: str, bucket: Bucket, tables: DeviceTables) -> None:
         _C.cuda_launch(context, function, grid, tables.stream, bucket.args, bucket.table if bucket.capacity else None)
 
 
-def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple] | None:
+def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple[Any, ...]] | None:
     """What the last step launched, in its order, for ``_C.RepeatedStep.add``; None if it did more than launch."""
     if not all(bucket.capacity for bucket in tables.buckets):
         return None

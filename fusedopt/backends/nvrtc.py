@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..specs import CUDA_CHUNK, CUDA_CHUNK_BLOCKED, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_FORMATS
 
@@ -124,7 +125,7 @@ def update_kernel(
     return KernelSpec("update_pass", (RULES[rule].cpp, *formats, _tuning(latency_bound)), table_bytes, chunk)
 
 
-def measure_kernel(rule: str, *arguments, **keywords) -> KernelSpec:
+def measure_kernel(rule: str, *arguments: Any, **keywords: Any) -> KernelSpec:
     """The measure pass of a rule of two phases. Arguments: as ``update_kernel``."""
     return replace(update_kernel(rule, *arguments, **keywords), template="measure_pass")
 
@@ -302,7 +303,7 @@ _REMEDY = (
 _importing = threading.Lock()  # a thread may find the module half imported by another one
 
 
-def _cuda_core():
+def _cuda_core() -> Any:
     """The module that holds Program: ``cuda.core``, or ``cuda.core.experimental`` before 1.0."""
     try:
         with _importing:

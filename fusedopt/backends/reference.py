@@ -54,7 +54,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
 # ---- memory behind addresses ----------------------------------------------------------------------------------
 
 
-class _OnCuda:
+class _OnCuda:  # on a GPU alone
     """Device memory as ``torch.as_tensor`` reads it."""
 
     def __init__(self, address: int, size: int) -> None:
@@ -105,6 +105,7 @@ class _Streams(NamedTuple):
     def sum(self, weight: float) -> torch.Tensor:
         """main + weight * own, as ``GradSource`` of ``csrc/core/gradient.h``."""
         if self.own is None:
+            assert self.main is not None
             return _wide(self.main)
         own = _wide(self.own)
         weighted = _like(weight, own) * own
@@ -144,7 +145,9 @@ class _Step(NamedTuple):
         for entry, word in zip(rows(TensorEntry, bucket.table.entries()), self.grads):
             if word:
                 own = _tensor(word & ~1, entry.numel, bucket.grad_dtype, device) if word > 1 else None
-                held = _tensor(entry.main_grad, entry.numel, bucket.main_dtype, device) if word & 1 else None
+                held = None
+                if word & 1 and bucket.main_dtype is not None:
+                    held = _tensor(entry.main_grad, entry.numel, bucket.main_dtype, device)
                 yield entry, _Streams(own, held)
 
     def tensors(self, bucket: Bucket, device: torch.device) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
@@ -214,16 +217,16 @@ def update(tables: DeviceTables) -> None:
 
 
 def _update_tensor(tables: DeviceTables, bucket: Bucket, step: _Step, entry: TensorEntry, grad: torch.Tensor) -> None:
-    device, n, rule = tables.device, entry.numel, bucket.rule
+    device, n, (rule, param_format, state_format) = tables.device, entry.numel, bucket.formats
     counter = _tensor(entry.step, 1, torch.float32, device)
     number = int(counter.item()) + 1
-    param = _tensor(entry.param, n, getattr(torch, bucket.param_format.dtype), device)
-    extra_name, extra_dtype = bucket.param_format.extra or (None, None)
+    param = _tensor(entry.param, n, getattr(torch, param_format.dtype), device)
+    extra_name, extra_dtype = param_format.extra or (None, None)
     extra = _tensor(entry.extra, n, getattr(torch, extra_dtype), device) if extra_dtype else None
     states = {}
     for k, (key, moment) in enumerate(zip(rule.states, rule.moments)):
-        states[key] = _tensor(entry.states[k], n, getattr(torch, bucket.state_format.dtype(moment)), device)
-        if bucket.state_format.blocked:
+        states[key] = _tensor(entry.states[k], n, getattr(torch, state_format.dtype(moment)), device)
+        if state_format.blocked:
             count = formats.scale_shape(n)[0]
             states[formats.scale_key(key)] = _tensor(entry.scales[k], count, torch.float32, device)
 
@@ -240,9 +243,9 @@ def _update_tensor(tables: DeviceTables, bucket: Bucket, step: _Step, entry: Ten
     noise = Noise(step.args.seed, entry.id, number, n, device)
     _store_param(bucket, value, param, extra_name, extra, noise)
     for k, (key, moment) in enumerate(zip(rule.states, rule.moments)):
-        if bucket.state_format.blocked:
+        if state_format.blocked:
             encode_int8(updated[k], moment, noise.dither(), states[key], states[formats.scale_key(key)])
-        elif bucket.state_format.random:
+        elif state_format.random:
             states[key].copy_(round_stochastically(updated[k], noise.bits(k + 1)))
         else:
             states[key].copy_(_round(updated[k], states[key].dtype))
@@ -257,16 +260,16 @@ def _store_param(
     extra: torch.Tensor | None,
     noise: Noise,
 ) -> None:
+    _, param_format, _ = bucket.formats
     if extra_name == "param_remainder":
         entry = {"master_param": value}
-        formats.convert_master(entry, param, bucket.param_format)
+        formats.convert_master(entry, param, param_format)
+        assert extra is not None
         extra.copy_(entry[extra_name])
         return
     if extra is not None:
         extra.copy_(value)
-    param.copy_(
-        round_stochastically(value, noise.bits(0)) if bucket.param_format.random else _round(value, param.dtype)
-    )
+    param.copy_(round_stochastically(value, noise.bits(0)) if param_format.random else _round(value, param.dtype))
 
 
 def _round(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -284,7 +287,7 @@ def accumulate(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
         step = _Step.of(bucket, tables)
         for entry, streams in step.streams(bucket, tables.device):
-            if streams.own is not None:
+            if streams.own is not None and bucket.main_dtype is not None:
                 main = _tensor(entry.main_grad, entry.numel, bucket.main_dtype, tables.device)
                 main.copy_(_round(streams.sum(step.scaling.grad_weight), main.dtype))
 
@@ -293,6 +296,7 @@ def scale(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
         step = _Step.of(bucket, tables)
         for _, (grad, _) in step.streams(bucket, tables.device):
+            assert grad is not None
             if step.args.nonfinite_out and not grad.isfinite().all():
                 _tensor(step.args.nonfinite_out, 1, torch.float32, tables.device).fill_(1.0)
             scaled = step.scaling.unscale(_wide(grad))

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,15 +34,15 @@ def powers(a: float, b: float, n: int) -> tuple[float, float]:
     return power_a, power_b
 
 
-def _rounder(like: Tensor):
+def _rounder(like: Tensor) -> Callable[[float], Tensor]:
     """Rounds coefficients, doubles, to the compute type."""
     return lambda value: torch.tensor(value, dtype=torch.float64).to(dtype=like.dtype, device=like.device)
 
 
 def _with_decay(grad: Tensor, param: Tensor, weight_decay: float) -> Tensor:
     """As an L2 term of the loss."""
-    weight_decay = _rounder(param)(weight_decay)
-    return grad + weight_decay * param if weight_decay != 0.0 else grad
+    decay = _rounder(param)(weight_decay)
+    return grad + decay * param if decay != 0.0 else grad
 
 
 def _shrink(param: Tensor, lr: float, weight_decay: float) -> Tensor:
@@ -66,12 +66,16 @@ def _move(param: Tensor, m: Tensor, v: Tensor, hyper: Sequence[float], step: int
     return param - t(lr / (1.0 - beta1_t)) * (m / denom)
 
 
-def adam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int):
+def adam(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int
+) -> tuple[Tensor, ...]:
     m, v = _average(exp_avg, exp_avg_sq, _with_decay(grad, param, hyper[4]), hyper)
     return _move(param, m, v, hyper, step), m, v
 
 
-def adamw(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int):
+def adamw(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int
+) -> tuple[Tensor, ...]:
     m, v = _average(exp_avg, exp_avg_sq, grad, hyper)
     return _move(_shrink(param, hyper[0], hyper[4]), m, v, hyper, step), m, v
 
@@ -88,7 +92,7 @@ def adam_amsgrad(
     max_exp_avg_sq: Tensor,
     hyper: Sequence[float],
     step: int,
-):
+) -> tuple[Tensor, ...]:
     m, v = _average(exp_avg, exp_avg_sq, _with_decay(grad, param, hyper[4]), hyper)
     largest = _larger(max_exp_avg_sq, v)
     return _move(param, m, largest, hyper, step), m, v, largest
@@ -102,13 +106,15 @@ def adamw_amsgrad(
     max_exp_avg_sq: Tensor,
     hyper: Sequence[float],
     step: int,
-):
+) -> tuple[Tensor, ...]:
     m, v = _average(exp_avg, exp_avg_sq, grad, hyper)
     largest = _larger(max_exp_avg_sq, v)
     return _move(_shrink(param, hyper[0], hyper[4]), m, largest, hyper, step), m, v, largest
 
 
-def radam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int):
+def radam(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int
+) -> tuple[Tensor, ...]:
     lr, beta1, beta2, eps, weight_decay, decoupled = hyper[:6]
     t = _rounder(param)
     beta1_t, beta2_t = powers(beta1, beta2, step)
@@ -131,7 +137,9 @@ def _norm(x: Tensor) -> float:
     return math.sqrt(x.double().square().sum().item())
 
 
-def lamb(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int):
+def lamb(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int
+) -> tuple[Tensor, ...]:
     lr, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode, grad_averaging, use_nvlamb = hyper[:9]
     t = _rounder(param)
     beta1_t, beta2_t = powers(beta1, beta2, step) if bias_correction else (0.0, 0.0)
@@ -149,7 +157,7 @@ def lamb(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper
 # ---- Lion -------------------------------------------------------------------------------------------------------
 
 
-def lion(param: Tensor, grad: Tensor, exp_avg: Tensor, hyper: Sequence[float], step: int):
+def lion(param: Tensor, grad: Tensor, exp_avg: Tensor, hyper: Sequence[float], step: int) -> tuple[Tensor, ...]:
     lr, beta1, beta2, weight_decay = hyper[:4]
     t = _rounder(param)
     interpolated = t(beta1) * exp_avg + t(1.0 - beta1) * grad
@@ -162,17 +170,17 @@ def lion(param: Tensor, grad: Tensor, exp_avg: Tensor, hyper: Sequence[float], s
 # ---- SGD, SGDW --------------------------------------------------------------------------------------------------
 
 
-def sgd(param: Tensor, grad: Tensor, hyper: Sequence[float], step: int):
+def sgd(param: Tensor, grad: Tensor, hyper: Sequence[float], step: int) -> tuple[Tensor, ...]:
     lr, weight_decay = hyper[:2]
     return (param - _rounder(param)(lr) * _with_decay(grad, param, weight_decay),)
 
 
-def sgdw(param: Tensor, grad: Tensor, hyper: Sequence[float], step: int):
+def sgdw(param: Tensor, grad: Tensor, hyper: Sequence[float], step: int) -> tuple[Tensor, ...]:
     lr, weight_decay = hyper[:2]
     return (_shrink(param, lr, weight_decay) - _rounder(param)(lr) * grad,)
 
 
-def _descend(param: Tensor, grad: Tensor, buffer: Tensor, hyper: Sequence[float], step: int):
+def _descend(param: Tensor, grad: Tensor, buffer: Tensor, hyper: Sequence[float], step: int) -> tuple[Tensor, ...]:
     lr, momentum, dampening, _, nesterov = hyper[:5]
     t = _rounder(param)
     keep, gain = (0.0, 1.0) if step == 1 else (momentum, 1.0 - dampening)
@@ -180,11 +188,15 @@ def _descend(param: Tensor, grad: Tensor, buffer: Tensor, hyper: Sequence[float]
     return param - t(lr) * (grad + t(momentum) * buffer if nesterov else buffer), buffer
 
 
-def sgd_momentum(param: Tensor, grad: Tensor, momentum_buffer: Tensor, hyper: Sequence[float], step: int):
+def sgd_momentum(
+    param: Tensor, grad: Tensor, momentum_buffer: Tensor, hyper: Sequence[float], step: int
+) -> tuple[Tensor, ...]:
     return _descend(param, _with_decay(grad, param, hyper[3]), momentum_buffer, hyper, step)
 
 
-def sgdw_momentum(param: Tensor, grad: Tensor, momentum_buffer: Tensor, hyper: Sequence[float], step: int):
+def sgdw_momentum(
+    param: Tensor, grad: Tensor, momentum_buffer: Tensor, hyper: Sequence[float], step: int
+) -> tuple[Tensor, ...]:
     return _descend(_shrink(param, hyper[0], hyper[3]), grad, momentum_buffer, hyper, step)
 
 
@@ -207,7 +219,7 @@ def _normalized(grad: Tensor, square_avg: Tensor, grad_avg: Tensor | None, eps: 
     return grad / (square_root(variance) + _rounder(grad)(eps))
 
 
-def rmsprop(param: Tensor, grad: Tensor, square_avg: Tensor, hyper: Sequence[float], step: int):
+def rmsprop(param: Tensor, grad: Tensor, square_avg: Tensor, hyper: Sequence[float], step: int) -> tuple[Tensor, ...]:
     lr, alpha, eps, weight_decay, _ = hyper[:5]
     grad = _with_decay(grad, param, weight_decay)
     square_avg = _running(square_avg, grad, alpha, grad)
@@ -216,7 +228,7 @@ def rmsprop(param: Tensor, grad: Tensor, square_avg: Tensor, hyper: Sequence[flo
 
 def rmsprop_momentum(
     param: Tensor, grad: Tensor, square_avg: Tensor, momentum_buffer: Tensor, hyper: Sequence[float], step: int
-):
+) -> tuple[Tensor, ...]:
     lr, alpha, eps, weight_decay, momentum = hyper[:5]
     t = _rounder(param)
     grad = _with_decay(grad, param, weight_decay)
@@ -227,7 +239,7 @@ def rmsprop_momentum(
 
 def rmsprop_centered(
     param: Tensor, grad: Tensor, square_avg: Tensor, grad_avg: Tensor, hyper: Sequence[float], step: int
-):
+) -> tuple[Tensor, ...]:
     lr, alpha, eps, weight_decay, _ = hyper[:5]
     grad = _with_decay(grad, param, weight_decay)
     square_avg, grad_avg = _running(square_avg, grad, alpha, grad), _running(grad_avg, grad, alpha)
@@ -242,7 +254,7 @@ def rmsprop_centered_momentum(
     grad_avg: Tensor,
     hyper: Sequence[float],
     step: int,
-):
+) -> tuple[Tensor, ...]:
     lr, alpha, eps, weight_decay, momentum = hyper[:5]
     t = _rounder(param)
     grad = _with_decay(grad, param, weight_decay)
@@ -251,7 +263,7 @@ def rmsprop_centered_momentum(
     return param - t(lr) * momentum_buffer, square_avg, momentum_buffer, grad_avg
 
 
-def adagrad(param: Tensor, grad: Tensor, sum: Tensor, hyper: Sequence[float], step: int):
+def adagrad(param: Tensor, grad: Tensor, sum: Tensor, hyper: Sequence[float], step: int) -> tuple[Tensor, ...]:
     lr, lr_decay, weight_decay, eps = hyper[:4]
     grad = _with_decay(grad, param, weight_decay)
     sum = sum + grad * grad
@@ -259,7 +271,7 @@ def adagrad(param: Tensor, grad: Tensor, sum: Tensor, hyper: Sequence[float], st
     return param - rate * _normalized(grad, sum, None, eps), sum
 
 
-RULES = {
+RULES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "adam": adam,
     "adamw": adamw,
     "lion": lion,

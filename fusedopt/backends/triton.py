@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _C
 from ..plan import Bucket, DeviceTables
 from ..specs import DTYPES, TRITON_CHUNK, TRITON_CHUNK_BLOCKED, ParamFormatSpec, RuleSpec, StateFormatSpec
 from ..structs import Hyper, PassArgs
@@ -175,7 +176,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
             args.step_table = bucket.staging.send(bucket)
 
 
-def _current(device: torch.device) -> AbstractContextManager:
+def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device the current one, which Triton launches on."""
     if device.type == "cpu":
         return _NOTHING_TO_DO
@@ -196,7 +197,7 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
     main = str(bucket.main_dtype).removeprefix("torch.") if bucket.main_dtype else NO_MAIN
     constants: dict[str, Any] = {"G": grad, "CHUNK": bucket.chunk, "CLAMP": not math.isinf(bucket.args.max_grad_value)}
     programs, sizes = bucket.num_chunks, [DTYPES[grad].size, *([DTYPES[main].size] if bucket.main_dtype else [])]
-    tile = TILES.get(name) or update_tile(bucket.state_format)
+    tile = TILES.get(name) or update_tile(bucket.formats[2])
     if name == "accumulate":
         constants = {"G": grad, "M": main, "CHUNK": bucket.chunk, "V": _vector(max(sizes))}
         return _launcher("accumulate_pass", programs, 4, constants, tile)
@@ -205,7 +206,7 @@ def _prepare_launch(name: str, tables: DeviceTables, bucket: Bucket) -> Callable
         return _launcher("norm_pass", min(_norm_programs(tables.device), programs), 4, constants, tile)
     if name == "scale":
         return _launcher("scale_pass", programs, 3, constants | {"V": _vector(DTYPES[grad].size)}, tile)
-    constants |= update_constants(bucket.rule, bucket.param_format, bucket.state_format, grad, main, name)
+    constants |= update_constants(*bucket.formats, grad, main, name)
     return _launcher(f"{name}_pass", programs, 4, constants, tile)
 
 
@@ -278,9 +279,32 @@ def _launcher(
     options = options_of(tile if NVIDIA.value else tile._replace(registers=None))
     compiled = kernel.warmup(*([1 << 40] * num_arguments), grid=grid, **constants, **options)
     run = compiled[grid]  # loads it too
+    if NVIDIA.value and _takes_words_alone(compiled.metadata):
+        return _by_the_driver(compiled, programs)
     in_order = [constants[key] for key in kernel.arg_names[num_arguments:]]
     rest = in_order if _version() >= (3, 3) else []  # the generated launchers take constants too, and ignore them
     return lambda *args: run(*args, *rest)
+
+
+def _takes_words_alone(metadata: Any) -> bool:
+    """Whether a compiled kernel's launch needs nothing but its arguments: no scratch memory, no clusters."""
+    unused = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+    return not any(getattr(metadata, name, 0) for name in unused) and getattr(metadata, "num_ctas", 1) == 1
+
+
+def _by_the_driver(compiled: Any, programs: int) -> Callable[..., None]:
+    """Launches on the current device without Triton's launcher, whose Python code takes long where caches are cold."""
+    device, metadata = torch.cuda.current_device(), compiled.metadata
+    launch = functools.partial(
+        _C.cuda_launch_words,
+        _C.cuda_primary_context(device),
+        compiled.function,
+        programs,
+        metadata.num_warps * metadata.target.warp_size,
+        metadata.shared,
+    )
+    stream_of = torch._C._cuda_getCurrentRawStream
+    return lambda *words: launch(stream_of(device), words)
 
 
 def _grads(bucket: Bucket) -> int:

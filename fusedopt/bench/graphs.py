@@ -1,8 +1,9 @@
 """Steps that are recorded once: in a CUDA graph, or by ``torch.compile``.
 
 ``fusedopt-captured``, ``torch-captured``: the tail in a CUDA graph, which reads the gradients from tensors of its own;
-copying them there is no part of the step. torch's is its fused optimizer, ``capturable``, after ``clip_grad_norm_`` and
-in ``GradScaler``. ``torch-compiled``: ``torch.compile`` over clipping and torch's foreach optimizer.
+copying them there is no part of the step. torch's is its fused optimizer, ``capturable``, after ``clip_grad_norm_``;
+its documentation keeps ``GradScaler`` out of graphs, and captured here, its steps came out wrong. ``torch-compiled``:
+``torch.compile`` over clipping and torch's foreach optimizer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LIBRARIES = ("fusedopt-captured", "torch-captured", "torch-compiled")
 
 CONTRACTS = {
     "fusedopt-captured": ("step", "clip_step", "scaler_clip_step"),
-    "torch-captured": ("step", "clip_step", "scaler_clip_step"),
+    "torch-captured": ("step", "clip_step"),
     "torch-compiled": ("step", "clip_step"),
 }
 
@@ -53,7 +54,7 @@ def build(library: str, case: Case, params: Params) -> Tail:
 def _torch_tail(case: Case, opt: torch.optim.Optimizer, params: Params) -> Tail:
     if case.contract == "step":
         return contracts.torch_tail(opt, opt.step, clips=False)
-    return contracts.scaled(opt, params) if case.scales else contracts.clipped(opt, params)
+    return contracts.clipped(opt, params)
 
 
 def _captured(tail: Tail, params: Params) -> Tail:

@@ -1,4 +1,4 @@
-"""Plots of results, from their JSON files: roofline, efficiency by size, host time by number of tensors, memory."""
+"""Plots of results, from their JSON files: time by library, roofline, efficiency by size, host time, memory."""
 
 from __future__ import annotations
 
@@ -246,6 +246,63 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
     return True
 
 
+def time_by_library(axes, rows: Rows, result: Row) -> bool:
+    """Time of a step in each library, of the largest workload with cases that several libraries ran."""
+    time = _time(result)
+    cases: dict[tuple[int, str, str, str], Rows] = {}
+    for row in rows:
+        if row.get(time):
+            key = (row["params"], str(row["contract"]), str(row["optimizer"]), str(row["format"]))
+            cases.setdefault(key, []).append(row)
+    compared = {key: one for key, one in cases.items() if len({row["library"] for row in one}) > 1}
+    if not compared:
+        return False
+    largest = max(params for params, *_ in compared)
+    shown = [one for (params, *_), one in compared.items() if params == largest]
+    heights = _grouped_bars(axes, shown, time)
+    axes.figure.set_size_inches(8.6, 1.6 + 0.19 * heights)
+    axes.set_xlabel(
+        f"{'GPU' if time == 'gpu_ms' else 'wall'} time of a step, ms; black: what a copy of the bytes takes"
+    )
+    axes.set_title(f"The step tail of {shown[0][0]['workload']}, {largest / 1e9:.2f} billion parameters", loc="left")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return True
+
+
+_WORK = {
+    "step": "{}",
+    "clip_step": "clip + {}",
+    "scaler_clip_step": "unscale, check, clip + {}",
+    "torch_scaler_clip_step": "torch's scaler, clip + {}",
+}
+"""What contracts are about, with the optimizer put in."""
+
+
+def _grouped_bars(axes, cases: Sequence[Rows], time: str) -> float:
+    """A group of bars for each case, the first at the top, and the floor as a line. Returns their number, with gaps."""
+    top, ticks, names, labelled = 0.0, [], [], set()
+    for case in cases:
+        first = case[0]
+        libraries = {str(row["library"]): row for row in case}
+        ordered = _ordered(libraries)
+        for place, library in enumerate(ordered):
+            label = None if library in labelled else library
+            labelled.add(library)
+            value = libraries[library][time]
+            axes.barh(-(top + place), value, 0.86, color=_COLOURS.get(library, "#999"), label=label)
+            axes.text(value, -(top + place), f" {value:.1f}", va="center", fontsize=7)
+        if first.get("floor_ms"):
+            axes.vlines(first["floor_ms"], -(top + len(ordered) - 0.57), -(top - 0.43), color="#000", linewidth=1.2)
+        ticks.append(-(top + (len(ordered) - 1) / 2))
+        work = _WORK.get(str(first["contract"]), f"{first['contract']}, {{}}").format(first["optimizer"])
+        names.append(f"{work}\n{first['format']}")
+        top += len(ordered) + 0.8
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.06, y=0.01)
+    return top
+
+
 def _bytes(row: Row) -> dict[str, float]:
     item = _case(row).layout.dtype.itemsize
     parts = {
@@ -279,5 +336,6 @@ PLOTS: dict[str, Callable] = {
     "efficiency-by-size": efficiency_by_size,
     "host-time-by-tensors": host_time_by_tensors,
     "memory-per-parameter": memory_per_parameter,
+    "time-by-library": time_by_library,
 }
 """By the names of their files."""

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ import fusedopt
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, where there is one."""
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------- environment

@@ -74,6 +74,10 @@ class BenchRunner(Runner):
         return [*contracts.offered(case, self.device), *contracts.other_backends(self.device)]
 
 
+def _load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
+
+
 def measure(
     runner: BenchRunner,
     cases: list[Case],
@@ -83,7 +87,7 @@ def measure(
     path: Path | None = None,
 ) -> Row:
     """Runs the cases; the JSON file is written after each one, so that what was measured outlives the process."""
-    facts = environment(runner.device) | {"command": command, "load_average": os.getloadavg()[0]}
+    facts = environment(runner.device) | {"command": command, "load_average": _load_average()}
     start = time.monotonic()
 
     def keep(rows: list[Row], left_out: Iterable[str] = ()) -> Row:

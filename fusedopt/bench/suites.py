@@ -37,7 +37,7 @@ STANDARD: list[Variant] = [
     ("llama-1.3B", "adamw", "bf16+split16", "clip_step"),
     ("llama-1.3B", "lion", "fp32", "step"),
     ("1000-small", "adamw", "fp32", "clip_step"),
-    ("gpt2-124M", "adamw", "fp32", "clip_step"),
+    *[("gpt2-124M", "adamw", "fp32", contract) for contract in ("clip_step", "step")],
     ("llama-1.3B", "adamw", "bf16+split16", "accumulated_clip_step"),
     ("llama-1.3B", "none", "bf16", "accumulate_first"),
     ("llama-1.3B", "none", "bf16", "accumulate"),

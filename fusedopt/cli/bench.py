@@ -1,42 +1,37 @@
-"""``fusedopt bench``: the step tail, timed beside other libraries'.
-
-Exit codes. Of a run, 0: done, 1: a case of fusedopt's failed; of ``compare``, 1: something regressed; 2: bad input.
-"""
+"""``fusedopt bench``: the step tail, timed beside other libraries'."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .reports import json_option
+from .shared import color_option, console, exit_codes, finish, several, shared_options, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..bench.contracts import Case
+    from ..bench.report import Row
+    from ..bench.session import BenchRunner
 
 __all__ = ["bench"]
 
 _SUITES = ("standard", "formats", "rules", "sizes", "host", "full", "quick")
 
 
-def _several(name: str, parameter: str, text: str):
-    return click.option(f"--{name}", parameter, multiple=True, metavar=name.upper(), help=text + " May be repeated.")
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, epilog=exit_codes("a case of fusedopt's failed"))
 @click.pass_context
 @click.option("--suite", type=click.Choice(_SUITES), help="Which cases. Default: standard, if no case is named.")
-@_several("workload", "workloads", "Only these models; --list names them.")
-@_several("optimizer", "optimizers", "Only these rules, such as adamw.")
-@_several("format", "formats", "Only these formats, such as fp32 or bf16+split16.")
-@_several("contract", "contracts", "Only these: step, clip_step, scaler_clip_step, accumulate, ...")
+@several("workload", "Only these models; --list names them.", "workloads")
+@several("optimizer", "Only these rules, such as adamw.", "optimizers")
+@several("format", "Only these formats, such as fp32 or bf16+split16.", "formats")
+@several("contract", "Only these: step, clip_step, scaler_clip_step, accumulate, ...", "contracts")
 @click.option(
     "--against",
     multiple=True,
@@ -50,10 +45,10 @@ def _console():
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each library.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Start no case after so long.")
-@json_option("Write the results here, after each case.")
+@shared_options("Write the results here, after each case.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw plots into this folder.")
 @click.option("--list", "listing", is_flag=True, help="Name workloads, formats, ... and libraries, and run nothing.")
-def bench(context, listing, **options) -> None:
+def bench(context: click.Context, /, listing: bool, **options: Any) -> None:
     """Time the step tail of fusedopt beside other libraries', each checked first against the float64 reference."""
     if context.invoked_subcommand is not None:
         return
@@ -84,7 +79,7 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _planned(options):
+def _planned(options: dict[str, Any]) -> tuple[list[Case], BenchRunner]:
     """Cases and a runner for them; all that may be wrong with the options is noticed here."""
     import torch
 
@@ -116,14 +111,14 @@ def _planned(options):
     return cases, BenchRunner(torch.device(device_type), repeats, against, options["backends"])
 
 
-def _name_those_without_a_case(cases, runner) -> None:
+def _name_those_without_a_case(cases: list[Case], runner: BenchRunner) -> None:
     from ..bench.session import without_case
 
     for name in without_case(cases, runner.device, runner.against):
         click.echo(f"{name} has nothing to compare with these cases on {runner.device.type}", err=True)
 
 
-def _check_names(chosen) -> None:
+def _check_names(chosen: dict[str, tuple[str, ...]]) -> None:
     from ..bench.suites import CONTRACTS, OPTIMIZERS
     from ..bench.workloads import FORMATS, WORKLOADS
 
@@ -161,78 +156,84 @@ def _show_names(device_type: str) -> None:
     from ..bench.suites import CONTRACTS, OPTIMIZERS
     from ..bench.workloads import FORMATS, WORKLOADS
 
-    console = _console()
+    out = console()
     for title, names in (("formats", FORMATS), ("contracts", CONTRACTS), ("optimizers", OPTIMIZERS)):
-        console.print(f"[bold]{title}[/]: {', '.join(names)}")
+        out.print(f"[bold]{title}[/]: {', '.join(names)}")
     sizes = [f"{name} ({one.numel:,} in {len(one.shapes):,})" for name, one in WORKLOADS.items()]
-    console.print(f"[bold]workloads[/], elements in tensors: {', '.join(sizes)}", highlight=False)
-    console.print("[bold]libraries[/]:")
+    out.print(f"[bold]workloads[/], elements in tensors: {', '.join(sizes)}", highlight=False)
+    out.print("[bold]libraries[/]:")
     for name in PEERS:
         reason = peers.why_missing(name) if name in peers.MODULES else None
         elsewhere = device_type not in peers.DEVICES.get(name, (device_type,))
-        console.print(
+        out.print(
             f"  {name}{f': missing ({reason})' if reason else ''}{', for GPUs' if elsewhere else ''}", markup=False
         )
 
 
-def _run(cases, runner, deadline: float, path: Path | None, plots: Path | None) -> None:
+def _run(cases: list[Case], runner: BenchRunner, deadline: float, path: Path | None, plots: Path | None) -> None:
     from ..bench.report import print_rows
     from ..bench.session import failed_rows, measure, print_end
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
-    console = _console()
+    out = console()
     command = " ".join(["fusedopt", *sys.argv[1:]])
-    result = measure(runner, cases, deadline, console, command, path)
-    print_rows(console, result["rows"])
-    print_end(console, result)
+    result = measure(runner, cases, deadline, out, command, path)
+    print_rows(out, result["rows"])
+    print_end(out, result)
     if plots:
-        _draw([result], plots, console)
-    sys.exit(1 if failed_rows(result, own=True) else 0)
+        _draw([result], plots, out)
+    finish(failed=failed_rows(result, own=True))
 
 
-def _draw(results, folder: Path, console) -> None:
+def _draw(results: list[Row], folder: Path, out: Console) -> None:
     from ..bench.plots import draw
 
     for path in draw(results, folder):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-@bench.command()
+@bench.command(epilog=exit_codes("something became slower, or fails now"))
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Relative change that is no regression, such as 0.02.")
 @click.option("--all", "every", is_flag=True, help="Show what is the same too.")
-def compare(before: Path, after: Path, tolerance: float | None, every: bool) -> None:
-    """Flag what became slower from one JSON file to another. Exit code 1: something did."""
+@shared_options("Write the changes here.")
+def compare(before: Path, after: Path, tolerance: float | None, every: bool, json_path: str | None) -> None:
+    """Flag what became slower from one JSON file to another."""
     from ..bench.compare import compare as changes_of
     from ..bench.compare import load, print_changes, warnings
 
-    console = _console()
+    out = console()
     try:
         first, second = load(before), load(after)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     for text in warnings(first, second):
-        console.print(f"WARNING: {text}", style="yellow", markup=False)
+        out.print(f"WARNING: {text}", style="yellow", markup=False)
     changes, only = changes_of(first, second, tolerance)
     if not changes:
         raise click.UsageError(f"{before} and {after} have no row in common")
-    print_changes(console, changes, every)
+    print_changes(out, changes, every)
     for name in only:
-        console.print(name, markup=False, highlight=False)
+        out.print(name, markup=False, highlight=False)
     regressions = sum(change.is_regression for change in changes)
-    console.print(f"{len(changes)} figures compared, {regressions} regressed", highlight=False)
-    sys.exit(1 if regressions else 0)
+    out.print(f"{len(changes)} figures compared, {regressions} regressed", highlight=False)
+    if json_path:
+        write_json(json_path, {"changes": [asdict(change) for change in changes], "only": only})
+    finish(failed=regressions)
 
 
-@bench.command()
+@bench.command(epilog=exit_codes("the plots could not be drawn"))
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the plots.")
-def plot(results: tuple[Path, ...], out: Path) -> None:
+@click.option(
+    "--out", "folder", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the plots."
+)
+@color_option()
+def plot(results: tuple[Path, ...], folder: Path) -> None:
     """Draw the plots of one or more JSON files of one device."""
     from ..bench.compare import load
 
-    _check_plots(out)
+    _check_plots(folder)
     try:
         loaded = [load(path) for path in results]
     except ValueError as error:
@@ -240,4 +241,4 @@ def plot(results: tuple[Path, ...], out: Path) -> None:
     devices = sorted({str(result.get("device")) for result in loaded})
     if len(devices) > 1:
         raise click.UsageError(f"the results are of different devices: {', '.join(devices)}; plot them apart")
-    _draw(loaded, out, _console())
+    _draw(loaded, folder, console())

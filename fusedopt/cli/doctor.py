@@ -1,36 +1,34 @@
-"""``fusedopt doctor``: what to paste into a bug report. Exit code 0: all works; 1: something does not; 2: bad input."""
+"""``fusedopt doctor``: what to paste into a bug report."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from .reports import json_option, write_json
+from .shared import console, exit_codes, finish, shared_options, write_json
 
 if TYPE_CHECKING:
+    from ..backends import Availability
     from ..doctor import Report
 
 __all__ = ["doctor"]
 
 
-@click.command()
-@json_option("Write what was found here.")
+@click.command(epilog=exit_codes("something does not work"))
+@shared_options("Write what was found here.")
 def doctor(json_path: str | None) -> None:
     """Show versions, GPUs, backends and the kernel cache, and try every backend that is there."""
-    from rich.console import Console
-
     from ..doctor import examine
 
-    console = Console()
-    with console.status("Trying every backend"):
+    out = console()
+    with out.status("Trying every backend"):
         report = examine()
     for line in lines(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True, style=_style(line))
+        out.print(line, markup=False, highlight=False, soft_wrap=True, style=_style(line))
     if json_path:
         write_json(json_path, report.as_dict())
-    sys.exit(0 if report.healthy else 1)
+    finish(failed=not report.healthy)
 
 
 def _style(line: str) -> str | None:
@@ -47,7 +45,7 @@ def lines(report: Report) -> list[str]:
     return found
 
 
-def _availability(entry) -> str:
+def _availability(entry: Availability) -> str:
     return entry.description if entry.available else f"not here: {entry.reason}"
 
 

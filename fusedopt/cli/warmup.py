@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import click
 
 from ..backends import nvrtc
 from ..specs import DTYPES, RULES
+from .shared import console, exit_codes, several, shared_options, write_json
 
 __all__ = ["warmup"]
 
@@ -21,21 +23,19 @@ def _matches(kernel: nvrtc.KernelSpec, rules: tuple[str, ...], dtypes: tuple[str
     return formats <= wanted_formats
 
 
-@click.command()
-@click.option(
-    "--arch", "archs", multiple=True, metavar="sm_XY", help="Architecture; repeat for several. Default: the GPUs here."
-)
-@click.option("--rule", "rules", multiple=True, type=click.Choice(sorted(RULES)), help="Only these rules.")
-@click.option(
-    "--dtype", "dtypes", multiple=True, type=click.Choice(sorted(DTYPES)), help="Only these parameter dtypes."
-)
+@click.command(epilog=exit_codes("a kernel could not be compiled"))
+@several("arch", "Architecture, by default those of the GPUs here.", "archs", metavar="sm_XY")
+@several("rule", "Only these rules.", "rules", type=click.Choice(sorted(RULES)))
+@several("dtype", "Only these parameter dtypes.", "dtypes", type=click.Choice(sorted(DTYPES)))
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Compilations at a time.")
-def warmup(archs: tuple[str, ...], rules: tuple[str, ...], dtypes: tuple[str, ...], jobs: int) -> None:
+@shared_options("Write how many kernels there are, and where, here.")
+def warmup(
+    archs: tuple[str, ...], rules: tuple[str, ...], dtypes: tuple[str, ...], jobs: int, json_path: str | None
+) -> None:
     """Compile CUDA kernels into the cache, so that no first step has to. Works without a GPU."""
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console()
+    out, started = console(), time.monotonic()
     archs = archs or _local_architectures()
     if not archs:
         raise click.UsageError("no GPU here to take the architecture from; name one, such as --arch sm_90")
@@ -49,10 +49,13 @@ def warmup(archs: tuple[str, ...], rules: tuple[str, ...], dtypes: tuple[str, ..
         nvrtc.require_compiler()
         with ThreadPoolExecutor(jobs) as pool:
             results = pool.map(lambda item: nvrtc.get_cubin(*item), work)
-            sizes = [len(cubin) for cubin in track(results, "Compiling", total=len(work), console=console)]
+            sizes = [len(cubin) for cubin in track(results, "Compiling", total=len(work), console=out)]
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
-    console.print(f"{len(sizes)} kernels for {', '.join(archs)}, {sum(sizes) / 1e6:.1f} MB, in {nvrtc.cache_dir()}")
+    out.print(f"{len(sizes)} kernels for {', '.join(archs)}, {sum(sizes) / 1e6:.1f} MB, in {nvrtc.cache_dir()}")
+    if json_path:
+        facts = {"archs": archs, "kernels": len(sizes), "bytes": sum(sizes), "folder": str(nvrtc.cache_dir())}
+        write_json(json_path, {**facts, "seconds": time.monotonic() - started})
 
 
 def _local_architectures() -> tuple[str, ...]:

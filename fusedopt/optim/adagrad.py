@@ -85,7 +85,8 @@ class Adagrad(FusedOptimizer):
 
     @property
     def _initial_state(self) -> float:
-        return self.defaults["initial_accumulator_value"]
+        value: float = self.defaults["initial_accumulator_value"]
+        return value
 
     def share_memory(self) -> None:
         """Moves the sums of squares to shared memory, as torch.optim.Adagrad."""

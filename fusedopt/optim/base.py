@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, cast
 
 import torch
 
@@ -18,10 +18,12 @@ from ..specs import RULES
 from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
+from .offload import check_offload, check_offloadable
 from .plan import OptimizerPlan
 from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
 from .repeat import repetition_of
+from .wrappers import check_unwrapped, is_watched_by_accelerate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,6 +56,7 @@ class Options(TypedDict, total=False):
     min_8bit_size: int
     seed: int | None
     backend: str | None
+    offload: str | None
     norm_reduce: Callable[[torch.Tensor, Any], Any] | None
 
 
@@ -104,6 +107,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     Where it runs:
         backend: "cpu", "cuda", "triton" or "reference"; None takes what ``fusedopt.use_backend`` or FUSEDOPT_BACKEND
             asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
+        offload: "cpu" keeps the states and masters of parameters on other devices in host memory and updates them
+            there, while gradients arrive and parameters return; ``step()`` returns when the host has done its part.
+            Not for graph captures, ``release_gradients`` and DTensors on devices. Never saved.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
     first step and not None. They may be of any of the dtypes, float64 only with float64, complex ones only with their
@@ -120,8 +126,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a param group that choose between the rules of the family; they may change between steps."""
 
-    _steps = 0
-    """Calls of ``step()``."""
     _agreed = False
     """Whether the processes of each mesh were found to have the same parameters and options."""
     _fetches: tuple[torch.device, metrics.Fetches] | None = None
@@ -135,16 +139,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"or one of {', '.join(Options.__annotations__)}; remove it"
             )
         check_hyperparameters(where, defaults)
-        self._forget_plan()
+        self._steps = 0  # calls of step(); of the instance, for wrappers look there for what their class does not have
         self._accumulator: Accumulator | None = None
         self._release: GradientRelease | None = None
+        self._forget_plan()
         self._backend = check_name(f"{where}: backend", options.get("backend"))
-        self._norm_reduce = check_norm_reduce(where, options.get("norm_reduce"))
+        self._norm_reduce: sharding.NormReduce | None = check_norm_reduce(where, options.get("norm_reduce"))
+        self._offload = check_offload(where, options.get("offload"))
         self._controls: dict[torch.device, Control] = {}
-        self._options: dict[str, Any] = {}
+        self._options: Options = {}
         self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
         # Only what differs from the default is put into param groups: without formats they are exactly torch's.
-        chosen = {key: options[key] for key in OPTIONS if options.get(key, OPTIONS[key]) != OPTIONS[key]}
+        given: dict[str, Any] = {**options}
+        chosen = {key: given[key] for key in OPTIONS if given.get(key, OPTIONS[key]) != OPTIONS[key]}
         if options.get("seed") is not None:
             chosen["seed"] = options["seed"]
         if isinstance(params, torch.Tensor):
@@ -158,7 +165,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- options --------------------------------------------------------------------------------------
 
     def _set_options(self, **changes: Any) -> None:
-        before, options = self._options, {**self._options, **changes}
+        check_unwrapped(type(self).__name__, self)
+        before, options = self._options, cast(Any, {**self._options, **changes})
         check_clipping(type(self).__name__, **options)
         self._options = options
         if self._releases():
@@ -217,7 +225,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @backend.setter
     def backend(self, value: str | None) -> None:
+        check_unwrapped(type(self).__name__, self)
         self._backend = check_name(f"{type(self).__name__}: backend", value)
+
+    @property
+    def offload(self) -> str | None:
+        """Where states are and the update is made: "cpu", or None for the parameters' devices."""
+        return None if self._offload is None else "cpu"
 
     @property
     def norm_reduce(self) -> Callable[[torch.Tensor, Any], Any] | None:
@@ -226,6 +240,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @norm_reduce.setter
     def norm_reduce(self, value: Callable[[torch.Tensor, Any], Any] | None) -> None:
+        check_unwrapped(type(self).__name__, self)
         self._norm_reduce = check_norm_reduce(type(self).__name__, value)
         self._scalars = self._scalars._replace()  # another object: the next step is not like the last one
 
@@ -237,12 +252,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler hands over its scale and verdict and always calls step.
 
-        Only where somebody asked for a fused step: wrappers such as Accelerate and Lightning treat such optimizers
-        differently.
+        Only where somebody asked for a fused step: Accelerate and Lightning treat such optimizers differently.
         """
-        asked = self._takes_norm or self.max_grad_value is not None
         # With main gradients it must not divide .grad alone: it is told to hand over, and then refused.
-        return asked or self._has_accumulated() or any(group.get("fused") for group in self.param_groups)
+        if self._has_accumulated() or is_watched_by_accelerate(self):
+            return self._has_accumulated()
+        return self._takes_norm or self.max_grad_value is not None or any(g.get("fused") for g in self.param_groups)
 
     # ---- param groups ---------------------------------------------------------------------------------
 
@@ -256,6 +271,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
             each = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain]
             check_params(f"{where}: params", each, sharded=True)
+            check_offloadable(f"{where}: params", self._offload, each)
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:
@@ -283,7 +299,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget_plan(self) -> None:
         self._plan: OptimizerPlan | None = None
         self._norm_taken = False
-        if self._releases():
+        if self._release is not None and self._releases():
             self._release.forget_plans()
 
     def _rule_name(self, group: dict[str, Any]) -> str:
@@ -323,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._hooked_step() if closure is None else self._hooked_step(closure)
 
     # torch.optim.Optimizer wraps a step that is not, for hooks that are rarely there: 0.1 ms with cold caches.
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]
 
     def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -390,16 +406,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan.repetition = repetition_of(self, plan, names, reports)
 
     def _run_passes(
-        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict]
+        self, plan: OptimizerPlan, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict[str, Any]]
     ) -> None:
         if plan.has_complex:
             self._check_complex()
-        passes.begin(plan.tables, scalars, names, groups)
+        plan.begin(f"{type(self).__name__}.step", scalars, names, groups)
         plan.gather_copies()
         if "norm" in names:
             passes.norm(plan.tables, scalars.norm_type, processes_of(self, plan))
         plan.fresh = []
-        passes.run_update(plan.tables)
+        plan.update()
         plan.scatter_copies()
         # The kernels write behind autograd's back; without this a later backward would use overwritten weights.
         plan.bump_versions()
@@ -417,7 +433,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         with plan.fresh_state_only_if_used(self):
             if self._accumulator is not None:
                 scalars = scalars._replace(**self._accumulator.step_scalars(plan.watch.has_grads()))
-            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups))
+            self._run_passes(plan, scalars, ("update",), plan.alone.hyper(self.param_groups) if plan.alone else [])
         if self._accumulator is not None:
             self._accumulator.release(param)
 
@@ -574,18 +590,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_options": self._options, "_backend": self._backend, "_norm_reduce": self._norm_reduce}
-        return {**super().__getstate__(), **own}
+        own = ("_options", "_backend", "_norm_reduce", "_offload")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._keep_out_of_graphs()
         self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
-        self.__dict__.setdefault("_accumulator", None)
-        self.__dict__.setdefault("_release", None)
-        self.__dict__.setdefault("_backend", None)
-        self.__dict__.setdefault("_norm_reduce", None)
+        self.__dict__.setdefault("_steps", 0)
+        for key in ("_accumulator", "_release", "_backend", "_norm_reduce", "_offload"):
+            self.__dict__.setdefault(key, None)
         self._forget_plan()
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,11 +35,15 @@ from ..formats import (
 )
 from ..plan import is_dense
 from ..specs import RULES, RuleSpec
+from .offload import home_of
 
-__all__ = ["export", "load", "save"]
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+__all__ = ["export", "load", "match_params", "require_dict", "save"]
 
 
-def export(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def export(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What ``torch.optim.Optimizer.state_dict`` returned, for torch: states in float32, no masters, no formats."""
     keys = {*OPTIONS, "seed"}
     groups = [{key: value for key, value in group.items() if key not in keys} for group in state_dict["param_groups"]]
@@ -53,14 +57,14 @@ def export(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _numbered(optimizer: torch.optim.Optimizer) -> tuple[dict[int, torch.Tensor], list[RuleSpec]]:
+def _numbered(optimizer: FusedOptimizer) -> tuple[dict[int, torch.Tensor], list[RuleSpec]]:
     """Parameters and their rules, by the numbers that state dicts have for them."""
     params = dict(enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
     rules = [RULES[optimizer._rule_name(group)] for group in optimizer.param_groups for _ in group["params"]]
     return params, rules
 
 
-def save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What ``torch.optim.Optimizer.state_dict`` returned, with the states of DTensors element by element."""
     params, rules = _numbered(optimizer)
     if not any(map(sharding.is_sharded, params.values())):
@@ -101,16 +105,16 @@ def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError, with the optimizer as it was, if the checkpoint does not fit."""
     where = f"{type(optimizer).__name__}.load_state_dict"
-    _require_dict(where, state_dict, "a checkpoint")
+    require_dict(where, state_dict, "a checkpoint")
     state_dict = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
 
-    params = _match(where, optimizer.param_groups, state_dict)
+    params = match_params(where, optimizer.param_groups, state_dict)
     groups = [_merge(old, new) for old, new in zip(optimizer.param_groups, state_dict["param_groups"])]
     group_of = {param: group for group in groups for param in group["params"]}
     rules = [RULES[optimizer._rule_name({**optimizer.defaults, **group})] for group in groups]
@@ -119,9 +123,10 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         _check_hyperparameters(f"{where}: param_groups[{g}]", {**optimizer.defaults, **group}, rule)
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
-        _require_dict(where, entry, f"state[{index}]")
+        require_dict(where, entry, f"state[{index}]")
         param = params.get(index)
-        copied = state[index if param is None else param] = _copy(_flat(entry) if param is not None else entry, param)
+        home = None if param is None else home_of(optimizer, param.device)
+        copied = state[index if param is None else param] = _copy(_flat(entry) if param is not None else entry, home)
         if param is not None and copied:
             _bring_into_form(f"{where}: state[{index}]", copied, param, group_of[param], rule_of[param])
 
@@ -129,11 +134,13 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     kept.clear()
     kept.update(state)
     optimizer.__setstate__({"state": kept, "param_groups": groups})
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
-def _bring_into_form(where: str, entry: dict, param: torch.Tensor, group: dict, rule: RuleSpec) -> None:
+def _bring_into_form(
+    where: str, entry: dict[str, Any], param: torch.Tensor, group: dict[str, Any], rule: RuleSpec
+) -> None:
     """Checks the state of a parameter and converts it, in place."""
     is_sharded, tensor = sharding.is_sharded(param), sharding.local_of(param)
     if is_sharded and param.dim() == 0:  # torch's full_state_dict leaves these plain, and so they lie everywhere
@@ -148,7 +155,7 @@ def _bring_into_form(where: str, entry: dict, param: torch.Tensor, group: dict, 
         sharding.store_entry(entry, local, param)
 
 
-def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
+def match_params(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
     """Parameter by its index in the checkpoint."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -156,13 +163,13 @@ def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[A
                 f"{where}: got keys {sorted(map(str, state_dict))}, expected '{key}'; pass opt.state_dict()"
             )
     saved = state_dict["param_groups"]
-    _require_dict(where, state_dict["state"], "'state'")
+    require_dict(where, state_dict["state"], "'state'")
     if not isinstance(saved, list | tuple):
         raise ValueError(
             f"{where}: got 'param_groups' of type {type(saved).__name__}, expected a list; pass opt.state_dict()"
         )
     for g, group in enumerate(saved):
-        _require_dict(where, group, f"param_groups[{g}]")
+        require_dict(where, group, f"param_groups[{g}]")
         if not isinstance(group.get("params"), list | tuple):
             raise ValueError(
                 f"{where}: got param_groups[{g}] without a list of 'params', expected one; pass opt.state_dict()"
@@ -177,14 +184,14 @@ def _match(where: str, groups: list[dict], state_dict: dict[str, Any]) -> dict[A
     return dict(zip(indices, chain.from_iterable(g["params"] for g in groups)))
 
 
-def _require_dict(where: str, value: Any, what: str) -> None:
+def require_dict(where: str, value: Any, what: str) -> None:
     if not isinstance(value, Mapping):
         raise ValueError(
             f"{where}: got {what} of type {type(value).__name__}, expected a dict; pass what opt.state_dict() returned"
         )
 
 
-def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
+def _check_hyperparameters(where: str, group: dict[str, Any], rule: RuleSpec) -> None:
     """ValueError where a step could not read one of the rule's."""
     for _, key, index in rule.hyper:
         value = group.get(key)
@@ -196,7 +203,7 @@ def _check_hyperparameters(where: str, group: dict, rule: RuleSpec) -> None:
             )
 
 
-def _merge(old: dict, new: dict) -> dict:
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's hyper-parameters with the optimizer's own parameters, as torch merges them, and own formats."""
     merged = deepcopy({key: value for key, value in new.items() if key not in ("params", *OPTIONS)})
     merged.update({key: old[key] for key in OPTIONS if key in old})
@@ -207,11 +214,12 @@ def _merge(old: dict, new: dict) -> dict:
     return {**merged, "params": old["params"]}
 
 
-def _copy(value: Any, param: torch.Tensor | None) -> Any:
-    """A copy that shares no memory with the checkpoint, tensors on the parameter's device and in their own dtype."""
+def _copy(value: Any, home: torch.device | None) -> Any:
+    """A copy that shares no memory with the checkpoint, tensors on the device ``home``, by default where they are, and
+    in their own dtype."""
     if isinstance(value, torch.Tensor):
-        device = value.device if param is None else param.device
+        device = value.device if home is None else home
         return value.detach().to(device=device, copy=True)
     if isinstance(value, dict):
-        return {key: _copy(each, param) for key, each in value.items()}
+        return {key: _copy(each, home) for key, each in value.items()}
     return deepcopy(value)

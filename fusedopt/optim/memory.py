@@ -28,7 +28,8 @@ class MemorySummary:
     numel: int
     """Elements of all parameters; of sharded ones those of this process, as for all that follows."""
     bytes: dict[str, int]
-    """param, master (what is kept beside the parameters), states, scales, steps, grad, main_grad, tables."""
+    """param, master (what is kept beside the parameters), states, scales, steps, grad, main_grad, tables; with offload
+    staging too: pinned buffers of the host, where master, states, scales and steps are then."""
 
     @property
     def total(self) -> int:
@@ -75,6 +76,7 @@ def summarize(
             "grad": _bytes(param.grad for param in params),
             "main_grad": accumulated + _bytes(getattr(param, "main_grad", None) for param in params),
             "tables": _bytes(tables),
+            **({"staging": plan.staging_bytes} if plan is not None and plan.lanes else {}),
         },
     )
 

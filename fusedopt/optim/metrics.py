@@ -67,7 +67,7 @@ class _About:
     @classmethod
     def last_step(cls, optimizer: FusedOptimizer) -> _About:
         groups, plan = optimizer.param_groups, optimizer._plan
-        used = plan.tables[0].learning_rates() if plan is not None and plan.tables else []
+        used = [] if plan is None else plan.learning_rates()
         lr = []
         for i, group in enumerate(groups):
             value = group["lr"]
@@ -77,7 +77,7 @@ class _About:
         return cls(optimizer._steps, optimizer._norm_taken, lr)
 
 
-class _Slot:
+class _Slot:  # on a GPU alone
     """Pinned memory for the results of one step, and the event behind the copy into it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -100,9 +100,10 @@ class _Slot:
         self.event.record(torch.cuda.current_stream(self.device))
 
     def done(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())
 
     def read(self) -> StepMetrics:
+        assert self.about is not None  # it has been started
         copied = self.lr.tolist()
         lr = [copied[i] if isinstance(value, torch.Tensor) else value for i, value in enumerate(self.about.lr)]
         return StepMetrics.read(self.control, self.about, lr)
@@ -111,9 +112,9 @@ class _Slot:
 class Fetches:
     """Copies under way, in order, and what has arrived. Slots have the methods of ``_Slot``."""
 
-    def __init__(self, slots: list) -> None:
+    def __init__(self, slots: list[_Slot]) -> None:
         self.free = list(slots)
-        self.pending: deque = deque()
+        self.pending: deque[_Slot] = deque()
         self.newest: StepMetrics | None = None
 
     def collect(self) -> None:
@@ -146,7 +147,7 @@ def fetch(optimizer: FusedOptimizer) -> StepMetrics | None:
     fetches = optimizer._fetches
     if torch.cuda.is_current_stream_capturing():  # neither copies nor questions about events are allowed
         return fetches[1].newest if fetches else None
-    if fetches is None or fetches[0] != device:
+    if fetches is None or fetches[0] != device:  # on a GPU alone
         fetches = optimizer._fetches = (device, Fetches([_Slot(device) for _ in range(_SLOTS)]))
     fetches[1].collect()
     fetches[1].start(control, _About.last_step(optimizer))

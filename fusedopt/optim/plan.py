@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd.graph import increment_version
@@ -23,6 +23,7 @@ from ..formats import (
     convert_master,
     convert_states,
     decode_states,
+    lacks_master,
     new_states,
     param_format,
     scale_key,
@@ -30,6 +31,12 @@ from ..formats import (
 )
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
+from .offload import Arrival, GradientsOnly, Lane, home_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from .base import FusedOptimizer
 
 __all__ = ["OptimizerPlan"]
 
@@ -61,6 +68,9 @@ class _Tracked:
     """Its ``main_grad`` attribute, or None where it has no such attribute."""
     accumulated: AccumulatedGrad | None
     """Its main gradient in the optimizer's accumulator."""
+    home: torch.device
+    """Where its state is: with its memory, or offloaded to the host."""
+    is_offloaded: bool = False
     grad_dtype: torch.dtype | None = None
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
@@ -73,12 +83,13 @@ class _Tracked:
         """Whether its rule or its format have anything to remember; random bits depend on the step."""
         return bool(self.rule.states or self.param_format.extra or self.param_format.random)
 
-    def row(self, states: dict) -> TensorRow:
+    def row(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> TensorRow:
         state, rule = self.entry(states.get(self.param) or self.scratch), self.rule
+        assert self.grad_dtype is not None and self.state_format is not None  # it has a gradient, and its state
         blocked = self.state_format.blocked
         return TensorRow(
             numel=self.local.numel(),
-            device=self.local.device,
+            device=self.home,
             grad_dtype=self.grad_dtype,
             rule=rule,
             param_format=self.param_format,
@@ -88,27 +99,45 @@ class _Tracked:
             states=[state[key] for key in rule.states],
             scales=[state[scale_key(key)] for key in rule.states] if blocked else (),
             step=state["step"],
-            main_grad=self.accumulated and self.accumulated.tensor,
+            main_grad=None if self.accumulated is None else self.accumulated.tensor,
             group=self.group,
             id=self.id,
             spread=sharding.spread_of(self.param),
         )
 
+    def gradient_row(self) -> TensorRow:
+        """For passes that only read gradients."""
+        assert self.grad_dtype is not None
+        main_grad = None if self.accumulated is None else self.accumulated.tensor
+        return TensorRow(self.local.numel(), self.local.device, self.grad_dtype, main_grad=main_grad)
+
+    def template(self) -> torch.Tensor:
+        """A tensor of the layout and dtype of ``dense`` where the state is. Its values say nothing if it is offloaded:
+        then its memory is only taken once it is written to."""
+        if not self.is_offloaded:
+            return self.dense
+        return torch.empty_strided(self.dense.shape, self.dense.stride(), dtype=self.dense.dtype, device=self.home)
+
     @property
     def is_sharded(self) -> bool:
         return self.local is not self.param
 
-    def entry(self, state: dict) -> dict:
+    def entry(self, state: dict[str, Any]) -> dict[str, Any]:
         """Its state, as plain tensors."""
-        return sharding.local_entry(f"{self.where}: state", state, self.param) if self.is_sharded else state
+        if not sharding.is_sharded(self.param):
+            return state
+        return sharding.local_entry(f"{self.where}: state", state, self.param)
 
     def has_fitting_grad(self) -> bool:
         """Whether this step's gradient has the shape and dtype that the tables are for."""
-        return self.grad.dtype == self.grad_dtype and self.grad.shape == self.param.shape
+        grad = self.grad
+        return grad is not None and grad.dtype == self.grad_dtype and grad.shape == self.param.shape
 
     def local_grad(self) -> torch.Tensor:
         """This step's gradient as a plain tensor; it may take a collective where gradients lie on another mesh."""
-        return sharding.local_grad(f"{self.where}.grad", self.grad, self.param) if self.is_sharded else self.grad
+        grad = self.grad
+        assert grad is not None  # the watch has seen it
+        return sharding.local_grad(f"{self.where}.grad", grad, self.param) if sharding.is_sharded(self.param) else grad
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -132,8 +161,10 @@ class OptimizerPlan:
     """What was asked for when the tables were built; see ``backends.wanted``."""
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(parameter with gaps, its dense copy)."""
-    grads: list[torch.Tensor] = field(default_factory=list)
-    """Gradients that were laid out anew for the step under way."""
+    grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Gradients that were laid out anew for the step under way, by number of the tracked parameter."""
+    lanes: list[tuple[Lane, list[_Tracked]]] = field(default_factory=list)
+    """The updates that are offloaded, and of which parameters each is."""
     repetition: _C.RepeatedStep | None = None
     """Of the last step, where the next one may be made like it."""
     alone: _Alone | None = None
@@ -148,7 +179,7 @@ class OptimizerPlan:
     @classmethod
     def make(
         cls,
-        optimizer: torch.optim.Optimizer,
+        optimizer: FusedOptimizer,
         rules: list[str],
         controls: dict[torch.device, Control],
         backend: str | None = None,
@@ -179,7 +210,7 @@ class OptimizerPlan:
             optimizer._check_complex()
         for each in tracked:
             if each.grad_dtype is not None:
-                _check_state(each.entry(optimizer.state.get(each.param, {})), each.rule, each.local)
+                _check_state(each.entry(optimizer.state.get(each.param, {})), each.rule, each.local, each.home)
         fresh = [each.param for each in tracked if each.grad_dtype is not None and not optimizer.state.get(each.param)]
         try:
             plan = cls._build(optimizer, controls, backend, tracked, only)
@@ -194,16 +225,26 @@ class OptimizerPlan:
         return plan
 
     @classmethod
-    def _build(cls, optimizer, controls, backend, tracked, only) -> OptimizerPlan:
+    def _build(
+        cls,
+        optimizer: FusedOptimizer,
+        controls: dict[torch.device, Control],
+        backend: str | None,
+        tracked: list[_Tracked],
+        only: torch.Tensor | None,
+    ) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer, active)
-        rows = [each.row(optimizer.state) for each in active]
+        rows = [each.gradient_row() if each.is_offloaded else each.row(optimizer.state) for each in active]
         alone = None
         if only is not None:
             alone = _Alone.of(optimizer, tracked[0])
-            for numbered in (*tracked, *rows):
-                numbered.group = 0
-        tables, places = build_tables(rows, functools.partial(for_device, backend=backend), controls)
+            for each in tracked:
+                each.group = 0
+            for row in rows:
+                row.group = 0
+        offloaded = {each.local.device for each in active if each.is_offloaded}
+        tables, places = build_tables(rows, functools.partial(_backend_of, backend, offloaded), controls)
         seed = next((group["seed"] for group in optimizer.param_groups if "seed" in group), 0)
         for bucket in chain.from_iterable(device.buckets for device in tables):
             bucket.args.seed = seed
@@ -213,10 +254,9 @@ class OptimizerPlan:
 
         plan = cls(tracked, tables, _C.Watch(), backend, alone=alone)
         for each in tracked:
-            bucket, slot = each.place or (None, -1)
+            table, slot = (each.place[0].table, each.place[1]) if each.place else (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
-            table = bucket.table if bucket else None
-            held = each.accumulated and each.accumulated.held
+            held = None if each.accumulated is None else each.accumulated.held
             plan.watch.add(
                 each.param,
                 each.dense,
@@ -234,15 +274,19 @@ class OptimizerPlan:
         plan.has_complex = any(each.param.is_complex() for each in active)
         plan.copies = [(each.local, each.dense) for each in active if each.dense is not each.local]
         plan.peers = sharding.peers_of(each.param for each in tracked)
+        for device in offloaded:
+            assert optimizer._offload is not None
+            own = [each for each in active if each.local.device == device]
+            lane_rows = [each.row(optimizer.state) for each in own]
+            plan.lanes.append((Lane(optimizer._offload, controls[device], device, lane_rows, seed), own))
         return plan
 
-    def refresh(self, optimizer: torch.optim.Optimizer) -> bool:
+    def refresh(self, optimizer: FusedOptimizer) -> bool:
         """Finds this step's gradients. False if the plan is out of date."""
         relayout: list[int] = []
         self.grads.clear()
-        groups, state = optimizer.param_groups, optimizer.state
-        if self.alone:
-            groups, state = self.alone.found_in(optimizer)
+        own = self.alone
+        groups, state = own.found_in(optimizer) if own else (optimizer.param_groups, optimizer.state)
         if not self.watch.refresh(groups, state, relayout):
             return False
         if any(not self.tracked[i].has_fitting_grad() for i in relayout):
@@ -252,7 +296,7 @@ class OptimizerPlan:
         return True
 
     @contextmanager
-    def fresh_state_only_if_used(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def fresh_state_only_if_used(self, optimizer: FusedOptimizer) -> Iterator[None]:
         """Around a step: where it fails before its update pass, state is as it was before the plan was made."""
         try:
             yield
@@ -264,27 +308,67 @@ class OptimizerPlan:
     def _lay_out(self, i: int) -> None:
         """Gives the passes a gradient that the watch could not."""
         each = self.tracked[i]
+        assert each.place is not None  # the watch asks for none but gradients of tables
         bucket, slot = each.place
-        grad = each.local_grad()
-        if each.is_sharded and grad is sharding.local_of(each.grad):
-            self.watch.know_spec(i, each.grad._spec)
+        grad, whole = each.local_grad(), each.grad
+        if sharding.is_sharded(whole) and grad is sharding.local_of(whole):
+            self.watch.know_spec(i, whole._spec)
         if not same_layout(grad, each.dense):
             grad = like_parameter(grad, each.dense)
-        self.grads.append(grad)
+        self.grads[i] = grad
         bucket.table.set_grad(slot, grad.data_ptr() or 2)
 
-    def description(self, groups: list[dict]) -> list[tuple[Any, str]]:
+    def description(self, groups: list[dict[str, Any]]) -> list[tuple[Any, str]]:
         """Of each DTensor: its mesh, and what must be the same in all processes of the mesh."""
         described = []
         for each in self.tracked:
-            if each.is_sharded:
-                where, param = each.where.partition(": ")[2], each.param
+            param = each.param
+            if sharding.is_sharded(param):
+                where, spread = each.where.partition(": ")[2], sharding.spread_of(param)
                 text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, rule {each.rule.name}"
                 # Copies of the same elements are rounded alike only with the same random bits.
-                seed = groups[each.group].get("seed") if sharding.spread_of(param).replicated else None
+                seed = groups[each.group].get("seed") if spread and spread.replicated else None
                 text += f", format {each.param_format.name}" + ("" if seed is None else f", seed {seed}")
                 described.append((param.device_mesh, text))
         return described
+
+    def begin(
+        self, where: str, scalars: passes.StepScalars, names: tuple[str, ...], groups: list[dict[str, Any]]
+    ) -> None:
+        """Gets everything ready for the passes ``names``; whatever can fail fails here. As ``passes.begin``."""
+        passes.begin(self.tables, scalars, names, groups)
+        for lane, _ in self.lanes:
+            lane.begin(where, scalars, names, groups)
+
+    def update(self) -> None:
+        """The update pass, on devices and, for what is offloaded, on the host."""
+        passes.run_update(self.tables)
+        if not self.lanes:
+            return
+        numbers = {id(each): i for i, each in enumerate(self.tracked)} if self.grads else {}
+        try:
+            for lane, own in self.lanes:
+                lane.start([each.dense for each in own], [self._arrival(each, numbers) for each in own])
+            for lane, _ in self.lanes:
+                lane.finish()
+        finally:
+            for lane, _ in self.lanes:
+                lane.end()
+
+    def learning_rates(self) -> list[float]:
+        """Of all param groups, in the last step; see ``DeviceTables``."""
+        every = (*self.tables, *(lane.tables for lane, _ in self.lanes))
+        return next((rates for tables in every if (rates := tables.learning_rates())), [])
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of pinned memory through which offloaded tensors pass."""
+        return sum(lane.staging_bytes for lane, _ in self.lanes)
+
+    def _arrival(self, each: _Tracked, numbers: dict[int, int]) -> Arrival:
+        """What this step has for a parameter that is offloaded."""
+        main, grad = each.accumulated, self.grads.get(numbers.get(id(each), -1), each.grad)
+        return Arrival(grad, main.tensor if main is not None and main.held.value else None)
 
     def bump_versions(self) -> None:
         """Tells autograd that the parameters with a gradient were written."""
@@ -307,28 +391,28 @@ class _Alone:
     """One parameter as if it were all of an optimizer."""
 
     param: torch.Tensor
-    state: dict
+    state: dict[torch.Tensor, dict[str, Any]]
     """By parameter, as an optimizer's; empty where the parameter has none."""
     group: int
     """Of the optimizer."""
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, each: _Tracked) -> _Alone:
+    def of(cls, optimizer: FusedOptimizer, each: _Tracked) -> _Alone:
         entry = optimizer.state.get(each.param)
         return cls(each.param, {} if entry is None else {each.param: entry}, each.group)
 
-    def hyper(self, groups: list[dict]) -> list[dict]:
+    def hyper(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The param groups whose hyper-parameters the tables refer to."""
         return groups[self.group : self.group + 1]
 
-    def found_in(self, optimizer: torch.optim.Optimizer) -> tuple[list[dict], dict]:
+    def found_in(self, optimizer: FusedOptimizer) -> tuple[list[dict[str, Any]], dict[torch.Tensor, dict[str, Any]]]:
         """Its group, without others' parameters, and its state; another dict where the optimizer's was replaced."""
         groups = [{**group, "params": [self.param]} for group in self.hyper(optimizer.param_groups)]
         same = optimizer.state.get(self.param) is self.state.get(self.param)
         return groups, self.state if same else {}
 
 
-def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tensor | None) -> Iterator[_Tracked]:
+def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | None) -> Iterator[_Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
         rule = RULES[rules[g]]
@@ -340,7 +424,7 @@ def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tenso
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param, sharded=True)
             local = sharding.local_of(param)
-            if local is not param:
+            if sharding.is_sharded(param):
                 _check_sharded(where, param, rule)
             dense = local if is_dense(local) else torch.empty_like(local, requires_grad=False)
             each = _Tracked(
@@ -354,6 +438,8 @@ def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tenso
                 param_format=param_format(where, group, param.dtype),
                 main_grad=_main_grad(where, param),
                 accumulated=optimizer._accumulated_grad(where, param),
+                home=home_of(optimizer, local.device),
+                is_offloaded=optimizer._offload is not None and optimizer._offload.covers(local.device),
             )
             if each.grad is not None:
                 check_grad(f"{where}.{'grad' if each.main_grad is None else 'main_grad'}", each.grad, param)
@@ -363,9 +449,15 @@ def _track(optimizer: torch.optim.Optimizer, rules: list[str], only: torch.Tenso
             yield each
 
 
-def _check_sharded(where: str, param: torch.Tensor, rule: RuleSpec) -> None:
+def _backend_of(backend: str | None, offloaded: set[torch.device], device: torch.device) -> Any:
+    """What runs the passes on a device; of ``offloaded`` ones those over gradients."""
+    found = for_device(device, backend)
+    return GradientsOnly(found) if device in offloaded else found
+
+
+def _check_sharded(where: str, param: DTensor, rule: RuleSpec) -> None:
     """ValueError for what needs a whole tensor, or keeps gradients elsewhere than in ``.grad``."""
-    if rule.norms and sharding.spread_of(param).replicated != tuple(range(param.device_mesh.ndim)):
+    if rule.norms and not all(placement.is_replicate() for placement in param.placements):
         raise ValueError(
             f"{where} is a DTensor with placements {param.placements}, expected a parameter that each process holds as "
             f"a whole: the rule '{rule.name}' needs norms over whole tensors; use AdamW for this model"
@@ -388,29 +480,30 @@ def _main_grad(where: str, param: torch.Tensor) -> torch.Tensor | None:
     return main_grad
 
 
-def _check_state(state: dict, rule: RuleSpec, param: torch.Tensor) -> None:
+def _check_state(state: dict[str, Any], rule: RuleSpec, param: torch.Tensor, home: torch.device) -> None:
     where = f"optimizer state of a parameter of shape {tuple(param.shape)}"
     check_entry(where, state, param, rule)
     for key, value in state.items():
-        if key != "step" and isinstance(value, torch.Tensor) and value.device != param.device:
+        if key != "step" and isinstance(value, torch.Tensor) and value.device != home:
+            expected = f"the parameter's {home}" if home == param.device else f"{home}, where it is offloaded to"
             raise ValueError(
-                f"{where}: '{key}' is on {value.device}, expected the parameter's {param.device}; "
-                "move the optimizer state together with the model"
+                f"{where}: '{key}' is on {value.device}, expected {expected}; "
+                "move the optimizer state together with the model, or load it with load_state_dict()"
             )
 
 
-def _forget_state(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> None:
+def _forget_state(optimizer: FusedOptimizer, params: list[torch.Tensor]) -> None:
     for param in params:
         optimizer.state.pop(param, None)
 
 
-def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) -> None:
+def _complete_state(optimizer: FusedOptimizer, active: list[_Tracked]) -> None:
     """Creates missing state, and puts step counters, layouts and formats right, each parameter's completely or not.
 
     New counters are views of one tensor.
     """
     states, groups = optimizer.state, optimizer.param_groups
-    counters: dict[torch.device, list[tuple[dict, float]]] = {}
+    counters: dict[torch.device, list[tuple[dict[str, Any], float]]] = {}
     for each in active:
         stored = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
         before = dict(stored)
@@ -421,33 +514,37 @@ def _complete_state(optimizer: torch.optim.Optimizer, active: list[_Tracked]) ->
             stored.update(before)
             raise
         step = stored["step"]
-        if not _is_counter(step, each.local.device):
-            counters.setdefault(each.local.device, []).append((stored, float(step)))
+        if not _is_counter(step, each.home):
+            counters.setdefault(each.home, []).append((stored, float(step)))
     for device, entries in counters.items():
         values = torch.tensor([value for _, value in entries], dtype=torch.float32).to(device)
         for (state, _), counter in zip(entries, values.unbind()):
             state["step"] = counter
 
 
-def _complete_entry(stored: dict, each: _Tracked, group: dict, initial: float) -> None:
-    state, rule, dense = each.entry(stored), each.rule, each.dense
+def _complete_entry(stored: dict[str, Any], each: _Tracked, group: dict[str, Any], initial: float) -> None:
+    state, rule, dense, template = each.entry(stored), each.rule, each.dense, each.template()
     adopt_entry(state, rule)
     each.state_format = wanted_state_format(each.where, group, each.param, state, rule)
     if state:
-        _bring_into_layout(state, rule, dense)
+        _bring_into_layout(state, rule, template)
         convert_states(state, rule, each.state_format)
     if not state or not all(key in state for key in rule.states):
         state["step"] = 0.0
-        state.update(new_states(rule, each.state_format, dense, initial))
+        state.update(new_states(rule, each.state_format, template, initial))
     if dense is not each.local:
         dense.copy_(each.local.detach())
-    if convert_master(state, dense.detach(), each.param_format) and dense is not each.local:
-        each.local.detach().copy_(dense)
-    if each.is_sharded:
+    if template is not dense and lacks_master(state, each.param_format):
+        template.copy_(dense.detach())
+    if convert_master(state, template.detach(), each.param_format):
+        for written, value in ((dense, template), (each.local, dense)):
+            if written is not value:
+                written.detach().copy_(value)
+    if sharding.is_sharded(each.param):
         sharding.store_entry(stored, state, each.param)
 
 
-def _bring_into_layout(state: dict, rule: RuleSpec, dense: torch.Tensor) -> None:
+def _bring_into_layout(state: dict[str, Any], rule: RuleSpec, dense: torch.Tensor) -> None:
     """Elements in the order of the parameter's in memory. Blocks are runs of memory, so they are taken apart first."""
     present = [key for key in rule.states if key in state]
     if not all(same_layout(state[key], dense) for key in present):

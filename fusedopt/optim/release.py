@@ -12,6 +12,7 @@ import torch
 from ..backends import wanted
 from ..hooks import on_gradient
 from .plan import OptimizerPlan
+from .wrappers import check_unwrapped
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -32,6 +33,11 @@ def check_releasable(optimizer: FusedOptimizer) -> None:
             f"{where}: got nonfinite='skip', expected 'propagate': a parameter is updated before all gradients have "
             "been looked at; do without one of them"
         )
+    if optimizer.offload is not None:
+        raise ValueError(
+            f"{where}: got offload={optimizer.offload!r}, expected None: gradients would arrive on the host, and "
+            "parameters return, one by one within the backward pass; do without one of them"
+        )
 
 
 def releasable(
@@ -39,6 +45,7 @@ def releasable(
 ) -> list[torch.Tensor]:
     """The parameters of the optimizer that ``release_gradients(module)`` means; raises as that."""
     where = f"{type(optimizer).__name__}.release_gradients"
+    check_unwrapped(where, optimizer)
     check_releasable(optimizer)
     if optimizer._releases():
         raise RuntimeError(f"{where}: gradients are being released already; call remove() on the first handle")

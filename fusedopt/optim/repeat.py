@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from .. import _C, backends, passes
+from .. import _C, passes
+from ..backends import context_backend
 from .processes import processes_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def repetition_of(
 
     reports: whether ``fusedopt.GradScaler`` was told what the norm pass found.
     """
-    if plan.copies or not _C.has_torch_functions() or len({each.device for each in plan.tables}) > 1:
+    if plan.copies or plan.lanes or not _C.has_torch_functions() or len({each.device for each in plan.tables}) > 1:
         return None
     processes = processes_of(optimizer, plan) if "norm" in names else None
     accumulator, has_own_grads = optimizer._accumulator, plan.watch.has_grads()
@@ -54,14 +55,14 @@ def repetition_of(
         scalars=optimizer._scalars,
         hooks=(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
         backend=optimizer._backend,
-        context_backend=backends.context_backend,
+        context_backend=context_backend,
         reports=reports,
         accumulator=accumulator,
         divisor=divisor,
         has_own_grads=has_own_grads,
         run_passes=torch.compiler.disable(repeat) if launches is None else None,
     )
-    if launches is not None:
+    if launches is not None:  # on a GPU alone
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
         for launch in launches:
             step.add(*launch)

@@ -92,7 +92,7 @@ class Bounded:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def sqrt(self):
+    def sqrt(self) -> Bounded:
         low, high = (self.value - self.error).clamp(min=0).sqrt(), (self.value + self.error).sqrt()
         return self._rounded(self.value.sqrt(), high - low)
 

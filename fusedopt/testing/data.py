@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import specs
-from .tensors import GRAD_LAYOUTS, LARGEST, PARAM_LAYOUTS, generator, hard_values, normal
+from .tensors import GRAD_LAYOUTS, LARGEST, PARAM_LAYOUTS, generator, hard_values, normal, on_device
 
 __all__ = ["BY_NAME", "DATA", "TRANSFORMS", "DataSet"]
 
@@ -63,26 +63,29 @@ class DataSet:
     def make_params(self, dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
         def maker(i):
             own = other_dtype(dtype) if self.mixed and i % 2 else dtype
-            return lambda shape: self.params(shape, own, device, seed=i)
+            return lambda shape: self.params(shape, own, "cpu", seed=i)
 
         params = [layout(maker(i)) for i, layout in enumerate(self.layouts)]
-        return [torch.nn.Parameter(p) for p in (slices_of_one_storage(params) if self.shared else params)]
+        params = slices_of_one_storage(params) if self.shared else params
+        return [torch.nn.Parameter(p) for p in on_device(params, device)]
 
     def make_grads(self, params: list, dtype: torch.dtype, step: int, micro_batch: int = 0) -> list[Tensor | None]:
         """Of one micro-batch of one step (from 0): in ``dtype``, of values that the parameters' states can square; of
         parameters of another dtype than the first one in theirs."""
-        grads, of_first = [], dtype
+        grads: list[Tensor | None] = []
+        of_first = dtype
         for i, p in enumerate(params):
             if not self.present(step, i):
                 grads.append(None)
                 continue
             dtype = of_first if p.dtype == params[0].dtype else p.dtype
             values_of = torch.float16 if p.dtype == torch.float16 else dtype
-            values = self.grads(p.shape, values_of, p.device, seed=1000 * (step + 1) + 100_000 * micro_batch + i)
+            values = self.grads(p.shape, values_of, "cpu", seed=1000 * (step + 1) + 100_000 * micro_batch + i)
             if self.place is not None and self.place[0] == i:
                 values.view(-1)[self.place[1]] = self.place[2]
             grads.append(GRAD_LAYOUTS[self.grad_layout](values.to(dtype)))
-        return grads
+        moved = iter(on_device([grad for grad in grads if grad is not None], params[0].device) if params else ())
+        return [None if grad is None else next(moved) for grad in grads]
 
 
 def other_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Combination:
         return "-".join([main, *([extra] if extra else []), f"{self.state_dtype}_states"])
 
     @property
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         chosen = {key: getattr(self, key) for key in ("master_weights", "state_dtype", "stochastic_rounding")}
         return {key: value for key, value in chosen.items() if value}
 
@@ -60,7 +61,7 @@ class Combination:
         return self.stochastic_rounding or self.state_dtype == "int8"
 
 
-PARAM_SIDES = [
+PARAM_SIDES: list[dict[str, Any]] = [
     {"dtype": BFLOAT16},
     {"dtype": BFLOAT16, "master_weights": "fp32"},
     {"dtype": BFLOAT16, "master_weights": "split16"},
@@ -102,7 +103,9 @@ def compare_neighbour(actual: Tensor, exact: Bounded, what: str) -> Comparison:
     return comparison
 
 
-def compare_param(main, value, exact: Bounded, extra, stochastic: bool, where: str) -> Comparison:
+def compare_param(
+    main: Tensor, value: Tensor, exact: Bounded, extra: torch.dtype | None, stochastic: bool, where: str
+) -> Comparison:
     """`main` is the model's tensor, `value` what is kept in all, `extra` the dtype of what is kept beside `main`.
 
     AssertionError where `main` is not `value` rounded.

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -31,11 +32,11 @@ class Plan:
     device: str
     cases: list[Case]
     total: int
-    factory: Callable | None = None
+    factory: Callable[..., Any] | None = None
     notes: tuple[str, ...] = ()
 
 
-def load_optimizer(name: str) -> Callable:
+def load_optimizer(name: str) -> Callable[..., Any]:
     """The class or factory that ``package.module:attribute`` names.
 
     Raises:
@@ -64,7 +65,7 @@ def load_optimizer(name: str) -> Callable:
 
 
 def plan(
-    optimizer: str | Callable | None = None,
+    optimizer: str | Callable[..., Any] | None = None,
     *,
     quick: bool = False,
     device: str = "cpu",
@@ -81,8 +82,8 @@ def plan(
         ValueError: an optimizer that cannot be imported or built, or whose rule is not known; a filter that matches
             nothing; a backend that cannot run on the device.
     """
-    filters = {"format": format, "dtype": dtype, "transform": transform, "case": case}
-    filters = {key: tuple(values) for key, values in filters.items()}
+    given = {"format": format, "dtype": dtype, "transform": transform, "case": case}
+    filters = {key: tuple(values) for key, values in given.items()}
     if optimizer is None:
         best, *others = _checked_backends(device, tuple(backend))
         cases = full_cases(device, [best])
@@ -109,7 +110,9 @@ def _checked_backends(device: str, wanted: tuple[str, ...]) -> list[str]:
     return list(wanted) or found
 
 
-def _foreign_plan(optimizer: str | Callable, rules: tuple[str, ...], dtypes: tuple[str, ...], device: str) -> Plan:
+def _foreign_plan(
+    optimizer: str | Callable[..., Any], rules: tuple[str, ...], dtypes: tuple[str, ...], device: str
+) -> Plan:
     factory = load_optimizer(optimizer) if isinstance(optimizer, str) else optimizer
     name = optimizer if isinstance(optimizer, str) else getattr(factory, "__qualname__", repr(factory))
     variants, notes = _buildable(factory, name, _variants_of(factory, name, rules))
@@ -120,7 +123,7 @@ def _foreign_plan(optimizer: str | Callable, rules: tuple[str, ...], dtypes: tup
     return Plan(name, device, cases, len(cases), factory, notes)
 
 
-def _variants_of(factory: Callable, name: str, rules: tuple[str, ...]) -> list[Variant]:
+def _variants_of(factory: Callable[..., Any], name: str, rules: tuple[str, ...]) -> list[Variant]:
     """The rows that an optimizer is to follow: those of the rules, else those of the class its name tells of."""
     if not rules:
         guess = guess_optimizer(factory)
@@ -134,7 +137,9 @@ def _variants_of(factory: Callable, name: str, rules: tuple[str, ...]) -> list[V
     return found
 
 
-def _buildable(factory: Callable, name: str, variants: list[Variant]) -> tuple[list[Variant], tuple[str, ...]]:
+def _buildable(
+    factory: Callable[..., Any], name: str, variants: list[Variant]
+) -> tuple[list[Variant], tuple[str, ...]]:
     """The rows whose arguments it takes. ValueError if it cannot be built with any."""
     left, notes, problem = [], [], None
     for variant in variants:
@@ -150,19 +155,20 @@ def _buildable(factory: Callable, name: str, variants: list[Variant]) -> tuple[l
             problem = error
             notes.append(f"{variant.name} is left out: {type(error).__name__}: {error}")
     if not left:
-        reason = f"{type(problem).__name__}: {problem}" if problem else "; ".join(notes)
-        raise ValueError(f"{name} cannot be built: {reason}; pass a factory (params, **kwargs) -> Optimizer")
+        why = f"{type(problem).__name__}: {problem}" if problem else "; ".join(notes)
+        raise ValueError(f"{name} cannot be built: {why}; pass a factory (params, **kwargs) -> Optimizer")
     return left, tuple(notes)
 
 
 def verify(
-    optimizer: str | Callable | None = None,
+    optimizer: str | Callable[..., Any] | None = None,
     *,
     command: str = "",
     on_result: Callable[[Result], None] = lambda result: None,
     jobs: int = 1,
+    time_limit: float | None = None,
     planned: Plan | None = None,
-    **choice,
+    **choice: Any,
 ) -> Run:
     """Runs the cases and returns what they showed; ``run.failed`` lists those that failed.
 
@@ -173,6 +179,7 @@ def verify(
         on_result: called with each result, for progress bars.
         jobs: processes that share the cases. An optimizer given as a class or factory must then be one that can be
             pickled.
+        time_limit: seconds after which no further result is waited for; ``run.unreached`` counts the cases left.
         choice: ``quick``, ``device``, ``backend``, ``rule``, ``format``, ``dtype``, ``transform``, ``case`` as for
             ``plan``.
 
@@ -180,7 +187,8 @@ def verify(
         ValueError: as ``plan``; an optimizer that other processes cannot be given.
     """
     planned = planned or plan(optimizer, **choice)
-    start, found = time.monotonic(), {}
+    start, found = time.monotonic(), dict[int, Result]()
+    indexed: Iterable[tuple[int, Result]]
     if jobs > 1:
         indexed = run_in_processes(planned.cases, planned.factory, jobs)
     else:
@@ -188,6 +196,9 @@ def verify(
     for i, result in indexed:
         found[i] = result
         on_result(result)
+        if time_limit is not None and time.monotonic() - start > time_limit:
+            break
     results = [found[i] for i in sorted(found)]
     seconds = time.monotonic() - start
-    return Run(planned.subject, planned.device, results, planned.total - len(planned.cases), seconds, command)
+    skipped, unreached = planned.total - len(planned.cases), len(planned.cases) - len(results)
+    return Run(planned.subject, planned.device, results, skipped, seconds, command, unreached)

@@ -8,12 +8,13 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .cases import Case
 from .runner import BINS, Result
 
 __all__ = ["Run", "Summary", "environment", "markdown", "row_of", "summaries", "write_json"]
@@ -31,6 +32,8 @@ class Run:
     """Cases that were not run: of a sample, or filtered."""
     seconds: float
     command: str = ""
+    unreached: int = 0
+    """Cases that the time limit left out."""
 
     @property
     def judged(self) -> list[Result]:
@@ -99,7 +102,7 @@ def row_of(result: Result) -> dict[str, Any]:
 
 def write_json(path: str | Path, run: Run) -> None:
     """Environment, counts, and one row for each case."""
-    counts = {"cases": len(run.judged), "failed": len(run.failed), "not_run": run.skipped}
+    counts = {"cases": len(run.judged), "failed": len(run.failed), "not_run": run.skipped, "unreached": run.unreached}
     head = {"subject": run.subject, "command": run.command, **environment(run.device), "seconds": round(run.seconds, 1)}
     histogram = [sum(counts) for counts in zip(*(r.histogram for r in run.judged))]
     record = {
@@ -130,7 +133,7 @@ class Summary:
         self.share = max(self.share, result.ratio)
 
 
-_KEYS = {
+_KEYS: dict[str, Callable[[Case], str]] = {
     "rule": lambda case: case.variant.rule,
     "format": lambda case: str(case.format),
     "parameters": lambda case: parameters_of(str(case.format)),
@@ -145,7 +148,7 @@ def parameters_of(form: str) -> str:
 
 def summaries(results: Iterable[Result], *keys: str) -> list[Summary]:
     """One for each combination of the keys: "rule", "format", "parameters", "backend"; in the order of the results."""
-    found: dict[tuple, Summary] = {}
+    found: dict[tuple[str, ...], Summary] = {}
     for result in results:
         key = tuple(_KEYS[name](result.case) for name in keys)
         found.setdefault(key, Summary(key)).add(result)
@@ -165,7 +168,7 @@ def ulp_text(value: float) -> str:
 def format_table(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Lines of Markdown from rows of ``row_of`` or of the JSON: cases and the worst error in ulp, with a line for each
     rule and format of states, a column for each way of keeping parameters."""
-    cells: dict[tuple, list] = {}
+    cells: dict[tuple[str, ...], list[Any]] = {}
     for row in rows:
         if row["left_out"]:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Result:
         return not self.error and not self.left_out
 
 
-def run_case(case: Case, factory: Callable | None = None) -> Result:
+def run_case(case: Case, factory: Callable[..., Any] | None = None) -> Result:
     """One case: of fusedopt, or of the optimizer that ``factory(params, **kwargs)`` makes. Never raises: errors of the
     optimizer become those of the result."""
     num_threads = torch.get_num_threads()
@@ -58,7 +59,7 @@ def run_case(case: Case, factory: Callable | None = None) -> Result:
         return _run_case(case, factory, num_threads)
 
 
-def _run_case(case: Case, factory: Callable | None, num_threads: int) -> Result:
+def _run_case(case: Case, factory: Callable[..., Any] | None, num_threads: int) -> Result:
     result = Result(case)
     try:
         trial = FusedTrial(case, num_threads) if factory is None else ForeignTrial(case, factory, num_threads)
@@ -74,7 +75,7 @@ def _run_case(case: Case, factory: Callable | None, num_threads: int) -> Result:
     return result
 
 
-def run_cases(cases: Iterable[Case], factory: Callable | None = None) -> Iterator[Result]:
+def run_cases(cases: Iterable[Case], factory: Callable[..., Any] | None = None) -> Iterator[Result]:
     """As ``run_case``, one after the other."""
     for case in cases:
         yield run_case(case, factory)
@@ -108,6 +109,7 @@ def _record(result: Result, comparison: Comparison, step: int) -> None:
 def _unit(comparison: Comparison) -> Tensor:
     """An ulp at the larger of the exact value and the one before: of the step's result, or of what it moved."""
     places = comparison.spacing / reference.ulp(comparison.exact, comparison.dtype)  # 256 for split8
+    assert comparison.before is not None
     before = comparison.before.double().abs().nan_to_num(0.0, 0.0)
     largest = torch.maximum(comparison.exact.abs().nan_to_num(0.0, 0.0), before)
     return reference.ulp(largest, comparison.dtype) * places.clamp(min=1).nan_to_num(1.0)

@@ -97,19 +97,24 @@ def parts(t: Tensor) -> Tensor:
 
 
 def on_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """Each detached, with its strides and all of its storage, by one transfer from each device: a step has hundreds of
-    small tensors. Those on the CPU share their memory with the result."""
-    tensors = [t.detach().resolve_conj().resolve_neg() for t in tensors]
-    copies = _storages_on_cpu([t for t in tensors if t.device.type != "cpu"])
+    """As ``on_device``, of tensors that may need gradients or be conjugates."""
+    return on_device([t.detach().resolve_conj().resolve_neg() for t in tensors], torch.device("cpu"))
+
+
+def on_device(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Each with its strides and all of its storage, by one transfer from each device: a step has hundreds of small
+    tensors. Those that are there already share their memory with the result; storages that are shared stay so."""
+    device = torch.device(device)
+    copies = _storages_on([t for t in tensors if t.device.type != device.type], device)
 
     def copied(t: Tensor) -> Tensor:
         memory = copies[t.device, t.untyped_storage().data_ptr()]
-        return torch.empty(0, dtype=t.dtype).set_(memory, t.storage_offset(), t.shape, t.stride())
+        return torch.empty(0, dtype=t.dtype, device=device).set_(memory, t.storage_offset(), t.shape, t.stride())
 
-    return [t if t.device.type == "cpu" else copied(t) for t in tensors]
+    return [t if t.device.type == device.type else copied(t) for t in tensors]
 
 
-def _storages_on_cpu(tensors: list[Tensor]) -> dict[tuple, torch.UntypedStorage]:
+def _storages_on(tensors: list[Tensor], wanted: torch.device) -> dict[tuple, torch.UntypedStorage]:
     """By device and address."""
     by_device: dict[torch.device, dict[int, Tensor]] = {}
     for t in tensors:
@@ -118,7 +123,7 @@ def _storages_on_cpu(tensors: list[Tensor]) -> dict[tuple, torch.UntypedStorage]
         by_device.setdefault(t.device, {})[memory.data_ptr()] = raw
     copies = {}
     for device, raws in by_device.items():
-        together = torch.cat(list(raws.values())).cpu()
+        together = torch.cat(list(raws.values())).to(wanted)
         for address, piece in zip(raws, together.split([raw.numel() for raw in raws.values()]), strict=True):
             copies[device, address] = piece.clone().untyped_storage()  # its own: aligned for any dtype
     return copies

@@ -56,6 +56,12 @@ def test_rows_of_several_results_are_put_together(tmp_path):
     assert "efficiency-by-size.png" in {path.name for path in draw(results, tmp_path)}
 
 
+def test_time_by_library_needs_two_libraries(tmp_path):
+    ours, theirs = row("gpt2-124M"), row("gpt2-124M", "torch-fused", 2.0, floor_ms=0.9)
+    assert "time-by-library.png" not in {path.name for path in draw([result(ours)], tmp_path)}
+    assert "time-by-library.png" in {path.name for path in draw([result(ours, theirs)], tmp_path)}
+
+
 def test_operations_are_counted():
     """SGD: lr * (g + lambda * p) subtracted from p."""
     assert 4 <= operations("sgd", clips=False) <= 8

@@ -154,11 +154,13 @@ def policies(ctx):
     choices = [{"mp_policy": policy}]
     choices += [{"offload_policy": CPUOffloadPolicy()}] if ctx.device.type == "cuda" else []
     for options in choices:
+        # What is on the CPU is stepped there, whether or not it is asked for.
+        offload = "cpu" if ctx.device.type == "cpu" or "offload_policy" in options else None
         models = [Model(torch.float32).to(ctx.device) for _ in range(2)]
         fully_shard(models[0], mesh=ctx.mesh(), **options)
         options.pop("offload_policy", None)  # with which torch's norm needs a second backend, for CPUs
         fully_shard(models[1], mesh=ctx.mesh(), **options)
-        ours = fusedopt.AdamW(models[0].parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
+        ours = fusedopt.AdamW(models[0].parameters(), max_grad_norm=MAX_NORM, offload=offload, **OPTIONS)
         torchs = torch.optim.AdamW(models[1].parameters(), **OPTIONS)
         for step in range(STEPS):
             for model in models:

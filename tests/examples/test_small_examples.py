@@ -15,7 +15,13 @@ import torch
 import fusedopt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing", "captured_graph", "gradient_release"]
+NAMES = ["plain_loop", "amp_fp16", "activation_checkpointing", "captured_graph", "gradient_release", "cpu_offload"]
+TRAINERS = [
+    "trainer_transformers",
+    "accelerate_loop",
+    "lightning_trainer",
+    "fabric_loop",
+]  # tests/integrations runs them
 STEPS = 14
 
 # Two correct optimizers drift apart by rounding. Over these steps on a CPU, torch against itself, clipped to two ulps
@@ -47,7 +53,7 @@ def test_runs_from_the_command_line(name, device):
     assert math.isfinite(last) and (last < first or name == "amp_fp16")  # whose first steps overflow
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *TRAINERS])
 def test_examples_are_small(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80
 
@@ -125,4 +131,12 @@ def test_gradient_release(example, device):
     train = example("gradient_release").train
     losses = train(STEPS, device)
     assert losses == train(STEPS, device, released=False)
+    assert losses[-1] < losses[0]
+
+
+def test_cpu_offload(example, device):
+    """The CPU engine's update; on a GPU beside the one that is made there, whose norm may differ in its last bits."""
+    train = example("cpu_offload").train
+    losses = train(STEPS, device)
+    assert losses == pytest.approx(train(STEPS, device, offload=None), abs=LOSS_TOLERANCE[torch.bfloat16] / 10)
     assert losses[-1] < losses[0]

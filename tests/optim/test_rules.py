@@ -175,6 +175,7 @@ OPTIONS = {
     "min_8bit_size": 0,
     "seed": 1,
     "backend": "reference",
+    "offload": "cpu",
     "norm_reduce": lambda sums, op: None,
 }
 

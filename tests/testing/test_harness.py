@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_nothing
+from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_groups_alone, make_nothing
 
 import fusedopt
 from fusedopt import reference, testing
@@ -56,6 +56,13 @@ def test_a_sample_of_ours(device):
     assert {r.case.data.name for r in run.judged} == {d.name for d in testing.DATA if not d.heavy}
     assert {r.case.transform for r in run.judged} == set(testing.TRANSFORMS)
     assert run.skipped == plan.total - len(run.results) > 0
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_time_limit_leaves_cases_unreached(jobs):
+    plan = harness.plan(rule=("sgd",), format=("float32-None_states",), quick=True)
+    run = testing.verify(planned=plan, time_limit=0, jobs=jobs)
+    assert len(run.results) == 1 and run.unreached == len(plan.cases) - 1 > 0 and not run.failed
 
 
 @pytest.mark.parametrize("make", [fusedopt.AdamW, make_adamw])
@@ -168,6 +175,10 @@ def test_bounds_are_those_of_one_rounding():
         ({"optimizer": "wrong_optimizers:make_nothing"}, "such as --rule adamw"),
         ({"optimizer": make_nothing, "rule": ("adamw",)}, "cannot be built"),
         ({"optimizer": object, "rule": ("adamw",)}, "cannot be built"),
+        (
+            {"optimizer": make_groups_alone, "rule": ("adamw",)},
+            "made a SimpleNamespace, expected a torch.optim",
+        ),
         ({"optimizer": make_adamw, "rule": ("adamz",)}, "rule: got 'adamz', expected one of"),
         ({"optimizer": make_adamw, "rule": ("adamw",), "dtype": ("int8",)}, "dtype: got 'int8'"),
         ({"rule": ("adamz",)}, "rule: got 'adamz', which none of"),

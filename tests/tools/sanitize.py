@@ -6,9 +6,10 @@
 Exit code 0: every tool finished all cases and found nothing in our kernels; 1: findings, or cases that failed or were
 not reached within the limit; 2: it could not run. Findings in other kernels (torch's) are counted apart.
 
-Memory comes from cudaMalloc, tensor by tensor, not from torch's cache: only so are tensors separate allocations, and
-fresh memory uninitialized, for the tools. Kernels are compiled before, without a tool. memcheck and racecheck look at
-our kernels alone, which is faster; initcheck must see whoever writes memory, and synccheck is fast anyway.
+All tools run at the same time. Memory comes from cudaMalloc, tensor by tensor, not from torch's cache: only so are
+tensors separate allocations, and fresh memory uninitialized, for the tools. Kernels are compiled before, without a
+tool. memcheck and racecheck look at our kernels alone, which is faster; initcheck must see whoever writes memory, and
+synccheck is fast anyway.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", action="append", choices=TOOLS, help="only these (repeat); default: all four")
     parser.add_argument("--backend", action="append", choices=["cuda", "triton"], help="default: those that can run")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds for each tool (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds for the tools (default: %(default)s)")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer; default: PATH, CUDA_HOME, /usr/local/cuda")
     parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--run-cases", action="store_true", help=argparse.SUPPRESS)
@@ -279,11 +281,16 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"the cases fail without a tool too, exit code {code}:\n{output[-4000:]}")
     print(f"passed in {seconds:.0f} s", flush=True)
     reports = []
-    for tool in chosen.tool or TOOLS:
-        reports.append(report_of(tool, command_for(sanitizer, tool, backends), chosen.limit, expected))
-        print(describe(reports[-1]), flush=True)
-        if chosen.json:
-            write(chosen.json, sanitizer, reports)
+    with ThreadPoolExecutor() as pool:  # a tool waits for the host, not for the device, most of the time
+        running = [
+            pool.submit(report_of, tool, command_for(sanitizer, tool, backends), chosen.limit, expected)
+            for tool in chosen.tool or TOOLS
+        ]
+        for report in as_completed(running):
+            reports.append(report.result())
+            print(describe(reports[-1]), flush=True)
+            if chosen.json:
+                write(chosen.json, sanitizer, reports)
     return 0 if all(map(is_clean, reports)) else 1
 
 
