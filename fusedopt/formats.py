@@ -480,7 +480,7 @@ def from_elements(where: str, entry: dict[str, Any], dense: torch.Tensor, rule: 
 
 
 def _laid_out(tensor: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(dense, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return torch.empty_like(dense, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
 
 
 def _blocks_of(codes: torch.Tensor, exponents: torch.Tensor, moment: str) -> tuple[torch.Tensor, torch.Tensor]:
