@@ -143,7 +143,8 @@ def _bring_into_form(
 ) -> None:
     """Checks the state of a parameter and converts it, in place."""
     tensor = sharding.local_of(param)
-    if sharding.is_sharded(param) and param.dim() == 0:  # torch's full_state_dict leaves these plain, and so they lie everywhere
+    # torch's full_state_dict leaves those without dimensions plain, and so they lie everywhere.
+    if sharding.is_sharded(param) and param.dim() == 0:
         plain = [key for key, value in entry.items() if key != "step" and isinstance(value, torch.Tensor)]
         entry.update({key: sharding.wrap_like(sharding.local_of(entry[key]), param) for key in plain})
     local = sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
