@@ -31,7 +31,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_gpt.py --out demo_out
 
 test: lint docs
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/python -m ruff check .

@@ -20,19 +20,23 @@ Reported are medians for each process:
   ``efficiency``: the floor's share of ``gpu_ms``;
 * ``check_norm``, ``check_params``: relative difference of the norm, and largest difference of a parameter in units of
   the learning rate, from torch's after one step with the same gradients.
+
+Rows are printed, and the file is written, whenever a library has been through a round: a run that is cut short, by
+``--time-limit`` or from outside, leaves what it has measured.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 
 import click
 import torch
@@ -54,7 +58,7 @@ OPTIONS = {"lr": 1e-3, "weight_decay": 1e-2}
 BYTES_PER_PARAM = 32  # parameter and two moments read and written, the gradient read twice
 LAYERS_PER_GROUP = 50
 ROWS = 8  # of a batch
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2  # of each library, one of which is its check
 
 CASE = "adamw/fp32/fsdp_clip_step"
 
@@ -83,7 +87,7 @@ class Repeats:
     copy_bytes: int
 
 
-FULL = Repeats(rounds=3, host_steps=10, traced_steps=6, copy_bytes=2 << 30)
+FULL = Repeats(rounds=3, host_steps=5, traced_steps=3, copy_bytes=2 << 30)
 QUICK = Repeats(rounds=1, host_steps=2, traced_steps=2, copy_bytes=16 << 20)
 
 
@@ -247,8 +251,19 @@ def split_steps(events: list[dict]) -> list[TracedStep]:
     return steps
 
 
-def measure(workload: Workload, device: torch.device, repeats: Repeats) -> list[Row]:
-    """Rows of this process."""
+def measure(
+    workload: Workload,
+    device: torch.device,
+    repeats: Repeats,
+    tell: Callable[[Row], None] = lambda row: None,
+    deadline: float = math.inf,
+) -> list[Row]:
+    """Rows of this process.
+
+    tell: called by all processes with each row that is new, or of more samples than before. deadline: of
+    ``time.monotonic``; rounds that would begin later are left out.
+    """
+    progress(f"{workload.name}: sharding the model")
     model = sharded_model(workload, device)
     params = list(model.parameters())
     if not all(isinstance(param, DTensor) for param in params):
@@ -258,17 +273,38 @@ def measure(workload: Workload, device: torch.device, repeats: Repeats) -> list[
         timing.start_profiler(caches)
     gbps = timing.copy_gbps(device, repeats.copy_bytes, 15)
     entries = [Entry(library, make(params)) for library, make in LIBRARIES.items()]
+    progress(f"{workload.name}: one step of each library, to compare them")
     check(entries, model, device)
-    for _ in range(WARM_UP_STEPS):
-        for entry in entries:
-            backward(model, device)
-            entry.tail()
-    for _ in range(repeats.rounds):
-        for entry in entries:
-            time_tails(entry, model, device, repeats.host_steps)
-            if device.type == "cuda":
-                trace_tails(entry, model, caches, repeats.traced_steps)
-    return [row_of(entry, workload, params, gbps, device) for entry in entries]
+    rows: dict[str, Row] = {}
+    for entry in entries * repeats.rounds:
+        if is_over(deadline, device):
+            break
+        if entry.library not in rows:
+            warm_up(entry, model, device)
+        time_tails(entry, model, device, repeats.host_steps)
+        if device.type == "cuda":
+            trace_tails(entry, model, caches, repeats.traced_steps)
+        rows[entry.library] = row_of(entry, workload, params, gbps, device)
+        tell(rows[entry.library])
+    return list(rows.values())
+
+
+def warm_up(entry: Entry, model: Chain, device: torch.device) -> None:
+    for _ in range(WARM_UP_STEPS - 1):
+        backward(model, device)
+        entry.tail()
+
+
+def progress(line: str) -> None:
+    if distributed.get_rank() == 0:
+        click.echo(line, err=True)
+
+
+def is_over(deadline: float, device: torch.device) -> bool:
+    """By the clock of the first process, for all."""
+    over = torch.tensor([float(monotonic() > deadline)], device=device)
+    distributed.broadcast(over, src=0)
+    return bool(over)
 
 
 def row_of(entry: Entry, workload: Workload, params: list[DTensor], gbps: float, device: torch.device) -> Row:
@@ -366,34 +402,62 @@ def start(device_type: str) -> torch.device:
 @click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Default: all but quick.")
 @click.option("--quick", is_flag=True, help="A small model, few steps.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where every figure is written.")
-def main(device: str, names: tuple[str, ...], quick: bool, path: Path | None) -> None:
-    where, rows = start(device), []
+@click.option("--time-limit", type=float, default=math.inf, help="Seconds after which no further round begins.")
+def main(device: str, names: tuple[str, ...], quick: bool, path: Path | None, time_limit: float) -> None:
+    deadline = monotonic() + time_limit
+    report = Report(start(device), path)
     for name in names or (["quick"] if quick else ["1000-dtensors", "1.3B"]):
-        rows += gather(measure(WORKLOADS[name], where, QUICK if quick else FULL))
+        if not is_over(deadline, report.device):
+            measure(WORKLOADS[name], report.device, QUICK if quick else FULL, report.add, deadline)
         gc.collect()
-    if distributed.get_rank() == 0:
-        report(rows, where, path)
+    report.finish(completely=monotonic() < deadline)
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def report(rows: list[Row], device: torch.device, path: Path | None) -> None:
-    console = Console()
-    for row in rows:
-        figures = {key: row[key] for key in ("host_ms", "wall_ms", "gpu_ms", "nccl_ms", "floor_ms", "launches")}
-        told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
-        console.print(f"{row['workload']}  rank {row['rank']}  {row['library']:<14} {told}", highlight=False)
-    goals = [
-        {**goal.judge(Rows(row for row in rows if row["rank"] == rank)), "rank": rank}
-        for rank in range(distributed.get_world_size())
-        for goal in GOALS
-    ]
-    judged = [goal for goal in goals if goal["value"] is not None]
-    for goal in judged:
-        console.print(f"rank {goal['rank']}: {goal['name']}: {goal['value']:.4g} {goal['relation']} {goal['bound']}")
-    if path is not None:
-        content = environment(device) | {"world_size": distributed.get_world_size(), "goals": goals, "rows": rows}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+class Report:
+    """What the first process tells of all."""
+
+    def __init__(self, device: torch.device, path: Path | None) -> None:
+        self.device, self.path = device, path
+        self._rows: dict[tuple, Row] = {}
+        self._console = Console()
+        self._is_first, self._world = distributed.get_rank() == 0, distributed.get_world_size()
+
+    def add(self, own: Row) -> None:
+        """A row of this process, in place of the one of fewer samples; called by all of them."""
+        for row in gather([own]):
+            self._rows[row["workload"], row["library"], row["rank"]] = row
+            figures = {key: row[key] for key in ("host_ms", "wall_ms", "gpu_ms", "nccl_ms", "floor_ms", "launches")}
+            told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
+            self._print(f"{row['workload']}  rank {row['rank']}  {row['library']:<14} {told}, {row['samples']} samples")
+        self._write(finished=False)
+
+    def finish(self, completely: bool) -> None:
+        for goal in self._goals():
+            if goal["value"] is not None:
+                self._print(
+                    f"rank {goal['rank']}: {goal['name']}: {goal['value']:.4g} {goal['relation']} {goal['bound']}"
+                )
+        self._write(finished=completely)
+
+    def _goals(self) -> list[dict]:
+        by_rank = [[row for row in self._rows.values() if row["rank"] == rank] for rank in range(self._world)]
+        return [{**goal.judge(Rows(rows)), "rank": rank} for rank, rows in enumerate(by_rank) for goal in GOALS]
+
+    def _print(self, line: str) -> None:
+        if self._is_first:
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _write(self, finished: bool) -> None:
+        """At once, so that there is never half a file."""
+        if not self._is_first or self.path is None:
+            return
+        content = environment(self.device) | {"world_size": self._world, "finished": finished}
+        content |= {"goals": self._goals(), "rows": list(self._rows.values())}
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(content, indent=2) + "\n")
+        new.replace(self.path)
 
 
 if __name__ == "__main__":

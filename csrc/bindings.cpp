@@ -300,6 +300,7 @@ before anything is written. tests/fuzz holds it to that.)";
   m.def("rules", &rules, "What csrc/rules/all.h lists.");
   m.def("cpu_isa", [] { return cpu_engine().isa; }, "The instruction set that the CPU engine uses.");
   m.def("has_tensor_layout", [] { return tensor_layout() != nullptr; }, "Whether tensors are read in place.");
+  m.def("finds_tensor_layout", &finds_tensor_layout, "Whether it is found out now how to read them. For tests.");
   m.def("has_shard_layout", [] { return shard_layout() != nullptr; }, "Whether DTensors are read in place.");
   m.def("has_torch_functions", &has_torch_functions, "Whether tensors are read through torch's own C functions.");
 

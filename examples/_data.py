@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 import torch
@@ -40,18 +41,20 @@ def text_batches(steps: int, device: torch.device, batch_size: int = BATCH_SIZE,
         yield windows(text, each, CONTEXT)
 
 
-def run(train: Callable[[int, torch.device], list[float]]) -> None:
-    """The command line of an example: ``--steps`` and ``--device``, then its first and last loss."""
+def run(train: Callable[..., list[float]], *options: Callable) -> None:
+    """The command line of an example: ``--steps``, ``--device`` and its own, then its first and last loss."""
 
     @click.command(help=train.__doc__, context_settings={"show_default": True})
     @click.option("--steps", type=click.IntRange(min=1), default=100)
     @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-    def main(steps: int, device: str) -> None:
+    def main(steps: int, device: str, **others: Any) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise click.BadParameter("torch sees no CUDA device here; use cpu", param_hint="--device")
-        losses = train(steps, torch.device(device))
-        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} nats per byte, {steps} steps on {device}")
+        losses = train(steps, torch.device(device), **others)
+        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} nats per byte, {len(losses)} steps on {device}")
 
+    for option in reversed(options):
+        main = option(main)
     main()

@@ -25,6 +25,7 @@ __all__ = [
     "convert_states",
     "decode_master",
     "decode_states",
+    "from_elements",
     "in_memory_order",
     "lacks_master",
     "needs_seed",
@@ -32,6 +33,7 @@ __all__ = [
     "param_format",
     "scale_key",
     "scale_shape",
+    "to_elements",
     "wanted_state_format",
 ]
 
@@ -275,9 +277,11 @@ _SHIFT = {"first": 20, "second": 19}
 
 
 def _decode_int8(codes: torch.Tensor, scale: torch.Tensor, moment: str) -> torch.Tensor:
+    """scale: of each block, shape (blocks,), or of each element, (blocks, STATE_BLOCK)."""
+    scale = scale.view(-1, 1) if scale.dim() == 1 else scale
     blocks = _blocks(in_memory_order(codes).view(torch.uint8)).to(torch.int32)
     magnitude = blocks & 0x7F if moment == "first" else blocks
-    values = ((_TWO | (magnitude << _SHIFT[moment])).view(torch.float32) - 2.0) * scale.view(-1, 1)
+    values = ((_TWO | (magnitude << _SHIFT[moment])).view(torch.float32) - 2.0) * scale
     values = torch.where(blocks > 0x7F, -values, values) if moment == "first" else values.square()
     return _like(values.view(-1)[: codes.numel()], codes)
 
@@ -415,3 +419,80 @@ def convert_master(entry: dict[str, Any], param: torch.Tensor, wanted: ParamForm
         with torch.no_grad():
             param.copy_(main)
     return bool(present)
+
+
+# ---- elements -----------------------------------------------------------------------------------------------
+#
+# Where a tensor is cut into other parts, blocks begin elsewhere. So checkpoints of parts keep with each element what it
+# takes to read it. Keys with a dot name what a state consists of.
+
+_CODE, _EXPONENT = "code", "exponent"
+_BITS = {torch.int16: "bits16", torch.int8: "bits8"}
+"""Of a split master, by dtype: optimizers that keep 8 and 16 bits do not take one another's for their own."""
+
+
+def to_elements(entry: dict[str, Any], rule: RuleSpec) -> None:
+    """Brings the state of one (dense) parameter into a form that may be cut anywhere, without loss.
+
+    A state ``key`` in blocks becomes ``key.code``, the codes, and ``key.exponent``, uint8 of the same shape: of the
+    block's scale, a power of two, as float32 has it. The remainder of a split master becomes ``param_remainder.bits8``
+    or ``.bits16``; the latter are called bfloat16, because collectives do not know int16. Memory of codes and
+    remainders is shared.
+    """
+    for key, _ in list(_present(entry, rule)):
+        if _is_coded(entry[key]):
+            codes, scale = entry.pop(key), entry.pop(scale_key(key))
+            exponents = ((scale.view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+            flat = exponents.repeat_interleave(STATE_BLOCK)[: codes.numel()]
+            entry[f"{key}.{_CODE}"], entry[f"{key}.{_EXPONENT}"] = codes, _like(flat, codes)
+    low = entry.pop("param_remainder", None)
+    if low is not None:
+        entry[f"param_remainder.{_BITS[low.dtype]}"] = low.view(torch.bfloat16) if low.dtype == torch.int16 else low
+
+
+def from_elements(where: str, entry: dict[str, Any], dense: torch.Tensor, rule: RuleSpec) -> None:
+    """The inverse of ``to_elements``, for a dense parameter, or part of one, in whose memory order blocks are made.
+
+    A block all of whose elements come from blocks of one exponent keeps its codes, bit for bit. Others are decoded and
+    encoded again: one more rounding to nearest.
+
+    Raises:
+        ValueError: something missing, or of another shape or dtype. ``entry`` is as it was then.
+    """
+    made: dict[str, Any] = {}
+    for key, moment in zip(rule.states, rule.moments):
+        parts = [entry.get(f"{key}.{name}") for name in (_CODE, _EXPONENT)]
+        if parts[0] is None and parts[1] is None:
+            continue
+        dtype = STATE_FORMATS["int8"].dtype(moment)
+        for name, part, its_dtype in zip((_CODE, _EXPONENT), parts, (dtype, "uint8")):
+            _check_tensor(f"{where}['{key}']['{name}']", part, tuple(dense.shape), (its_dtype,))
+        made[key], made[scale_key(key)] = _blocks_of(*(_laid_out(part, dense) for part in parts), moment)
+    for bits, name in _BITS.items():
+        low = entry.get(f"param_remainder.{name}")
+        if low is not None:
+            stored = "bfloat16" if bits == torch.int16 else "int8"
+            _check_tensor(f"{where}['param_remainder']['{name}']", low, tuple(dense.shape), (stored,))
+            made["param_remainder"] = low.view(bits)
+    for key in [key for key in entry if isinstance(key, str) and key.partition(".")[0] in made]:
+        del entry[key]
+    entry.update(made)
+
+
+def _laid_out(tensor: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(dense, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def _blocks_of(codes: torch.Tensor, exponents: torch.Tensor, moment: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and the scales of their blocks, from codes with an exponent each; dense. Waits for the device."""
+    flat = in_memory_order(exponents)
+    rows = _blocks(flat)
+    rows.view(-1)[flat.numel() :] = flat[-1:]  # the padding is like the last element
+    scales = torch.where(rows == 0xFF, float("nan"), (rows.to(torch.int32) << 23).view(torch.float32))
+    same = rows.amin(1) == rows.amax(1)
+    if same.all():
+        return codes, scales[:, 0].contiguous()
+    new_codes, new_scales = _encode_int8(_decode_int8(codes, scales, moment), moment)
+    kept = same.repeat_interleave(STATE_BLOCK)[: codes.numel()]
+    merged = torch.where(kept, in_memory_order(codes), in_memory_order(new_codes))
+    return _like(merged, codes), torch.where(same, scales[:, 0], new_scales)

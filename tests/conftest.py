@@ -23,7 +23,8 @@ def pytest_configure(config):
 
 
 MOST = 32
-"""Instances of one test on CUDA, but for those that are the first with some value of some parameter."""
+"""Instances of one test on CUDA, but for those that are the first with some value of some parameter: the CPU runs all,
+and compiling kernels takes time."""
 
 
 def pytest_addoption(parser):
@@ -32,22 +33,25 @@ def pytest_addoption(parser):
         action="store_true",
         help="On CUDA too, run tests with every combination of their parameters, not with a sample.",
     )
+    parser.addoption(
+        "--sample", type=int, metavar="N", help="On the CPU, run at most about N combinations of each test."
+    )
 
 
-def leave_out_on_cuda(items) -> set:
-    """Of tests with many combinations of parameters, those that the CPU runs alone: compiling kernels takes time.
+def leave_out(items, most: int) -> set:
+    """Of tests with many combinations of parameters, those that are not run.
 
-    CUDA runs every value of every parameter, and combinations evenly spread over all.
+    Every value of every parameter is, and combinations evenly spread over all, so many as are asked for.
     """
     by_test, left_out = {}, set()
     for item in items:
-        if "gpu" in item.keywords and hasattr(item, "callspec"):
+        if hasattr(item, "callspec"):
             by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in by_test.values():
         seen = set()
         for i, item in enumerate(group):
             values = {(name, id(value)) for name, value in item.callspec.params.items()}
-            spread = i * MOST // len(group) != (i - 1) * MOST // len(group)
+            spread = i * most // len(group) != (i - 1) * most // len(group)
             if spread or values - seen:
                 seen |= values
             else:
@@ -57,8 +61,12 @@ def leave_out_on_cuda(items) -> set:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    left_out, most_on_cpu = set(), config.getoption("--sample")
     if not config.getoption("--every-combination"):
-        left_out = leave_out_on_cuda(items)
+        left_out |= leave_out([item for item in items if "gpu" in item.keywords], MOST)
+    if most_on_cpu:
+        left_out |= leave_out([item for item in items if "gpu" not in item.keywords], most_on_cpu)
+    if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0

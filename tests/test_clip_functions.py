@@ -176,6 +176,18 @@ def test_unscale_grads_finds_nonfinite(value, place, device):
     assert fusedopt.unscale_grads_(params, 2.0).item() == 1
 
 
+@pytest.mark.parametrize(
+    "flag", [torch.zeros(()).double(), torch.zeros(2), torch.zeros((), device="meta")], ids=["dtype", "shape", "device"]
+)
+def test_unscale_grads_into_another_kind_of_flag(flag, device):
+    params = parameters(SIZES, device=device)
+    set_gradients(params)
+    before = [p.grad.clone() for p in params]
+    with pytest.raises(ValueError, match=f"unscale_grads_: found_inf is .*expected one float32 element on {device}"):
+        fusedopt.unscale_grads_(params, 2.0, flag)
+    assert_same_bits([p.grad for p in params], before)
+
+
 def test_unscale_grads_keeps_a_flag_that_is_set(device):
     """A flag collects over several calls, as over several optimizers or micro-batches."""
     params = parameters(SIZES, device=device)

@@ -160,14 +160,26 @@ def test_bad_lists(rule, device):
     def integer(params, grads, states, steps):
         params[-1] = params[-1].int()
 
+    def state_of_another_dtype(params, grads, states, steps):
+        states[-1][-1] = states[-1][-1].double()
+
+    def step_of_another_dtype(params, grads, states, steps):
+        steps[-1] = steps[-1].double()
+
+    def gradient_elsewhere(params, grads, states, steps):
+        grads[-1] = grads[-1].to("meta")
+
     for spoil, exception in (
         (shorter, ValueError),
         (other_shape, ValueError),
         (state_of_other_shape, ValueError),
         (integer, TypeError),
+        (state_of_another_dtype, ValueError),
+        (step_of_another_dtype, ValueError),
+        (gradient_elsewhere, ValueError),
     ):
         params, grads, states, steps = tensors(rule, torch.float32, device)
-        if spoil is state_of_other_shape and not states:
+        if spoil in (state_of_other_shape, state_of_another_dtype) and not states:
             continue
         spoil(params, grads, states, steps)
         everything = [*params, *(s for group in states for s in group), *steps]
@@ -175,6 +187,15 @@ def test_bad_lists(rule, device):
         with pytest.raises(exception):
             call_function(rule, params, grads, states, steps, **FUNCTION_HYPER[rule])
         assert_same_bits(everything, before)
+
+
+@pytest.mark.parametrize("rule", FUNCTION_HYPER)
+def test_no_parameters_are_nothing_to_do(rule):
+    """But hyper-parameters are looked at."""
+    nothing = [[] for _ in specs.RULES[rule].states]
+    call_function(rule, [], [], nothing, [], **FUNCTION_HYPER[rule])
+    with pytest.raises(ValueError, match="lr"):
+        call_function(rule, [], [], nothing, [], **FUNCTION_HYPER[rule] | {"lr": -1.0})
 
 
 @pytest.mark.parametrize("rule", ["sgd_momentum", "sgdw_momentum", "rmsprop_momentum"])

@@ -69,11 +69,36 @@ bool find_object(TensorLayout& layout, const py::object& tensor, const py::objec
   return false;
 }
 
+// The next objects of these sizes are made, as a rule, of memory that is full of `byte`.
+void leave_behind(int byte) {
+  constexpr size_t kSmallest = 128, kLargest = 512, kStep = 16;
+  constexpr int kEach = 16;
+  for (size_t size = kSmallest; size <= kLargest; size += kStep) {
+    void* blocks[kEach];
+    for (void*& block : blocks) {
+      block = std::malloc(size);
+      auto* const bytes = static_cast<volatile unsigned char*>(block);  // stores that are of no use would be left out
+      for (size_t i = 0; block && i < size; ++i) bytes[i] = static_cast<unsigned char>(byte);
+    }
+    for (void* block : blocks) std::free(block);
+  }
+}
+
+// Flags do not fill their words: the rest of them differs between tensors that are alike.
+void find_noise(TensorLayout& layout, const py::object& tensor) {
+  for (const int byte : {0x00, 0xff, 0x00, 0xff}) {
+    leave_behind(byte);
+    const py::object alike = sample("float32", "cpu", 0);
+    for (int word : {0, 1})
+      layout.noise[word] |= type_word(layout, words_of(alike), word) ^ type_word(layout, words_of(tensor), word);
+  }
+}
+
 // Tensors that are alike have the same words, those of another dtype, device or layout have others.
 bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
   const auto type = [&](const py::object& each) {
     const Words words = words_of(each);
-    return std::pair(words[layout.type], words[layout.type + 1]);
+    return std::pair(type_word(layout, words, 0), type_word(layout, words, 1));
   };
   if (type(sample("float32", "cpu", 0)) != type(tensor)) return false;
   std::vector<py::object> others = {tensor.attr("to_sparse")()};
@@ -91,7 +116,7 @@ bool tells_apart(const TensorLayout& layout, const py::object& tensor) {
 // By which a view of the tensor, made by this function of torch, differs from it.
 uint64 lazy_key(const TensorLayout& layout, const py::object& tensor, const char* view_function) {
   const py::object view = py::module_::import("torch").attr(view_function)(tensor);
-  return words_of(view)[layout.type + 1] & ~words_of(tensor)[layout.type + 1];
+  return type_word(layout, words_of(view), 1) & ~type_word(layout, words_of(tensor), 1);
 }
 
 bool find_layout(TensorLayout& layout) {
@@ -104,6 +129,7 @@ bool find_layout(TensorLayout& layout) {
     layout.type = layout.storage_offset + 2;
     if (!find_storage(layout, tensor, other) || !find_object(layout, tensor, other)) return false;
     layout.impl = find_impl(tensor, other);
+    find_noise(layout, tensor);
     if (!tells_apart(layout, tensor)) return false;
     const uint64 negative = lazy_key(layout, tensor, "_neg_view");
     const uint64 conjugate = lazy_key(layout, sample("complex64", "cpu", 0), "_conj");
@@ -116,6 +142,11 @@ bool find_layout(TensorLayout& layout) {
 }
 
 }  // namespace
+
+bool finds_tensor_layout() {
+  TensorLayout found = {};
+  return has_torch_functions() && find_layout(found);
+}
 
 const TensorLayout* tensor_layout() {
   static Once<TensorLayout> layout;

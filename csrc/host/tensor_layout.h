@@ -18,6 +18,7 @@ struct TensorLayout {
   int sizes;           // up to kInlineDims of them; before them their number, behind them as many strides
   int storage_offset;  // in elements
   int type;            // two words: dtype, device and flags; dispatch keys, which tell dense from other tensors
+  uint64 noise[2];     // bits of those that nobody sets: they are what was in the memory before
   // Of a c10::StorageImpl.
   int data;     // the memory, then who owns it
   uint64 lazy;  // the dispatch keys of tensors whose elements are the negatives or the conjugates of what memory holds
@@ -25,7 +26,14 @@ struct TensorLayout {
 
 constexpr int kInlineDims = 5;
 
+// What the two words say of a tensor.
+inline uint64 type_word(const TensorLayout& layout, const void* impl, int word) {
+  return static_cast<const uint64*>(impl)[layout.type + word] & ~layout.noise[word];
+}
+
 // Null where it is not known.
 const TensorLayout* tensor_layout();
+// Whether it is found now, by looking anew.
+bool finds_tensor_layout();
 
 }  // namespace fusedopt

@@ -271,14 +271,13 @@ bool TensorRef::is_at(const Memory& memory) const {
 GradLook TensorRef::look_of(const void* found) {
   const TensorLayout* layout = tensor_layout();
   if (!layout) return {};
-  const auto* words = static_cast<const uint64*>(found);
-  return {{words[layout->type], words[layout->type + 1]}};
+  return {{type_word(*layout, found, 0), type_word(*layout, found, 1)}};
 }
 
 bool TensorRef::may_be_lazy(const void* found, int32 dtype) {
   const TensorLayout* layout = tensor_layout();
   if (!layout || !found) return dtype == kComplex64 || dtype == kComplex128;
-  return static_cast<const uint64*>(found)[layout->type + 1] & layout->lazy;
+  return type_word(*layout, found, 1) & layout->lazy;
 }
 
 const void* TensorRef::address_of_like(const void* found, const GradLook& look, int32 dtype, int32 ndim,
@@ -288,7 +287,7 @@ const void* TensorRef::address_of_like(const void* found, const GradLook& look, 
   const uint64* storage = storage_memory(layout, found);
   if (!storage || storage[0] == 0 || look.type[1] == 0 || ndim > kInlineDims) return nullptr;
   const auto* words = static_cast<const uint64*>(found);
-  if (words[layout->type] != look.type[0] || words[layout->type + 1] != look.type[1] ||
+  if (type_word(*layout, found, 0) != look.type[0] || type_word(*layout, found, 1) != look.type[1] ||
       words[layout->sizes - 1] != uint64(ndim))
     return nullptr;
   for (int32 d = 0; d < ndim; ++d)

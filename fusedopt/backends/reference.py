@@ -54,7 +54,7 @@ def begin(tables: DeviceTables, passes: tuple[str, ...]) -> None:
 # ---- memory behind addresses ----------------------------------------------------------------------------------
 
 
-class _OnCuda:
+class _OnCuda:  # on a GPU alone
     """Device memory as ``torch.as_tensor`` reads it."""
 
     def __init__(self, address: int, size: int) -> None:

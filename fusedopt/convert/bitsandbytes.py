@@ -16,7 +16,7 @@ __all__ = ["from_bitsandbytes"]
 _FAMILIES = ("adam", "adamw", "lion")
 _NESTED = "__bnb_optimizer_quant_state__"
 _BLOCK_SIZES = (256, 2048)
-"""Elements to a scale: now, and in versions before 0.44."""
+"""Elements to a scale: now, and in older versions."""
 
 
 def from_bitsandbytes(
@@ -99,7 +99,7 @@ def _decoded(where: str, flat: Mapping[str, Any], name: str, block_size: int | N
             f"{at} has strides {codes.stride()} for shape {tuple(codes.shape)}, expected a contiguous tensor: which "
             "elements its blocks hold differs between bitsandbytes' backends; begin with fresh states"
         )
-    scale = flat[f"absmax{number}"]
+    scale = plain(f"{where}['absmax{number}']", flat[f"absmax{number}"])
     block = _block_size(at, codes.numel(), scale.numel(), block_size)
     table = check_map(f"{where}['qmap{number}']", flat[f"qmap{number}"], 256, signed=number == "1")
     return decode_map(at, codes, table, scale, block)

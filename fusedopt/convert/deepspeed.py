@@ -106,8 +106,14 @@ def from_deepspeed_zero(
     state: dict[int, dict[str, Any]] = {}
     groups, index = [], 0
     base = ranks[0]["base_optimizer_state"]
+    theirs, ours = len(ranks[0]["param_slice_mappings"]), len(optimizer.param_groups)
+    if theirs != ours:
+        raise ValueError(
+            f"{where}: the checkpoint has {theirs} param groups, expected the optimizer's {ours}; build its groups "
+            "as the engine's were"
+        )
     for g, own in enumerate(optimizer.param_groups):
-        theirs = base["param_groups"][g] if isinstance(base, Mapping) else {**own, "lr": own["lr"]}
+        group = base["param_groups"][g] if isinstance(base, Mapping) else own
         indices = []
         for param in own["params"]:
             entry = _gathered(f"{where}: param group {g}", ranks, g, name_of.get(param), param)
@@ -115,7 +121,7 @@ def from_deepspeed_zero(
                 state[index] = entry
             indices.append(index)
             index += 1
-        groups.append({**theirs, "params": indices})
+        groups.append({**group, "params": indices})
     return convert(where, {"state": state, "param_groups": groups}, optimizer, _FAMILIES, _group, _zero_entry)
 
 

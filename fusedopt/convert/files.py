@@ -87,16 +87,15 @@ def _found(path: str, find_class: Any, module: str, name: str) -> Any:
     )
 
 
-def _unbuilt(cls: type[Any], *args: Any) -> Any:
+def _unbuilt(cls: type, *args: Any) -> Any:
     """A tensor subclass around other tensors: an object without attributes yet."""
-    make: Any = cls.__new__
-    return make(cls)
+    return object.__new__(cls)
 
 
-def _rebuilt(make: Any, cls: type[Any], args: tuple[Any, ...], state: Any) -> Any:
+def _rebuilt(make: Any, cls: type, args: tuple[Any, ...], state: Any) -> Any:
     """A tensor subclass, or a tensor with attributes."""
     if not issubclass(cls, Foreign):
         return make(*args)
-    found = cls.__new__(cls)
+    found = object.__new__(cls)
     found.__dict__.update(state[0] if isinstance(state, tuple) else state)
     return found

@@ -24,18 +24,10 @@ from .common import (
 __all__ = ["from_optimi"]
 
 _FAMILIES = ("adam", "adamw", "radam", "lion", "sgd", "sgdw")
-_DROP: tuple[str, ...] = (
-    "beta1",
-    "beta2",
-    "decouple_wd",
-    "decouple_lr",
-    "max_lr",
-    "kahan_sum",
-    "foreach",
-    "triton",
-    "gradient_release",
+_DROP = (
+    *("beta1", "beta2", "decouple_wd", "decouple_lr", "max_lr", "kahan_sum"),
+    *("foreach", "triton", "gradient_release", "setup", "torch_init"),
 )
-_DROP += ("setup", "torch_init")
 
 
 def from_optimi(state_dict: Mapping[str, Any], optimizer: FusedOptimizer) -> dict[str, Any]:

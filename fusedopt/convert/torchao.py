@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -135,7 +135,7 @@ def _joined(where: str, state_dict: Mapping[str, Any], optimizer: FusedOptimizer
     return {"state": state, "param_groups": groups}
 
 
-def _in_order(where: str, state_dict: Mapping[str, Any]) -> Any:
+def _in_order(where: str, state_dict: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Parameter by parameter: its state and its param group."""
     for group in state_dict["param_groups"]:
         for index in group["params"]:
@@ -145,9 +145,9 @@ def _in_order(where: str, state_dict: Mapping[str, Any]) -> Any:
 def _single(where: str, part: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """State and param group of one parameter."""
     if isinstance(part, tuple):
-        state, group = part
-        return state, group
-    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = list(_in_order(where, part))
+        entry, group = part
+        return entry, group
+    pairs = list(_in_order(where, part))
     if len(pairs) != 1:
         raise ValueError(
             f"{where}: an 'offloaded' optimizer has {len(pairs)} parameters, expected one; "

@@ -5,6 +5,11 @@ torch casts every state tensor to its parameter's dtype, integers included, and 
 States are brought into the format of the optimizer that loads them, rounded to nearest; where its param group leaves
 ``state_dtype`` open, plain states keep their dtype. Masters are converted by the next step, when the model's weights,
 which hold half of a split one, are sure to be loaded too.
+
+The state of a DTensor is saved element by element (``formats.to_elements``): ``torch.distributed.checkpoint`` cuts
+tensors as the processes that load them need it, and knows nothing of blocks. What a state consists of then is a dict:
+an optimizer of another format does not find what it asks for, and that is an error, where a tensor of another dtype
+would be cast.
 """
 
 from __future__ import annotations
@@ -18,14 +23,86 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import sharding
-from ..formats import OPTIONS, adopt_entry, check_entry, convert_states, decode_states, wanted_state_format
+from ..formats import (
+    OPTIONS,
+    adopt_entry,
+    check_entry,
+    convert_states,
+    decode_states,
+    from_elements,
+    to_elements,
+    wanted_state_format,
+)
+from ..plan import is_dense
 from ..specs import RULES, RuleSpec
 from .offload import home_of
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
 
-__all__ = ["export", "load", "match_params", "require_dict"]
+__all__ = ["export", "load", "match_params", "require_dict", "save"]
+
+
+def export(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What ``torch.optim.Optimizer.state_dict`` returned, for torch: states in float32, no masters, no formats."""
+    keys = {*OPTIONS, "seed"}
+    groups = [{key: value for key, value in group.items() if key not in keys} for group in state_dict["param_groups"]]
+    params, rules = _numbered(optimizer)
+    state = {}
+    for index, entry in state_dict["state"].items():
+        states = sharding.on_locals(decode_states, entry, params[index], rules[index]) if entry else {}
+        wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
+        counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
+        state[index] = {**counted, **wide}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _numbered(optimizer: FusedOptimizer) -> tuple[dict[int, torch.Tensor], list[RuleSpec]]:
+    """Parameters and their rules, by the numbers that state dicts have for them."""
+    params = dict(enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+    rules = [RULES[optimizer._rule_name(group)] for group in optimizer.param_groups for _ in group["params"]]
+    return params, rules
+
+
+def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What ``torch.optim.Optimizer.state_dict`` returned, with the states of DTensors element by element."""
+    params, rules = _numbered(optimizer)
+    if not any(map(sharding.is_sharded, params.values())):
+        return state_dict
+    state = {}
+    for index, entry in state_dict["state"].items():
+        param = params.get(index)
+        if entry and sharding.is_sharded(param):
+            entry = dict(entry)
+            local = sharding.local_entry(f"{type(optimizer).__name__}.state_dict: state[{index}]", entry, param)
+            to_elements(local, rules[index])
+            sharding.store_entry(entry, local, param)
+            entry = _nested(entry)
+        state[index] = entry
+    return {**state_dict, "state": state}
+
+
+def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with a dot as dicts in the dict."""
+    nested: dict[str, Any] = {}
+    for key, value in entry.items():
+        outer, dot, inner = key.partition(".") if isinstance(key, str) else (key, "", "")
+        if dot:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_nested``. An empty dict stands for a key that the checkpoint does not have."""
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": each for inner, each in value.items()})
+        else:
+            flat[key] = value
+    return flat
 
 
 def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
@@ -44,24 +121,14 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     rule_of = {param: rule for group, rule in zip(groups, rules) for param in group["params"]}
     for g, (group, rule) in enumerate(zip(groups, rules)):
         _check_hyperparameters(f"{where}: param_groups[{g}]", {**optimizer.defaults, **group}, rule)
-    for index, param in params.items():
-        entry = state_dict["state"].get(index, {})
-        require_dict(where, entry, f"state[{index}]")
-        entry = _local(f"{where}: state[{index}]", entry, param)
-        check_entry(f"{where}: state[{index}]", entry, sharding.local_of(param), rule_of[param])
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
-        own = params.get(index)
-        home = None if own is None else home_of(optimizer, own.device)
-        copied = state[index if own is None else own] = _copy(entry, home)
-        if own is not None and copied:
-            rule = rule_of[own]
-            local = _local(where, copied, own)
-            adopt_entry(local, rule)
-            wanted = wanted_state_format(f"{where}: parameter {index}", group_of[own], own, local, rule)
-            convert_states(local, rule, wanted)
-            if sharding.is_sharded(own):
-                sharding.store_entry(copied, local, own)
+        require_dict(where, entry, f"state[{index}]")
+        param = params.get(index)
+        home = None if param is None else home_of(optimizer, param.device)
+        copied = state[index if param is None else param] = _copy(_flat(entry) if param is not None else entry, home)
+        if param is not None and copied:
+            _bring_into_form(f"{where}: state[{index}]", copied, param, group_of[param], rule_of[param])
 
     kept = optimizer.state
     kept.clear()
@@ -71,9 +138,21 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         after(optimizer)
 
 
-def _local(where: str, entry: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
-    """The state of a parameter as plain tensors; of a plain parameter the state itself."""
-    return sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
+def _bring_into_form(
+    where: str, entry: dict[str, Any], param: torch.Tensor, group: dict[str, Any], rule: RuleSpec
+) -> None:
+    """Checks the state of a parameter and converts it, in place."""
+    is_sharded, tensor = sharding.is_sharded(param), sharding.local_of(param)
+    if is_sharded and param.dim() == 0:  # torch's full_state_dict leaves these plain, and so they lie everywhere
+        plain = [key for key, value in entry.items() if key != "step" and isinstance(value, torch.Tensor)]
+        entry.update({key: sharding.wrap_like(sharding.local_of(entry[key]), param) for key in plain})
+    local = sharding.local_entry(where, entry, param) if is_sharded else entry
+    from_elements(where, local, tensor if is_dense(tensor) else torch.empty_like(tensor), rule)
+    check_entry(where, local, tensor, rule)
+    adopt_entry(local, rule)
+    convert_states(local, rule, wanted_state_format(where, group, param, local, rule))
+    if is_sharded:
+        sharding.store_entry(entry, local, param)
 
 
 def match_params(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:
@@ -133,23 +212,6 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if "param_names" in old:
         merged.setdefault("param_names", old["param_names"])
     return {**merged, "params": old["params"]}
-
-
-def export(optimizer: FusedOptimizer) -> dict[str, Any]:
-    """A state dict that the torch.optim class of the same name loads; see ``FusedOptimizer.torch_state_dict``."""
-    exported = optimizer.state_dict()
-    keys = {*OPTIONS, "seed"}
-    groups = [{key: value for key, value in group.items() if key not in keys} for group in exported["param_groups"]]
-    indices = (dict.fromkeys(group["params"], RULES[optimizer._rule_name(group)]) for group in exported["param_groups"])
-    rules = {index: rule for own in indices for index, rule in own.items()}
-    params = dict(enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
-    state = {}
-    for index, entry in exported["state"].items():
-        states = sharding.on_locals(decode_states, entry, params[index], rules[index]) if entry else {}
-        wide = {key: each.to(torch.promote_types(each.dtype, torch.float32)) for key, each in states.items()}
-        counted = {"step": entry["step"]} if entry and rules[index].torch_counts else {}
-        state[index] = {**counted, **wide}
-    return {**exported, "state": state, "param_groups": groups}
 
 
 def _copy(value: Any, home: torch.device | None) -> Any:

@@ -38,7 +38,7 @@ class MemorySummary:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of the tensors in ``state_dict()``."""
+        """Bytes of the tensors in ``state_dict()``; there 8-bit states of DTensors take a byte more per element."""
         return sum(self.bytes[role] for role in ("master", "states", "scales", "steps"))
 
     def per_param(self, role: str | None = None) -> float:

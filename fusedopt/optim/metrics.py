@@ -77,7 +77,7 @@ class _About:
         return cls(optimizer._steps, optimizer._norm_taken, lr)
 
 
-class _Slot:
+class _Slot:  # on a GPU alone
     """Pinned memory for the results of one step, and the event behind the copy into it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -147,7 +147,7 @@ def fetch(optimizer: FusedOptimizer) -> StepMetrics | None:
     fetches = optimizer._fetches
     if torch.cuda.is_current_stream_capturing():  # neither copies nor questions about events are allowed
         return fetches[1].newest if fetches else None
-    if fetches is None or fetches[0] != device:
+    if fetches is None or fetches[0] != device:  # on a GPU alone
         fetches = optimizer._fetches = (device, Fetches([_Slot(device) for _ in range(_SLOTS)]))
     fetches[1].collect()
     fetches[1].start(control, _About.last_step(optimizer))

@@ -62,7 +62,7 @@ def repetition_of(
         has_own_grads=has_own_grads,
         run_passes=torch.compiler.disable(repeat) if launches is None else None,
     )
-    if launches is not None:
+    if launches is not None:  # on a GPU alone
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
         for launch in launches:
             step.add(*launch)

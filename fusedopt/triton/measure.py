@@ -93,9 +93,9 @@ def measure_tile(
         _, state0, _, unit0 = load_state(entry, 0, start, offsets, mask, length, S, TILE, V)
     if N > 1:
         _, state1, _, unit1 = load_state(entry, 1, start, offsets, mask, length, S, TILE, V)
-    if N > 2:
+    if N > 2:  # no such rule yet
         _, state2, _, unit2 = load_state(entry, 2, start, offsets, mask, length, S, TILE, V)
-    if N > 3:
+    if N > 3:  # no such rule yet
         _, state3, _, unit3 = load_state(entry, 3, start, offsets, mask, length, S, TILE, V)
 
     x = decode_param(main, extra, P)
@@ -104,19 +104,19 @@ def measure_tile(
         s0 = decode_state(state0, unit0, S, SECOND & 1 != 0)
     if N > 1:
         s1 = decode_state(state1, unit1, S, SECOND & 2 != 0)
-    if N > 2:
+    if N > 2:  # no such rule yet
         s2 = decode_state(state2, unit2, S, SECOND & 4 != 0)
-    if N > 3:
+    if N > 3:  # no such rule yet
         s3 = decode_state(state3, unit3, S, SECOND & 8 != 0)
-    if N == 0:
+    if N == 0:  # no such rule yet
         first, second = RULE(x, g, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
-    if N == 1:
+    if N == 1:  # no such rule yet
         first, second = RULE(x, g, s0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
     if N == 2:
         first, second = RULE(x, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
-    if N == 3:
+    if N == 3:  # no such rule yet
         first, second = RULE(x, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
-    if N == 4:
+    if N == 4:  # no such rule yet
         first, second = RULE(x, g, s0, s1, s2, s3, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
     return sum_of_squares(first, mask), sum_of_squares(second, mask)
 

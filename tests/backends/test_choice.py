@@ -178,6 +178,22 @@ def test_backend_of_another_device_is_refused_before_anything_is_written(monkeyp
     opt.step()
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference", "cuda", "triton"])
+def test_backends_refuse_devices_that_they_do_not_know(name, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_backend, "_version", lambda: (3, 6))
+    with pytest.raises(RuntimeError, match=f"backend '{name}' was asked for on 'meta'.*expected"):
+        for_device(torch.device("meta"), name)
+
+
+def test_tritons_interpreter_does_not_take_gpus(monkeypatch):
+    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_backend, "_version", lambda: (3, 6))
+    monkeypatch.setattr(triton_backend, "_is_interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match=r"on 'cuda' with TRITON_INTERPRET=1.*unset it"):
+        triton_backend.require_available(torch.device("cuda"))
+
+
 def test_triton_missing_or_too_old(monkeypatch):
     monkeypatch.setattr(triton_backend, "_is_installed", lambda: False)
     with pytest.raises(RuntimeError, match=r"triton, which is missing; install it with `pip install 'triton>=3.2'`"):

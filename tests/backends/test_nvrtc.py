@@ -1,21 +1,16 @@
-"""Compiling every CUDA kernel, which needs no GPU, and the cache on disk: what it trusts, and what it survives."""
+"""Compiling, and the cache on disk: what it trusts, and what it survives. Every kernel: test_every_kernel.py."""
 
+import ctypes.util
 import hashlib
-import struct
+import importlib.metadata
 import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
-from itertools import product
+from types import ModuleType
 
 import pytest
-import torch
 
-from fusedopt import formats
 from fusedopt.backends import nvrtc
-from fusedopt.specs import DTYPES, PARAM_FORMATS, RULES
 
 ARCH = "sm_90"  # kernels are tuned on it
 KERNEL = nvrtc.FINALIZE  # the smallest
@@ -23,245 +18,16 @@ OTHER_KERNEL = nvrtc.upload_kernel(nvrtc.SMALL_TABLE)
 CUBIN = b"\x7fELF" + bytes(range(256)) * 8
 
 
-# ---- every kernel -------------------------------------------------------------------------------------------------
-
-
-def sections(cubin: bytes):
-    """(name, content) of each section of an ELF file of 64 bits."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<3H", cubin, 58)
-    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
-    for name, _, _, _, offset, length in headers:
-        start = headers[names][4] + name
-        yield cubin[start : cubin.index(b"\0", start)].decode(), cubin[offset : offset + length]
-
-
-def frame_bytes(cubin: bytes) -> int:
-    """The largest stack frame of a cubin's functions: spilled registers, and arrays with an index known at run time.
-
-    The compiler records it in section .nv.info, a list of (format, attribute, value or length of a value). Attribute
-    0x11, EIATTR_FRAME_SIZE, holds the function's number and its bytes.
-    """
-    frames = []
-    for content in (content for name, content in sections(cubin) if name == ".nv.info"):
-        at = 0
-        while at < len(content):
-            kind, attribute, value = struct.unpack_from("<2BH", content, at)
-            length = value if kind == 4 else 0
-            if attribute == 0x11:
-                frames.append(struct.unpack_from("<2I", content, at + 4)[1])
-            at += 4 + length
-    return max(frames)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kernel written out, where a ``KernelSpec`` is expected."""
-
-    text: str
+class Broken:
+    """Where a ``KernelSpec`` is expected."""
 
     def source(self) -> str:
-        return self.text
-
-
-# Rules, and formats of parameters and states, whose figures the benchmarks show.
-MEASURED_RULES = ("adam", "adamw", "lion", "sgd", "sgd_momentum", "rmsprop", "adagrad")
-MEASURED_FORMATS = (
-    ("float32", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16+master", "float32"),
-    ("float16+master", "float32"),
-    ("split16", "float32"),
-    ("split16", "bfloat16"),
-    ("bfloat16+stochastic", "bfloat16+stochastic"),
-)
-TWO_PHASES = {spec.cpp for spec in RULES.values() if spec.norms}
-OTHER_STRUCTS = {spec.cpp for name, spec in RULES.items() if name not in MEASURED_RULES}
-
-
-def measured_kernels(rule: str) -> list[nvrtc.KernelSpec]:
-    return [nvrtc.update_kernel(rule, param, PARAM_FORMATS[param].dtype, state) for param, state in MEASURED_FORMATS]
-
-
-# Where launch bounds leave too few registers, the compiler spills some; never whole vectors. Largest frame in bytes,
-# with NVRTC 13.5, on the architecture that kernels are tuned on and on the others. All other kernels have none.
-SPILLED_BYTES = {
-    "norm of float64": (72, 96),
-    "norm": (0, 56),
-    "norm, small models": (16, 16),
-    "update, small models": (16, 32),
-    "accumulation of float64": (80, 104),
-    "update, int8 states": (48, 48),
-    "update, stochastic states": (0, 40),
-    "update, other rules": (48, 48),
-    "update, two phases": (56, 64),
-}
-
-
-def spills_as(kernel: nvrtc.KernelSpec) -> str | None:
-    """The row of `SPILLED_BYTES`."""
-    if kernel.template == "norm_pass":
-        if "Float64" in kernel.arguments:
-            return "norm of float64"
-        return "norm, small models" if "Tuning::kLatency" in kernel.arguments else "norm"
-    if kernel.template == "update_pass" and kernel.arguments[1] == "PlainFloat64" and "NoMain" not in kernel.arguments:
-        return "accumulation of float64"
-    if TWO_PHASES & set(kernel.arguments):
-        return "update, two phases"
-    if OTHER_STRUCTS & set(kernel.arguments):
-        return "update, other rules"
-    if "Int8State" in kernel.arguments:
-        return "update, int8 states"
-    if "StochasticState" in kernel.arguments:
-        return "update, stochastic states"
-    return "update, small models" if "Tuning::kLatency" in kernel.arguments else None
-
-
-def allowed_frame_bytes(kernel: nvrtc.KernelSpec, arch: str) -> int:
-    row = spills_as(kernel)
-    return SPILLED_BYTES[row][arch != ARCH] if row else 0
-
-
-def compile_all(kernels, arch) -> None:
-    """Each must become a cubin that has its entry point and keeps its vectors in registers."""
-    with ThreadPoolExecutor(2) as pool:
-        cubins = list(pool.map(lambda kernel: nvrtc.compile_kernel(kernel, arch), kernels))
-    assert all(cubin.startswith(b"\x7fELF") and nvrtc.ENTRY.encode() in cubin for cubin in cubins)
-    frames = {kernel: frame_bytes(cubin) for kernel, cubin in zip(kernels, cubins, strict=True)}
-    assert not {kernel: size for kernel, size in frames.items() if size > allowed_frame_bytes(kernel, arch)}
-
-
-TABLES = {"small": nvrtc.SMALL_TABLE, "medium": nvrtc.MEDIUM_TABLE, "large": nvrtc.LARGE_TABLE, "device": 0}
-
-# All kernels for all architectures would take an hour: five times some 1,800, a third of a second each. A kernel is
-# made of formats, rules and tables, each written once, so it is enough that each of them meets each architecture. Every
-# kernel is compiled for one, in turn; these for all of them:
-EVERYWHERE = ("adamw", "lion")  # in all formats of parameters and states; other rules in plain ones
-
-
-def plain_kernels(rule: str) -> list[nvrtc.KernelSpec]:
-    """Parameters, gradients and states of one dtype, with the smallest table; all phases."""
-    small_model = nvrtc.update_kernel(rule, "float32", "float32", "float32", latency_bound=True)
-    return nvrtc.with_measuring([*(nvrtc.update_kernel(rule, dtype, dtype, dtype) for dtype in DTYPES), small_model])
-
-
-def format_kernels(rule: str) -> list[nvrtc.KernelSpec]:
-    """All formats of parameters and states, with gradients of the parameter's dtype."""
-    chosen = [row for row in nvrtc.combinations() if row[1] == PARAM_FORMATS[row[0]].dtype]
-    return [nvrtc.update_kernel(rule, *row) for row in chosen]
-
-
-def accumulation_kernels() -> list[nvrtc.KernelSpec]:
-    """The passes over main gradients: updates in all formats for one rule, in plain ones for the others."""
-    kernels = [*nvrtc.accumulated_gradient_kernels(), *nvrtc.accumulation_kernels("adamw")]
-    for rule in RULES:
-        mains = {dtype: "float64" if dtype == "float64" else "float32" for dtype in DTYPES}
-        updates = [nvrtc.update_kernel(rule, dtype, dtype, dtype, main=main) for dtype, main in mains.items()]
-        kernels += nvrtc.with_measuring(updates)
-    return list(dict.fromkeys(kernels))
-
-
-@cache
-def kernels_for(arch: str) -> list[nvrtc.KernelSpec]:
-    """What is compiled for this architecture."""
-    turn, turns = nvrtc.ARCHITECTURES.index(arch), len(nvrtc.ARCHITECTURES)
-    chosen = []
-    for r, rule in enumerate(RULES):  # shifted, so that a format meets another architecture with each rule
-        kernels = nvrtc.update_kernels(rule)
-        chosen += [kernel for i, kernel in enumerate(kernels) if (i + r) % turns == turn]
-        chosen += plain_kernels(rule) + (format_kernels(rule) if rule in EVERYWHERE else [])
-        chosen += measured_kernels(rule) if arch == ARCH and rule in MEASURED_RULES else []
-    chosen += [kernel for i, kernel in enumerate(nvrtc.common_kernels()) if i % turns == turn]
-    chosen += [kernel for kernel in nvrtc.common_kernels() if kernel.template in ("finalize_pass", "upload")]
-    chosen += [kernel for i, kernel in enumerate(accumulation_kernels()) if i % turns == turn]
-    chosen += nvrtc.gradient_kernels() if arch == ARCH else []
-    return list(dict.fromkeys(chosen))
-
-
-PARTS = 8  # of an architecture's kernels, so that processes can share the work
-
-
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
-def test_every_kernel_compiles(arch, part):
-    """Without spilling more than `SPILLED_BYTES`."""
-    compile_all(kernels_for(arch)[part::PARTS], arch)
-
-
-def test_every_kernel_is_compiled():
-    """For some architecture, every one; for every architecture, every rule, format, dtype and table."""
-    compiled = [set(kernels_for(arch)) for arch in nvrtc.ARCHITECTURES]
-    every = {*nvrtc.all_kernels(), *accumulation_kernels()}
-    assert set.union(*compiled) == every
-    parts = {part for kernel in every for part in parts_of(kernel)}
-    assert {table for table in TABLES.values()} <= parts
-    assert all({part for kernel in kernels for part in parts_of(kernel)} == parts for kernels in compiled)
-
-
-def parts_of(kernel: nvrtc.KernelSpec) -> tuple:
-    return (kernel.template, kernel.table_bytes, *kernel.arguments)
-
-
-@pytest.mark.parametrize("rule", MEASURED_RULES)
-def test_what_is_measured_may_not_spill(rule):
-    """The figures of the benchmarks are those of kernels whose limit is 0, but for int8 states."""
-    for kernel in measured_kernels(rule):
-        assert kernel in kernels_for(ARCH) and allowed_frame_bytes(kernel, ARCH) == 0
-
-
-@pytest.mark.parametrize("rule", MEASURED_RULES)
-def test_float32_main_gradients_may_not_spill(rule):
-    """Nor those of small models, where masters, splits and plain parameters have no 8-bit states."""
-    kernels = [
-        nvrtc.update_kernel(rule, param, PARAM_FORMATS[param].dtype, state, latency_bound=low, main="float32")
-        for param, state, low in (
-            ("float32", "float32", False),
-            ("bfloat16", "bfloat16", False),
-            ("bfloat16+master", "float32", False),
-            ("float16+master", "float32", False),
-            ("split16", "float32", False),
-            ("split16", "bfloat16", False),
-            ("split8", "float32", False),
-        )
-    ]
-    assert set(kernels) <= set(nvrtc.accumulation_kernels(rule))
-    assert all(allowed_frame_bytes(kernel, ARCH) == 0 for kernel in kernels)
-
-
-def test_combinations_are_those_that_options_give():
-    """Parameter and state formats that some param group asks for, each with gradients of every dtype that may be."""
-    found, large = set(), 4096
-    for dtype, master, state, stochastic in product(
-        DTYPES, formats.MASTER_WEIGHTS, formats.STATE_DTYPES, (False, True)
-    ):
-        group = {"master_weights": master, "state_dtype": state, "stochastic_rounding": stochastic}
-        param = torch.zeros(large, dtype=getattr(torch, dtype))
-        try:
-            formats.check_format_options("group", group, RULES["adamw"])
-            chosen = formats.param_format("p", group, param.dtype).name, formats.state_format("p", group, param).name
-        except ValueError:
-            continue
-        found |= {(chosen[0], grad, chosen[1]) for grad in DTYPES if (grad == "float64") == (dtype == "float64")}
-    assert set(nvrtc.combinations()) == found
-    assert len(nvrtc.combinations()) == len(found)
-
-
-@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
-def test_local_memory_is_noticed(arch):
-    """64 floats with an index known at run time."""
-    kernel = Source(
-        'extern "C" __global__ void fusedopt_entry(float* x, int n) {'
-        "  float a[64];"
-        "  for (int i = 0; i < n; ++i) a[i * 7 % 64] = x[i];"
-        "  for (int i = 0; i < n; ++i) x[i] = a[i * 5 % 64];"
-        "}"
-    )
-    assert frame_bytes(nvrtc.compile_kernel(kernel, arch)) == 64 * 4
+        return "__global__ void f() { no_such_function(); }"
 
 
 def test_compiler_errors_are_shown():
     with pytest.raises(RuntimeError, match=r"NVRTC could not compile .* for sm_90.*(?s:.)*no_such_function"):
-        nvrtc.compile_kernel(Source("__global__ void f() { no_such_function(); }"), ARCH)
+        nvrtc.compile_kernel(Broken(), ARCH)
 
 
 def test_unknown_architecture_is_named():
@@ -305,6 +71,44 @@ def test_missing_cuda_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda", None)
     with pytest.raises(RuntimeError, match=r"pip install 'fusedopt\[cuda\]'"):
         nvrtc.require_compiler()
+
+
+def test_cuda_core_before_1_has_the_compiler_elsewhere(monkeypatch):
+    cuda = importlib.import_module("cuda")
+    old, compiler = ModuleType("cuda.core"), ModuleType("cuda.core.experimental")
+    old.experimental, compiler.Program = compiler, object
+    monkeypatch.setattr(cuda, "core", old, raising=False)
+    for module in (old, compiler):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert nvrtc._cuda_core() is compiler
+
+
+def test_missing_sources_name_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvrtc, "__file__", str(tmp_path / "fusedopt" / "backends" / "nvrtc.py"))
+    with pytest.raises(RuntimeError, match=r"the CUDA sources are missing from .*reinstall the package"):
+        nvrtc.source_dir.__wrapped__()
+
+
+def test_nvrtc_is_found_as_a_package_or_on_the_system(monkeypatch):
+    """By its package; else by what looks for libraries, and by the linker's own search where that is missing."""
+    assert nvrtc.has_nvrtc()
+
+    def no_package(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def not_found(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
+    pathfinder = ModuleType("cuda.pathfinder")
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder)
+    for search, found in ((lambda name: name, True), (not_found, False)):
+        pathfinder.load_nvidia_dynamic_lib = search
+        assert nvrtc.has_nvrtc() is found
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    for library in ("libnvrtc.so.13", None):
+        monkeypatch.setattr(ctypes.util, "find_library", lambda _, library=library: library)
+        assert nvrtc.has_nvrtc() is (library is not None)
 
 
 # ---- the cache ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """`fusedopt verify`: exit codes, tables, reports, and bad arguments before anything runs."""
 
+import importlib
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -36,6 +38,31 @@ def test_fails_with_the_element_that_is_wrong(monkeypatch):
     result = command(*wrong, "--case", "mixed", "--transform", "none")
     assert result.exit_code == 1
     assert "FAILED adamw" in result.output and ", element " in result.output
+
+
+def test_many_failures_are_counted_and_the_page_has_them(monkeypatch, tmp_path):
+    """The first are shown. Cases that mean nothing for an optimizer are counted too, with the reason."""
+    monkeypatch.setattr(importlib.import_module("fusedopt.cli.verify"), "_SHOWN_FAILURES", 2)
+    monkeypatch.syspath_prepend("tests/testing")
+    wrong = ("verify", "--optimizer", "wrong_optimizers:EpsInsideTheRoot", "--rule", "adamw", "--dtype", "float32")
+    path = tmp_path / "r.html"
+    result = command(*wrong, "--transform", "none", "--case", "mixed", "--case", "zeros", "--html", str(path))
+    assert result.exit_code == 1, result.output
+    failed = int(re.search(r"and (\d+) more: --json or --html has all", result.output)[1]) + 2
+    assert result.output.count("FAILED adamw") == 2 < failed
+    assert path.read_text().count("/mixed") >= 1
+
+
+def test_cases_that_mean_nothing(monkeypatch):
+    """An optimizer without a counter that can be set is not judged at 2^24; where no other case is left, that is an
+    error."""
+    monkeypatch.syspath_prepend("tests/testing")
+    optimizer = "wrong_optimizers:make_without_counter"
+    without = ("verify", "--optimizer", optimizer, "--rule", "adamw", "--dtype", "float32", "--transform", "none")
+    result = command(*without, "--case", "late_counters")
+    assert result.exit_code == 2 and "no case means anything for" in result.output
+    result = command(*without, "--case", "late_counters", "--case", "zeros")
+    assert "cases were left out: it has no step counter that can be set" in result.output
 
 
 def test_quick_says_what_it_left_out():

@@ -22,15 +22,15 @@ def pattern(shape: tuple[int, ...], salt: int) -> torch.Tensor:
     return values.view(shape)
 
 
-def params(shapes, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+def params(shapes, dtype: torch.dtype = torch.float32, device="cpu") -> list[torch.nn.Parameter]:
     """What the parameters are when the checkpoint is taken."""
-    return [torch.nn.Parameter(pattern(shape, 100 + i).to(dtype)) for i, shape in enumerate(shapes)]
+    return [torch.nn.Parameter(pattern(shape, 100 + i).to(device, dtype)) for i, shape in enumerate(shapes)]
 
 
 def set_grads(parameters, step: int) -> None:
     """The gradients of a step of the peer, counted from 0; the one after the checkpoint is `NEXT`."""
     for i, param in enumerate(parameters):
-        param.grad = pattern(tuple(param.shape), 10 * step + i).to(param.dtype)
+        param.grad = pattern(tuple(param.shape), 10 * step + i).to(param)
 
 
 STEPS = 3

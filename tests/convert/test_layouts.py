@@ -103,7 +103,9 @@ def test_zero_errors():
     zero_error(lambda r, n: ([{**p, "fp32_flat_groups": []} for p in r], n), "stage 3, expected stage 1 or 2")
     zero_error(lambda r, n: ([{"zero_stage": 1}] * 2, n), r"expected \['base_optimizer_state'")
     zero_error(lambda r, n: (r, [("x" + key, p) for key, p in n]), "hold 0 elements of 'xembedding', expected 77")
-    ranks, _, _, opt = zero_sample("deepspeed_zero2")
+    ranks, _, named, opt = zero_sample("deepspeed_zero2")
+    with pytest.raises(ValueError, match="has 2 param groups, expected the optimizer's 1"):
+        convert.from_deepspeed_zero(ranks, fusedopt.AdamW([p for _, p in named]), named)
     with pytest.raises(ValueError, match="a rank's part of a ZeRO checkpoint"):
         convert.from_deepspeed(ranks[0], opt)
 

@@ -81,10 +81,10 @@ CASES = [
 ]
 
 
-def sample_of(case: Case):
+def sample_of(case: Case, device="cpu"):
     """The file, and an optimizer with defaults of its own beside the parameters of that time."""
     sample = convert.load_file(DATA / f"{case.name}.pt")
-    parameters = params(case.shapes, case.dtype)
+    parameters = params(case.shapes, case.dtype, device)
     momentum = {"momentum": 0.5} if case.rule.startswith("sgd") else {}
     return sample, parameters, case.make(parameters, lr=0.5, **momentum, **case.options)
 
@@ -142,8 +142,8 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_next_step_is_the_peers(case):
-    sample, parameters, opt = sample_of(case)
+def test_the_next_step_is_the_peers(case, device):
+    sample, parameters, opt = sample_of(case, device)
     opt.load_state_dict(case.read(sample["state_dict"], opt))
     before = [p.detach().clone() for p in parameters]
     states = [{key: opt.state[p][key].clone() for key in reference.STATES[case.rule]} for p in parameters]
@@ -157,7 +157,7 @@ def test_the_next_step_is_the_peers(case):
         assert_within(opt.state[param].get("master_param", param), expected, f"ours, parameter {i}")
         if sample["after"] is not None:
             if case.float32_powers:
-                expected.error += float32_power_error(expected.value - masters[i].double(), hyper, steps[i] + 1)
+                expected.error += float32_power_error(expected.value - masters[i].double().cpu(), hyper, steps[i] + 1)
             if case.error_bits:
                 expected.error += error_bits_error(sample["after"][i], case.error_bits).view(expected.error.shape)
             theirs = sample["after"][i]

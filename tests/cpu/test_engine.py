@@ -16,9 +16,9 @@ import torch
 from cases import CASES, DTYPES, ONE_EACH, SIZES, hard_values, memory, normal, parameters, set_gradients
 
 import fusedopt
-from fusedopt import passes
-from fusedopt.plan import TensorRow
-from fusedopt.specs import CPU_CHUNK
+from fusedopt import _C, passes
+from fusedopt.plan import TensorRow, dtype_code
+from fusedopt.specs import CPU_CHUNK, PARAM_FORMATS, RULES, STATE_FORMATS
 
 TESTS = Path(__file__).resolve().parents[1]
 ISAS = ["baseline", "avx2", "avx512"]
@@ -225,6 +225,66 @@ def test_works_after_a_fork():
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.split()
     assert child == parent
+
+
+# ---- what the engine is given -------------------------------------------------------------------------------------
+
+ONE_TENSOR = torch.zeros(1 << 10, dtype=torch.int64)
+"""Memory for the addresses below, of which none is followed."""
+
+
+def update_with(rule="adamw", form="float32", grad="float32", main=None, state="float32", chunk=256, **row):
+    """Calls the update pass on a table of one tensor of 300 elements.
+
+    rule, form (of the parameter), grad, main (None: as grad), state: names, or numbers that are no code. row: what
+    differs in the row of the table.
+    """
+    dtypes = [name if isinstance(name, int) else dtype_code(getattr(torch, name)) for name in (grad, main or grad)]
+    index = rule if isinstance(rule, int) else RULES[rule].index
+    param_code = form if isinstance(form, int) else PARAM_FORMATS[form].code
+    here = ONE_TENSOR.data_ptr()
+    given = {"param": here, "extra": here, "states": [here] * 2, "scales": [here] * 2, "step": here, "group": 0, **row}
+    table = _C.Table(chunk)
+    table.add(*(given[key] for key in ("param", "extra", "states", "scales", "step")), 0, 300, given["group"], 0)
+    hyper = RULES["adamw"].hyper
+    hypers = _C.Hypers([(key, at) for _, key, at in hyper])
+    hypers.pack([{key: 0.5 for _, key, _ in hyper}])
+    _C.cpu_update(table, hypers, index, param_code, *dtypes, STATE_FORMATS[state].code, _C.PassArgs(), 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rule": 99}, "got rule=99, expected 0 to"),
+        ({"rule": -1}, "got rule=-1, expected 0 to"),
+        ({"form": 99}, "got param_format=99"),
+        ({"grad": 99}, "got grad_dtype=99"),
+        ({"main": 99}, "got main_dtype=99"),
+        ({"main": "float64"}, "got float64 beside another dtype"),
+        ({"form": "float64"}, "got float64 beside another dtype"),
+        ({"state": "float64"}, "got float64 beside another dtype"),
+        ({"group": 3}, "hyper-parameters of 1 param groups, expected 4"),
+        ({"state": "int8", "chunk": 100}, "got chunks of 100 elements, expected a multiple of 256"),
+        ({"step": 0}, "no address of 'step' for tensor 0"),
+        ({"param": 0}, "no address of 'param'"),
+        ({"form": "bfloat16+master", "extra": 0}, "no address of 'extra'"),
+        ({"states": [0, 0]}, "no address of 'states'"),
+        ({"state": "int8", "scales": [0, 0]}, "no address of 'scales'"),
+    ],
+    ids=str,
+)
+def test_wrong_codes_are_refused(change, message):
+    """And missing addresses: where a table and the codes beside it do not fit, nothing is followed."""
+    with pytest.raises(ValueError, match=message):
+        update_with(**change)
+
+
+def test_accumulation_without_main_gradients_is_refused():
+    table = _C.Table(256)
+    here = ONE_TENSOR.data_ptr()
+    table.set_grad(table.add(here, 0, [], [], here, 0, 300, 0, 0), here)
+    with pytest.raises(ValueError, match="cpu_accumulate: got no address of 'main_grad' for tensor 0"):
+        _C.cpu_accumulate(table, *[dtype_code(torch.float32)] * 2, _C.PassArgs(), 1)
 
 
 # ---- sizes and shares ---------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 import time
 
 import torch
@@ -46,6 +48,17 @@ def died(ctx: Context) -> dict:
     return step_that_fails(params, opt)
 
 
+def died_waiting(ctx: Context) -> dict:
+    """Process 1 ends in the all-reduce, before process 0 has come to it."""
+    params, opt = stepper(ctx)
+    opt.step()
+    if ctx.rank == 1:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        opt.step()
+    time.sleep(0.6)
+    return step_that_fails(params, opt)
+
+
 def late(ctx: Context) -> dict:
     """Process 1 takes no further step, but lives."""
     params, opt = stepper(ctx)
@@ -73,7 +86,7 @@ def other_seeds(ctx: Context) -> dict:
     return step_that_fails([param], opt)
 
 
-SCENARIOS = [died, late, more_parameters, other_options, other_seeds]
+SCENARIOS = [died, died_waiting, late, more_parameters, other_options, other_seeds]
 
 
 def main(out: str) -> None:

@@ -25,7 +25,7 @@ def told(tmp_path_factory) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("scenario", ["died-0", "late-0"])
+@pytest.mark.parametrize("scenario", ["died-0", "died_waiting-0", "late-0"])
 def test_a_process_that_does_not_come(scenario, told):
     result = told[scenario]
     assert result["error"].startswith("RuntimeError: fusedopt: the all-reduce of the gradients' norm")

@@ -22,6 +22,9 @@ from fusedopt.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
+LIBRARIES = {"docs/integrations.md": ("transformers", "accelerate", "lightning")}
+"""What pages are about, and are skipped without."""
+
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "sh", "cpp", "diff", "text", "markdown", "dockerfile", ""}
 MARKER = re.compile(r"# (?:needs (.+)|file: \S+)\n")
@@ -81,9 +84,12 @@ def run_page(page: Path) -> None:
             exec(code, namespace)
 
 
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
 def test_python_blocks(page, device, tmp_path, monkeypatch):
     """On a machine with a GPU pages use it, so they run once, as GPU tests."""
+    for library in LIBRARIES.get(name_of(page), ()):
+        pytest.importorskip(library, reason=f"needs {library}: the extra test-integrations")
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("pages take the GPU that is here")
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ import torch
 import fusedopt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-STEPS = 3
+STEPS = 7
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -25,12 +25,12 @@ def data(monkeypatch):
     return _data
 
 
-def torch_run(data, device, world) -> tuple[list[float], list[float]]:
+def torch_run(data, device) -> tuple[list[float], list[float]]:
     """Losses and norms."""
     model = data.new_model(device)
     opt = torch.optim.AdamW(data.parameter_groups(model), lr=1e-3, betas=(0.9, 0.95))
     losses, norms = [], []
-    for batch in data.text_batches(STEPS, device, world * data.BATCH_SIZE):
+    for batch in data.text_batches(STEPS, device, 2 * data.BATCH_SIZE):
         loss = model.loss(batch)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
@@ -40,34 +40,72 @@ def torch_run(data, device, world) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-@pytest.mark.parametrize(
-    ("device", "world"),
-    [
-        ("cpu", 2),
-        pytest.param("cuda", 1, marks=pytest.mark.gpu),
-        pytest.param("cuda", 2, marks=[pytest.mark.gpu, pytest.mark.multigpu]),
-    ],
-)
-def test_processes_are_one_with_all_batches(device, world, data):
-    """Printed to four digits; on GPUs matrices are multiplied in another order for other batch sizes."""
+def torchrun(world: int, script: Path, *options: str, restarts: int = 0) -> str:
+    """What the processes wrote."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     run = subprocess.run(
-        [*command, EXAMPLES / "train_fsdp.py", f"--steps={STEPS}", f"--device={device}"],
+        [*command, f"--max-restarts={restarts}", "--monitor-interval=0.1", script, *options],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(fusedopt.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(fusedopt.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
         timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    losses, norms = torch_run(data, torch.device(device), world)
-    tolerance = 1e-4 if device == "cpu" else 2e-3
-    got = re.findall(r"loss (\S+) -> (\S+) nats", run.stdout)
+    return run.stdout
+
+
+def assert_run(out: str, begin: int, end: int, world: int, expected, tolerance: float):
+    """That every process told the losses and norms of these steps, from 1. Printed to four digits."""
+    losses, norms = expected
+    got = re.findall(r"loss (\S+) -> (\S+) nats", out)
     assert len(got) == world
     for first, last in got:
-        assert [float(first), float(last)] == pytest.approx([losses[0], losses[-1]], abs=tolerance)
-    first, last = re.search(rf"gradient norm (\S+) -> (\S+), {world} processes", run.stdout).groups()
-    assert [float(first), float(last)] == pytest.approx([norms[0], norms[-1]], rel=tolerance, abs=1e-4)
+        assert [float(first), float(last)] == pytest.approx([losses[begin - 1], losses[end - 1]], abs=tolerance)
+    told = re.search(rf"steps {begin} to {end}: gradient norm (\S+) -> (\S+), {world} processes", out)
+    first, last = map(float, told.groups())
+    assert [first, last] == pytest.approx([norms[begin - 1], norms[end - 1]], rel=tolerance, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.multigpu)])
+def test_processes_are_one_with_all_batches(world, data):
+    """On GPUs matrices are multiplied in another order for other batch sizes."""
+    out = torchrun(world, EXAMPLES / "train_fsdp.py", f"--steps={STEPS}", "--device=cuda")
+    assert_run(out, 1, STEPS, world, torch_run(data, torch.device("cuda")), 2e-3)
+
+
+KILLED = """
+import os, runpy, signal, sys
+import fusedopt
+step = fusedopt.AdamW.step
+steps = []
+def step_or_die(self, *args, **kwargs):
+    steps.append(None)
+    if len(steps) == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *args, **kwargs)
+fusedopt.AdamW.step = step_or_die
+sys.path.insert(0, {examples!r})
+runpy.run_path({examples!r} + "/train_fsdp.py", run_name="__main__")
+"""
+"""The example, one of whose processes ends in its fourth step, while the other waits for its share in the norm."""
+
+
+def test_a_killed_process(data, tmp_path):
+    """All go on from the last checkpoint as one process with all batches that nothing happened to; then one alone."""
+    expected = torch_run(data, torch.device("cpu"))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(examples=str(EXAMPLES)))
+    options = ["--device=cpu", f"--checkpoints={tmp_path / 'checkpoints'}", "--every=2"]
+    assert_run(torchrun(2, script, "--steps=5", *options, restarts=1), 3, 5, 2, expected, 1e-4)
+    (tmp_path / "checkpoints" / "6").mkdir()  # one that has not been finished
+    assert_run(torchrun(1, EXAMPLES / "train_fsdp.py", "--steps=7", *options), 6, 7, 1, expected, 1e-4)
 
 
 def test_example_is_small():
-    assert len((EXAMPLES / "train_fsdp.py").read_text().splitlines()) <= 80
+    assert len((EXAMPLES / "train_fsdp.py").read_text().splitlines()) <= 110

@@ -271,7 +271,8 @@ def _passes(rng: random.Random, call: Calls, memory: Memory) -> None:
             call("cpu_finalize_norm", _C.cpu_finalize_norm, some(args), number(rng), number(rng))
         elif name == "update":
             given = (codes.rule, codes.param, codes.grad, codes.main, codes.state)
-            call("cpu_update", _C.cpu_update, some(table), some(hypers), *given, some(args), threads())
+            part = (rng.randrange(-1, 8), rng.randrange(-1, 8)) if rng.random() < 0.3 else ()
+            call("cpu_update", _C.cpu_update, some(table), some(hypers), *given, some(args), threads(), *part)
         elif name == "accumulate":
             call("cpu_accumulate", _C.cpu_accumulate, some(table), codes.grad, codes.main, args, threads())
         elif name == "scale":

@@ -274,6 +274,18 @@ ENGINE = [
         ("tests/cpu/test_engine.py::test_thread_counts_give_the_same_bits[2]",),
     ),
     Mutant(
+        "norm-order-by-chance",
+        "parts of the norm are added in the order in which threads are done",
+        "csrc/cpu/passes.cpp",
+        "parallel_for(threads, int64(chunks.size()), [&](int64 i) { partials[i] = engine.norm(job, chunks[i]); });",
+        "int64 done = 0;\n"
+        "  parallel_for(threads, int64(chunks.size()), [&](int64 i) {\n"
+        "    const NormPartial partial = engine.norm(job, chunks[i]);\n"
+        "    partials[__atomic_fetch_add(&done, 1, __ATOMIC_RELAXED)] = partial;\n"
+        "  });",
+        ("tests/optim/test_clip.py::test_order_of_sums_is_always_the_same[{device}]",),
+    ),
+    Mutant(
         "last-chunk-dropped",
         "with threads, the last chunk is left out",
         "csrc/host/threads.cpp",

@@ -100,6 +100,7 @@ BAD_VALUES = [
     ("lr", -1.0),
     ("lr", math.nan),
     ("lr", torch.tensor(-1.0)),
+    ("betas", (0.9,)),
     ("betas", (-0.1, 0.9)),
     ("betas", (0.9, 1.0)),
     ("betas", (1.0, 0.9)),
@@ -135,7 +136,7 @@ ADDITIONS = {"max_grad_norm": 1.5, "max_grad_value": 2.5, "norm_type": 1.0, "non
 def value_pattern(key, value):
     """The value as it was given; of a tuple the part that is wrong."""
     if key == "betas":
-        value = next(beta for beta in value if not 0 <= beta < 1)
+        value = next((beta for beta in value if not 0 <= beta < 1), value)
     return re.escape(str(value.item() if isinstance(value, torch.Tensor) else value))
 
 

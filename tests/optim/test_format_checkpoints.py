@@ -435,3 +435,82 @@ def test_size_of_a_checkpoint_is_in_the_summary(device):
     saved = sum(value.numel() * value.element_size() for entry in state.values() for value in entry.values())
     assert opt.memory_summary().checkpoint == saved
     assert bits(opt.state[params[2]]["exp_avg"]).numel() == 4097
+
+
+# ---- element by element, as the states of DTensors are saved ------------------------------------------------------
+
+
+def by_elements(opt):
+    saved = copy.deepcopy(opt.state_dict())
+    for entry in saved["state"].values():
+        formats.to_elements(entry, ADAMW)
+    return saved
+
+
+@pytest.mark.parametrize("master", ["split16", "split8", "fp32"])
+def test_states_by_element(master, device):
+    """The same bits where blocks are the same, in another memory order too; NaN stays in its block."""
+    options = {"master_weights": master, "state_dtype": "int8", "min_8bit_size": 0, "seed": 1}
+    values = [
+        normal((30, 41), device=device, dtype=torch.bfloat16).t(),
+        normal((0,), device=device, dtype=torch.bfloat16),
+    ]
+    params, twins = ([parameter(value.clone()) for value in values] for _ in range(2))
+    opt, twin = (fusedopt.AdamW(each, lr=0.1, **options) for each in (params, twins))
+    for step in range(2):
+        for i, p in enumerate(params):
+            p.grad = normal(p.shape, device=device, dtype=torch.bfloat16, seed=step + i)
+        params[0].grad[3, 4] = float("nan") if step else 0.0
+        opt.step()
+    saved = through_file(by_elements(opt))
+    assert saved["state"][0]["exp_avg.code"].shape == saved["state"][0]["exp_avg.exponent"].shape == params[0].shape
+    twin.load_state_dict(saved)
+    for p, q in zip(params, twins):
+        assert_same_bits([*opt.state[p].values()], [twin.state[q][key] for key in opt.state[p]])
+
+
+def test_blocks_that_are_put_together_anew(device):
+    """One rounding more, and 0 only where there was 0."""
+    value = normal((1000,), device=device) * 2.0 ** (torch.arange(1000, device=device) // 100).float()
+    param = parameter(torch.zeros_like(value))
+    opt = fusedopt.AdamW([param], state_dtype="int8", min_8bit_size=0)
+    param.grad = value
+    opt.step()
+    cut = slice(130, 900)
+    saved = by_elements(opt)
+    state = {key: each[cut] if each.dim() else each for key, each in saved["state"][0].items()}
+    part = parameter(torch.zeros_like(value[cut]))
+    resumed = fusedopt.AdamW([part], state_dtype="int8", min_8bit_size=0)
+    resumed.load_state_dict({**saved, "state": {0: state}})
+    whole, now = (formats.decode_states(each.state[p], ADAMW) for each, p in ((opt, param), (resumed, part)))
+    assert not torch.equal(now["exp_avg"], whole["exp_avg"][cut])
+    for key, bits_ in (("exp_avg", 3), ("exp_avg_sq", 4)):
+        got, want = (each.double() if bits_ == 3 else each.double().sqrt() for each in (now[key], whole[key][cut]))
+        unit = torch.cat([block.abs().max().expand(len(block)) for block in want.split(BLOCK)]) * 2.0**-15
+        assert ((got - want).abs() <= (want.abs() + (2 if bits_ == 3 else 4) * unit) * 2.0 ** -(bits_ + 1)).all()
+    assert ((now["exp_avg_sq"] > 0) == (whole["exp_avg_sq"][cut] > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("exp_avg.exponent", lambda t: None, r"\['exp_avg'\]\['exponent'\] is a NoneType, expected a tensor"),
+        ("exp_avg_sq.code", lambda t: t.float(), r"\['code'\] has dtype float32, expected uint8"),
+        ("exp_avg.code", lambda t: t[:3], r"\['code'\] has shape \(3,\), expected \(5,\)"),
+        ("param_remainder.bits16", lambda t: t.view(torch.int16), r"\['bits16'\] has dtype int16, expected bfloat16"),
+    ],
+)
+def test_elements_that_do_not_fit(key, change, message, device):
+    options = {"state_dtype": "int8", "min_8bit_size": 0, "master_weights": "split16"}
+    params = [parameter(normal((5,), device=device, dtype=torch.bfloat16))]
+    opt = fusedopt.AdamW(params, **options)
+    params[0].grad = torch.ones_like(params[0])
+    opt.step()
+    before, saved = copy.deepcopy(opt.state_dict()), by_elements(opt)
+    saved["state"][0][key] = change(saved["state"][0][key])
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert_same_bits(
+        [value for entry in opt.state_dict()["state"].values() for value in entry.values()],
+        [value for entry in before["state"].values() for value in entry.values()],
+    )

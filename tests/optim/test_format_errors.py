@@ -67,6 +67,15 @@ def test_bad_options(name, where, device):
     train(opt, good, 1)
 
 
+def test_one_seed_for_all_groups():
+    first, second = parameters([5, 6], BFLOAT16)
+    opt = fusedopt.AdamW([first], stochastic_rounding=True, seed=1)
+    with pytest.raises(ValueError, match="AdamW: got seed=2 in one param group and 1 in another, expected one for all"):
+        opt.add_param_group({"params": [second], "seed": 2})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [second], "seed": 1})
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "7"], ids=repr)
 def test_bad_seed(seed):
     """Found when the optimizer is made, like every bad option, and not in the first step."""

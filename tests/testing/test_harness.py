@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_nothing
+from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_groups_alone, make_nothing
 
 import fusedopt
 from fusedopt import reference, testing
@@ -175,6 +175,10 @@ def test_bounds_are_those_of_one_rounding():
         ({"optimizer": "wrong_optimizers:make_nothing"}, "such as --rule adamw"),
         ({"optimizer": make_nothing, "rule": ("adamw",)}, "cannot be built"),
         ({"optimizer": object, "rule": ("adamw",)}, "cannot be built"),
+        (
+            {"optimizer": make_groups_alone, "rule": ("adamw",)},
+            "made a SimpleNamespace, expected a torch.optim",
+        ),
         ({"optimizer": make_adamw, "rule": ("adamz",)}, "rule: got 'adamz', expected one of"),
         ({"optimizer": make_adamw, "rule": ("adamw",), "dtype": ("int8",)}, "dtype: got 'int8'"),
         ({"rule": ("adamz",)}, "rule: got 'adamz', which none of"),

@@ -1,6 +1,7 @@
 """Optimizers with one defect each, of kinds that have been shipped. `fusedopt verify` must find every one."""
 
 import os
+from types import SimpleNamespace
 
 import torch
 
@@ -136,6 +137,15 @@ def make_adamw(params, **kwargs):
 
 def make_nothing(params, **kwargs):
     return object()
+
+
+def make_groups_alone(params, **kwargs):
+    return SimpleNamespace(param_groups=[{"params": list(params), **kwargs}], state={})
+
+
+def make_without_counter(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    """Neither state nor param groups have a "step"."""
+    return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
 
 
 NOT_CALLABLE = 3
