@@ -461,13 +461,13 @@ def from_elements(where: str, entry: dict[str, Any], dense: torch.Tensor, rule: 
     """
     made: dict[str, Any] = {}
     for key, moment in zip(rule.states, rule.moments):
-        parts = [entry.get(f"{key}.{name}") for name in (_CODE, _EXPONENT)]
+        parts: list[Any] = [entry.get(f"{key}.{name}") for name in (_CODE, _EXPONENT)]
         if parts[0] is None and parts[1] is None:
             continue
         dtype = STATE_FORMATS["int8"].dtype(moment)
         for name, part, its_dtype in zip((_CODE, _EXPONENT), parts, (dtype, "uint8")):
             _check_tensor(f"{where}['{key}']['{name}']", part, tuple(dense.shape), (its_dtype,))
-        made[key], made[scale_key(key)] = _blocks_of(*(_laid_out(part, dense) for part in parts), moment)
+        made[key], made[scale_key(key)] = _blocks_of(_laid_out(parts[0], dense), _laid_out(parts[1], dense), moment)
     for bits, name in _BITS.items():
         low = entry.get(f"param_remainder.{name}")
         if low is not None:
