@@ -227,7 +227,7 @@ def adopt_entry(entry: dict[str, Any], rule: RuleSpec) -> None:
         entry.setdefault("step", 1.0)
 
 
-def _check_tensor(where: str, tensor: Any, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+def _check_tensor(where: str, tensor: Any, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{where} is a {type(tensor).__name__}, expected a tensor; load a complete checkpoint")
     if tuple(tensor.shape) != shape:
@@ -240,6 +240,7 @@ def _check_tensor(where: str, tensor: Any, shape: tuple[int, ...], dtypes: tuple
             f"{where} has dtype {_name(tensor.dtype)}, expected {' or '.join(dtypes)}; load a checkpoint of this "
             "optimizer, with the dtypes it was saved with"
         )
+    return tensor
 
 
 def scale_key(state: str) -> str:
@@ -461,13 +462,13 @@ def from_elements(where: str, entry: dict[str, Any], dense: torch.Tensor, rule: 
     """
     made: dict[str, Any] = {}
     for key, moment in zip(rule.states, rule.moments):
-        parts: list[Any] = [entry.get(f"{key}.{name}") for name in (_CODE, _EXPONENT)]
-        if parts[0] is None and parts[1] is None:
+        codes, exponents = (entry.get(f"{key}.{name}") for name in (_CODE, _EXPONENT))
+        if codes is None and exponents is None:
             continue
         dtype = STATE_FORMATS["int8"].dtype(moment)
-        for name, part, its_dtype in zip((_CODE, _EXPONENT), parts, (dtype, "uint8")):
-            _check_tensor(f"{where}['{key}']['{name}']", part, tuple(dense.shape), (its_dtype,))
-        made[key], made[scale_key(key)] = _blocks_of(_laid_out(parts[0], dense), _laid_out(parts[1], dense), moment)
+        codes = _check_tensor(f"{where}['{key}']['{_CODE}']", codes, tuple(dense.shape), (dtype,))
+        exponents = _check_tensor(f"{where}['{key}']['{_EXPONENT}']", exponents, tuple(dense.shape), ("uint8",))
+        made[key], made[scale_key(key)] = _blocks_of(_laid_out(codes, dense), _laid_out(exponents, dense), moment)
     for bits, name in _BITS.items():
         low = entry.get(f"param_remainder.{name}")
         if low is not None:

@@ -47,6 +47,7 @@ CXX_TESTS = [
     "tests/cpu/test_engine.py::test_unknown_instruction_set_is_an_error",
     "tests/cpu/test_engine.py::test_empty_instruction_set_is_none",
     "tests/cpu/test_engine.py::test_wrong_codes_are_refused",
+    "tests/cpu/test_engine.py::test_accumulation_without_main_gradients_is_refused",
     "tests/optim/test_variants.py",
     "tests/test_structure.py::test_specs_agree_with_cxx_rules",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
 from .offload import check_offload, check_offloadable
+from .options import STEP_OPTIONS, Options
 from .plan import OptimizerPlan
 from .processes import join_norm, processes_of
 from .release import GradientRelease, check_releasable, releasable
@@ -41,31 +42,6 @@ class Accumulator(Protocol):
     def release(self, param: torch.Tensor) -> None: ...
     def reset(self) -> None: ...
     def bytes(self) -> int: ...
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that all optimizers add to those of torch; see :class:`FusedOptimizer`."""
-
-    max_grad_norm: float | None
-    norm_type: float
-    max_grad_value: float | None
-    nonfinite: str
-    master_weights: str | None
-    state_dtype: str | torch.dtype | None
-    stochastic_rounding: bool
-    min_8bit_size: int
-    seed: int | None
-    backend: str | None
-    offload: str | None
-    norm_reduce: Callable[[torch.Tensor, Any], Any] | None
-
-
-_STEP_OPTIONS: dict[str, Any] = {
-    "max_grad_norm": None,
-    "norm_type": 2.0,
-    "max_grad_value": None,
-    "nonfinite": "propagate",
-}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -148,7 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._offload = check_offload(where, options.get("offload"))
         self._controls: dict[torch.device, Control] = {}
         self._options: Options = {}
-        self._set_options(**{key: options.get(key, default) for key, default in _STEP_OPTIONS.items()})
+        self._set_options(**{key: options.get(key, default) for key, default in STEP_OPTIONS.items()})
         # Only what differs from the default is put into param groups: without formats they are exactly torch's.
         given: dict[str, Any] = {**options}
         chosen = {key: given[key] for key in OPTIONS if given.get(key, OPTIONS[key]) != OPTIONS[key]}
@@ -596,7 +572,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._keep_out_of_graphs()
-        self._set_options(**self.__dict__.setdefault("_options", _STEP_OPTIONS))
+        self._set_options(**self.__dict__.setdefault("_options", STEP_OPTIONS))
         self.__dict__.setdefault("_controls", {})
         self.__dict__.setdefault("_steps", 0)
         for key in ("_accumulator", "_release", "_backend", "_norm_reduce", "_offload"):

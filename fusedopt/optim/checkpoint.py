@@ -142,17 +142,18 @@ def _bring_into_form(
     where: str, entry: dict[str, Any], param: torch.Tensor, group: dict[str, Any], rule: RuleSpec
 ) -> None:
     """Checks the state of a parameter and converts it, in place."""
-    whole, tensor = param if sharding.is_sharded(param) else None, sharding.local_of(param)
-    if whole is not None and param.dim() == 0:  # torch's full_state_dict leaves these plain, and so they lie everywhere
+    tensor = sharding.local_of(param)
+    # torch's full_state_dict leaves those without dimensions plain, and so they lie everywhere.
+    if sharding.is_sharded(param) and param.dim() == 0:
         plain = [key for key, value in entry.items() if key != "step" and isinstance(value, torch.Tensor)]
-        entry.update({key: sharding.wrap_like(sharding.local_of(entry[key]), whole) for key in plain})
-    local = entry if whole is None else sharding.local_entry(where, entry, whole)
+        entry.update({key: sharding.wrap_like(sharding.local_of(entry[key]), param) for key in plain})
+    local = sharding.local_entry(where, entry, param) if sharding.is_sharded(param) else entry
     from_elements(where, local, tensor if is_dense(tensor) else torch.empty_like(tensor), rule)
     check_entry(where, local, tensor, rule)
     adopt_entry(local, rule)
     convert_states(local, rule, wanted_state_format(where, group, param, local, rule))
-    if whole is not None:
-        sharding.store_entry(entry, local, whole)
+    if sharding.is_sharded(param):
+        sharding.store_entry(entry, local, param)
 
 
 def match_params(where: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[Any, torch.Tensor]:

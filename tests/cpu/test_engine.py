@@ -108,9 +108,11 @@ def all_results(cases, sizes, values=normal) -> dict[str, str]:
 
 def python(script: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs a script that may import this file and others of the tests."""
-    path = os.pathsep.join(filter(None, [str(TESTS), str(TESTS / "cpu"), os.environ.get("PYTHONPATH")]))
+    ours = Path(fusedopt.__file__).parents[1]  # the package under test, wherever it was built
+    path = os.pathsep.join(filter(None, [str(TESTS), str(TESTS / "cpu"), str(ours), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-c", script],
+        cwd=TESTS,
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
