@@ -10,6 +10,7 @@ import torch
 from ..formats import new_states, state_format
 from ..specs import RULES
 from .base import FusedOptimizer, Options
+from .offload import home_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,8 +81,10 @@ class Adagrad(FusedOptimizer):
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 wanted = state_format(f"{type(self).__name__}: param_groups[{g}]['params'][{i}]", group, param)
-                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                self.state[param].update(new_states(RULES[self.rule], wanted, param.detach(), self._initial_state))
+                home = home_of(self, param.device)
+                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=home)
+                template = torch.empty_like(param, device=home, requires_grad=False)
+                self.state[param].update(new_states(RULES[self.rule], wanted, template, self._initial_state))
 
     @property
     def _initial_state(self) -> float:

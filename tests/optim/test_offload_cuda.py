@@ -14,9 +14,9 @@ CLIP = {"max_grad_norm": 0.5}
 SLEEP = 50_000_000  # cycles: some 30 ms, longer than all that the host does in a step of these tests
 
 
-def pair(device, **options):
+def pair(device, buffers=2, **options):
     ours, theirs = twins(lambda where: parameters(SIZES, device=where), torch.device(device))
-    return offloaded(ADAMW.make, ours, **options), ADAMW.make(theirs, **options)
+    return offloaded(ADAMW.make, ours, buffers=buffers, **options), ADAMW.make(theirs, **options)
 
 
 def params_of(opt) -> list:
