@@ -39,7 +39,7 @@ from fusedopt import passes
 from fusedopt.bench import contracts
 from fusedopt.bench.checks import check
 from fusedopt.bench.contracts import MAX_NORM, Case, Params, Tail, torch_optimizer, torch_tail
-from fusedopt.bench.report import Row, environment
+from fusedopt.bench.report import Row, environment, write
 from fusedopt.bench.timing import NS_PER_MS, synchronize
 from fusedopt.bench.workloads import WORKLOADS, BorrowedModel
 
@@ -277,34 +277,43 @@ def described(row: Row) -> str:
 
 def measure_here(
     workloads: Iterable[str], device: torch.device, quick: bool, libraries: Iterable[str] = LIBRARIES
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows of all workloads, contracts and libraries; this process must not have used the device."""
-    rows = []
     for workload in workloads:
         for contract, name in contracts_of(workload).items():
             case = Case(workload, "adamw", "fp32", contract)
             for library in libraries:
                 row = in_fresh_process(library, case, device, steps_of(workload, quick))
-                rows.append({"workload": workload, "contract": name, "library": library} | row)
-                print(described(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+                row = {"workload": workload, "contract": name, "library": library} | row
+                print(described(row), file=sys.stderr, flush=True)
+                yield row
 
 
 def measure(
-    workloads: Sequence[str], device: torch.device, quick: bool, libraries: Sequence[str] = LIBRARIES
+    workloads: Sequence[str],
+    device: torch.device,
+    quick: bool,
+    libraries: Sequence[str] = LIBRARIES,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """The same by way of a fresh Python process, which tells of each row on the standard error stream.
 
+    keep: called with all rows so far whenever there is one more, so that they outlive an interrupt.
+
     Raises:
-        RuntimeError, subprocess.TimeoutExpired: it failed.
+        RuntimeError: it failed.
     """
     chosen = [argument for workload in workloads for argument in ("--workload", workload)]
     chosen += [argument for library in libraries for argument in ("--library", library)]
     command = [sys.executable, __file__, "--device", device.type, *chosen, "--child", *["--quick"] * quick]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * CHILD_SECONDS, check=False)
-    if result.returncode:
-        raise RuntimeError(f"host.measure: exit status {result.returncode} from {' '.join(command)}")
-    return json.loads(result.stdout.splitlines()[-1])
+    rows: list[Row] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout or ():
+            rows.append(json.loads(line))
+            keep(rows)
+    if child.returncode:
+        raise RuntimeError(f"host.measure: exit status {child.returncode} from {' '.join(command)}")
+    return rows
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -324,12 +333,11 @@ def main(
 ) -> None:
     device = torch.device(device_type)
     if child:
-        print(json.dumps(measure_here(workloads, device, quick, libraries)))
+        for row in measure_here(workloads, device, quick, libraries):
+            print(json.dumps(row), flush=True)
         return
-    rows = measure(workloads, device, quick, libraries)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(environment(device) | {"rows": rows}, indent=1) + "\n")
+    facts = environment(device)
+    measure(workloads, device, quick, libraries, lambda rows: write(path, facts | {"rows": rows}))
 
 
 if __name__ == "__main__":
