@@ -17,9 +17,23 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "multigpu: needs two CUDA devices")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on the CPU
+    if config.gpu_results and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(config.gpu_results + ".failures"))
     if hasattr(config, "workerinput"):
         # Threads of parallel test processes that spin for each other's cores slow the suite down tenfold.
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+
+
+class FailuresAtOnce:
+    """Writes each failure to a file when it happens: a run on a GPU may be cut off before its summary."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"{report.nodeid}\n{report.longreprtext}\n\n")
 
 
 MOST = 32
