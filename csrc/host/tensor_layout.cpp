@@ -129,8 +129,13 @@ bool find_layout(TensorLayout& layout) {
     layout.type = layout.storage_offset + 2;
     if (!find_storage(layout, tensor, other) || !find_object(layout, tensor, other)) return false;
     layout.impl = find_impl(tensor, other);
-    find_noise(layout, tensor);
-    if (!tells_apart(layout, tensor)) return false;
+    constexpr int kAttempts = 16;  // more is seen of the noise in each: where memory comes from is not ours to say
+    bool told_apart = false;
+    for (int i = 0; i < kAttempts && !told_apart; ++i) {
+      find_noise(layout, tensor);
+      told_apart = tells_apart(layout, tensor);
+    }
+    if (!told_apart) return false;
     const uint64 negative = lazy_key(layout, tensor, "_neg_view");
     const uint64 conjugate = lazy_key(layout, sample("complex64", "cpu", 0), "_conj");
     layout.lazy = negative | conjugate;

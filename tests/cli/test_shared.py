@@ -110,14 +110,13 @@ def test_a_compiler_that_fails_is_no_bad_input(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("before", [True, False], ids=["of the group", "of the command"])
 def test_colours(arguments, environment, coloured, before, monkeypatch):
-    @main.command("paint")
+    @click.command("paint")
     @click.pass_context
     def paint(context):
         console().print("text", style="red")
 
     from fusedopt.cli.shared import color_option
 
-    monkeypatch.delitem(main.commands, "paint")
     monkeypatch.setitem(main.commands, "paint", color_option()(paint))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")

@@ -36,12 +36,15 @@ class Interrupt:
         self.left, self.where = n, None
 
     def __enter__(self):
-        self.before = sys.gettrace()
+        self.before = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self.call)
         return self
 
     def __exit__(self, *exception) -> None:
-        sys.settrace(self.before)
+        trace, grad_enabled = self.before
+        sys.settrace(trace)
+        # Python may be interrupted between the last line of a `with torch.no_grad()` and its end: nobody can help it.
+        torch.set_grad_enabled(grad_enabled)
 
     def call(self, frame, event, arg):
         return self.line if frame.f_code.co_filename.startswith(PACKAGE) else None
