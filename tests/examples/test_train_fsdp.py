@@ -41,8 +41,8 @@ def torch_run(data, device) -> tuple[list[float], list[float]]:
 
 
 AT_THE_END = "terminate called without an active exception"
-"""Seen once, with torch 2.13 after a restart: a process had done and told everything, and aborted on its way out, where a
-thread of gloo's had not ended. What was told is checked in any case."""
+"""Seen once, with torch 2.13 after a restart: a process had done and told everything, and aborted on its way out, where
+a thread of gloo's had not ended. What was told is checked in any case."""
 
 
 def torchrun(world: int, script: Path, *options: str, restarts: int = 0) -> str:
