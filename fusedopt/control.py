@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["Control"]
+__all__ = ["Control", "Controls"]
 
 
 class Control:
@@ -38,3 +38,23 @@ class Control:
         self.clip_coef64.fill_(1.0)
         self.clip_coef.fill_(1.0)
         self.norm_found_inf.fill_(0.0)
+
+
+class Controls(dict[torch.device, Control]):
+    """The results on each device."""
+
+    _reported: Control | None = None
+
+    def reported_on(self, device: torch.device) -> Control:
+        """The results that users read, of an optimizer whose first parameter is on ``device``.
+
+        Where that was moved (``model.to``; Lightning does it after training), the results of its steps go along.
+        """
+        control = self.get(device)
+        if control is None:
+            control = self[device] = Control(device)
+        if self._reported is not control:
+            if self._reported is not None:
+                control.buffer.copy_(self._reported.buffer)
+            self._reported = control
+        return control

@@ -18,6 +18,9 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 
 import fusedopt
 
+# torch's test modules freeze these for the whole process; a Trainer that is tested in it sets some.
+torch.backends.__allow_nonbracketed_mutation_flag = True
+
 __all__ = ["ERRORS", "INFOS", "INPUTS", "SCHEDULERS", "Input"]
 
 INFOS = {info.optim_cls.__name__: info for info in optim_db if hasattr(fusedopt, info.optim_cls.__name__)}

@@ -12,7 +12,7 @@ from .. import formats, passes, sharding
 from ..backends import check_name, for_device, wanted
 from ..checks import check_clipping, check_complex_clipping, check_hyperparameters, check_norm_reduce, check_params
 from ..compiling import keep_out_of_graphs
-from ..control import Control
+from ..control import Control, Controls
 from ..formats import OPTIONS, check_format_options, needs_seed, param_format, state_format
 from ..specs import RULES
 from . import checkpoint, memory, metrics
@@ -122,7 +122,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = check_name(f"{where}: backend", options.get("backend"))
         self._norm_reduce: sharding.NormReduce | None = check_norm_reduce(where, options.get("norm_reduce"))
         self._offload = check_offload(where, options.get("offload"))
-        self._controls: dict[torch.device, Control] = {}
+        self._controls = Controls()
         self._options: Options = {}
         self._set_options(**{key: options.get(key, default) for key, default in STEP_OPTIONS.items()})
         # Only what differs from the default is put into param groups: without formats they are exactly torch's.
@@ -345,6 +345,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(self) -> OptimizerPlan:
         self._plan = None
         with torch.no_grad():
+            self._control()  # goes where the parameters are before the step adds to it
             self._plan = OptimizerPlan.make(self, self._rule_names(), self._controls, wanted(self._backend))
         return self._plan
 
@@ -479,10 +480,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _control(self) -> Control:
         """Of the first parameter's device."""
-        device = self.param_groups[0]["params"][0].device
-        if device not in self._controls:
-            self._controls[device] = Control(device)
-        return self._controls[device]
+        return self._controls.reported_on(self.param_groups[0]["params"][0].device)
 
     @property
     def grad_norm(self) -> torch.Tensor:
@@ -573,7 +571,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._keep_out_of_graphs()
         self._set_options(**self.__dict__.setdefault("_options", STEP_OPTIONS))
-        self.__dict__.setdefault("_controls", {})
+        self.__dict__.setdefault("_controls", Controls())
         self.__dict__.setdefault("_steps", 0)
         for key in ("_accumulator", "_release", "_backend", "_norm_reduce", "_offload"):
             self.__dict__.setdefault(key, None)

@@ -346,9 +346,8 @@ print(p.double().sum().item().hex())
 
 
 def python(script, **env):
-    return subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True, check=True
-    )
+    env = {**os.environ, "PYTHONWARNINGS": "default", **env}
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
 
 
 def cache_warnings(run):

@@ -10,6 +10,7 @@ import torch
 from cases import ONE_EACH, assert_same_bits, memory, normal, parameters, set_gradients, train
 
 import fusedopt
+from fusedopt.control import Controls
 from fusedopt.optim.metrics import Fetches
 
 SIZES = [5, 0, 4097]
@@ -317,3 +318,37 @@ def test_parameters_that_move_to_another_device():
     assert opt.metrics() is None
     torch.cuda.synchronize("cuda:1")
     assert_agrees(opt.metrics(), opt, 2)
+
+
+def test_results_go_where_the_parameters_go():
+    controls = Controls()
+    first = controls.reported_on(torch.device("cpu"))
+    first.skipped_steps.fill_(3), first.total_norm.fill_(0.5)
+    assert controls.reported_on(torch.device("cpu")) is first
+    moved = controls.reported_on(torch.device("cpu:0"))  # another name is another device here
+    assert moved is not first and moved.skipped_steps == 3 and moved.total_norm == 0.5
+    moved.skipped_steps.fill_(4)
+    assert controls.reported_on(torch.device("cpu")) is first and first.skipped_steps == 4
+
+
+@pytest.mark.gpu
+def test_model_moved_between_steps():
+    """As Lightning does after training: the results are those of the last step, wherever it was."""
+    params = parameters(SIZES, device=torch.device("cuda"))
+    opt = fusedopt.AdamW(params, max_grad_norm=0.5, nonfinite="skip")
+    for step, place in enumerate(("cuda", "cpu", "cuda"), 1):
+        move(params, opt, place)
+        set_gradients(params, seed=step)
+        params[-1].grad[7] = math.inf
+        opt.step()
+        assert opt.skipped_steps.device.type == place and opt.last_step.skipped_steps == step == opt.last_step.step
+    last = opt.last_step
+    move(params, opt, "cpu")
+    assert opt.last_step == last and opt.grad_norm.device.type == "cpu" and opt.grad_norm.item() == last.grad_norm
+
+
+def move(params, opt, place):
+    """As ``Module.to`` does; the state follows."""
+    for param in params:
+        param.grad, param.data = None, param.data.to(place)
+    opt.load_state_dict(opt.state_dict())
