@@ -7,7 +7,6 @@ each tensor and, for libraries that clip in place, the rounding of the clipped g
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +96,7 @@ def clipped_gradients(case: Case, tail: Tail, model: Model, sample: list[Part]) 
     scale = GRAD_SCALE if case.scales else 1.0
     coefficient = 1.0
     if case.clips:
-        norm = _norm(model) / scale
+        norm = model.norm / scale
         coefficient = min(1.0, MAX_NORM / (norm + 1e-6))
     coefficient /= scale
 
@@ -106,16 +105,6 @@ def clipped_gradients(case: Case, tail: Tail, model: Model, sample: list[Part]) 
         return _clipped(case, tail, model.used_gradient(*own), model.gradient_error(*own), coefficient)
 
     return [clipped(part) for part in sample]
-
-
-def _norm(model: Model) -> float:
-    """Of all gradients, in pieces: in float64 all of one may not fit into memory."""
-    sums = []
-    for i, param in enumerate(model.params):
-        for start in range(0, param.numel(), WHOLE):
-            piece = slice(start, min(start + WHOLE, param.numel()))
-            sums.append(model.used_gradient(i, piece).square().sum())
-    return math.sqrt(torch.stack(sums).sum().item())
 
 
 def _clipped(

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,9 +37,13 @@ RESERVE_BYTES = {"cuda": 4 << 30, "cpu": 1 << 28}
 SHARED_TENSORS = 3
 
 
+LEAST_STEPS = {"host_steps": 2, "traced_steps": 1, "span_steps": 1}
+"""Of a round, however long a step takes."""
+
+
 @dataclass(frozen=True)
 class Repeats:
-    """How often everything is measured; a library has ``rounds`` turns."""
+    """How often everything is measured at most; a library has ``rounds`` turns."""
 
     rounds: int
     host_steps: int  # a round
@@ -48,9 +52,28 @@ class Repeats:
     copy_bytes: int
     copies: int
     processes: int  # for the first step, with a cold and with a warm kernel cache each
+    round_seconds: float = math.inf  # of a library's turn: with slow steps there are fewer
+
+    def within_time(self, step_seconds: float) -> Repeats:
+        """With as many steps a round as ``round_seconds`` are enough for, at least ``LEAST_STEPS``."""
+        wanted = {name: getattr(self, name) for name in LEAST_STEPS}
+        share = self.round_seconds / max(step_seconds, 1e-9) / (sum(wanted.values()) + self.traced_steps)
+        if share >= 1:
+            return self
+        fewer = {key: min(count, max(LEAST_STEPS[key], int(count * share))) for key, count in wanted.items()}
+        return replace(self, **fewer)
 
 
-FULL = Repeats(rounds=2, host_steps=12, traced_steps=6, span_steps=8, copy_bytes=2 << 30, copies=15, processes=2)
+FULL = Repeats(
+    rounds=2,
+    host_steps=12,
+    traced_steps=6,
+    span_steps=8,
+    copy_bytes=2 << 30,
+    copies=15,
+    processes=2,
+    round_seconds=0.4,
+)
 FULL_CPU = Repeats(
     rounds=10, host_steps=2, traced_steps=0, span_steps=0, copy_bytes=400_000_000, copies=15, processes=2
 )
@@ -68,6 +91,9 @@ class Measured:
     host: timing.HostTimes = field(default_factory=timing.HostTimes)
     device: timing.DeviceTimes = field(default_factory=timing.DeviceTimes)
     span_ms: list[float] = field(default_factory=list)
+    span_steps: int = 0  # that ``span_ms`` are the averages of
+    step_seconds: float = 0.0  # of the last step of the warm-up, new gradients included
+    seconds: list[float] = field(default_factory=list)  # that each of its turns took, the preparation first
     state_bytes: int | None = None  # that the optimizer keeps between steps
     temporary_bytes: int | None = None  # that a step takes for its own time
 
@@ -84,7 +110,7 @@ class Runner:
         self.device = device
         self.repeats = repeats
         self.chosen = chosen
-        _forget_modules()
+        forget_modules()
         self.copy_gbps = [self.measure_copy()]
         self.caches = timing.Caches(device)
         if device.type == "cuda":
@@ -140,8 +166,10 @@ class Runner:
         return group
 
     def _attempt(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
+        begin = time.monotonic()
         try:
             stage(entry, case, model)
+            entry.seconds.append(time.monotonic() - begin)
             return entry
         except Exception as error:  # whatever it is, the other libraries' figures still count
             text = f"{type(error).__name__}: {error}"
@@ -224,8 +252,12 @@ class Runner:
         entry.tail = self.build(entry.library, case, model)
         entry.error_ratio = self.check(case, entry.tail, model)
         for _ in range(WARM_UP_STEPS):
+            timing.synchronize(self.device)
+            begin = time.monotonic()
             entry.tail.backward(model)
             entry.tail()
+            timing.synchronize(self.device)
+            entry.step_seconds = time.monotonic() - begin
         if entry.tail.optimizer is not None:
             self._measure_memory(entry, model, before)
 
@@ -246,7 +278,7 @@ class Runner:
         entry.state_bytes = max(0, begin - before - max(gradients, static))
 
     def _measure(self, entry: Measured, case: Case, model: Model) -> None:
-        tail, caches, repeats = entry.tail, self.caches, self.repeats
+        tail, caches, repeats = entry.tail, self.caches, self.repeats.within_time(entry.step_seconds)
 
         def backward() -> None:
             tail.backward(model)
@@ -258,6 +290,7 @@ class Runner:
         if self.device.type == "cuda" and self._is_traced(case):
             timing.trace_device(tail, backward, caches, repeats.traced_steps, entry.device)
             entry.span_ms.append(timing.span_ms(tail, backward, repeats.span_steps))
+            entry.span_steps += repeats.span_steps
 
     def _is_traced(self, case: Case) -> bool:
         return True
@@ -277,6 +310,9 @@ class Runner:
             "peak_bytes": self._peak_bytes(case, entry),
             "samples": len(entry.host.wall),
             "traced_samples": len(cold),
+            "span_steps": entry.span_steps,
+            "prepare_seconds": entry.seconds[0] if entry.seconds else None,
+            "measure_seconds": sum(entry.seconds[1:]) if entry.seconds else None,
             "check_error_ratio": entry.error_ratio,
             "error": entry.error,
             "skipped": None,
@@ -399,7 +435,7 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _forget_modules() -> None:
+def forget_modules() -> None:
     """Keeps what imports have made out of garbage collections, of which each would take a tenth of a second."""
     importlib.import_module("torch._dynamo")  # else the first optimizer imports it
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -14,7 +15,18 @@ from . import accumulation, contracts, graphs, peers, timing
 from .accumulation import AccumulationCase
 from .contracts import Case
 from .report import Row, environment, write
-from .runner import CACHES, WARM_UP_STEPS, Repeats, Runner, add_floor, add_speedups, measure_cases, progress_bar
+from .runner import (
+    CACHES,
+    LEAST_STEPS,
+    WARM_UP_STEPS,
+    Repeats,
+    Runner,
+    add_floor,
+    add_speedups,
+    forget_modules,
+    measure_cases,
+    progress_bar,
+)
 
 TORCH = ("torch-fused", "torch-foreach", "torch-grad-scale", "torch-captured", "torch-compiled")
 PEERS = (*TORCH, *peers.MODULES)
@@ -87,11 +99,18 @@ def measure(
     path: Path | None = None,
 ) -> Row:
     """Runs the cases; the JSON file is written after each one, so that what was measured outlives the process."""
-    facts = environment(runner.device) | {"command": command, "load_average": _load_average()}
     start = time.monotonic()
+    facts = environment(runner.device) | {"command": command, "load_average": _load_average()}
+    wanted = {name for case in cases for name in peers.offered(case, runner.device) if name in runner.against}
+    missing = {name: reason for name in sorted(wanted) if (reason := peers.why_missing(name)) is not None}
+    facts |= {
+        "library_versions": {name: peers.version(name) for name in sorted(wanted - missing.keys())},
+        "missing_libraries": missing,
+    }
+    forget_modules()  # those of the other libraries too
 
     def keep(rows: list[Row], left_out: Iterable[str] = ()) -> Row:
-        result = facts | _result(runner, cases, rows, list(left_out)) | {"seconds": time.monotonic() - start}
+        result = facts | _result(runner, rows, list(left_out)) | {"seconds": time.monotonic() - start}
         write(path, result)
         return result
 
@@ -104,14 +123,12 @@ def measure(
     return keep(rows, left_out)
 
 
-def _result(runner: BenchRunner, cases: list[Case], rows: list[Row], left_out: list[str]) -> Row:
+def _result(runner: BenchRunner, rows: list[Row], left_out: list[str]) -> Row:
     device = runner.device
     copy_gbps = max(runner.copy_gbps)
     measured = "gpu_ms" if device.type == "cuda" else "wall_ms"
     add_floor(rows, copy_gbps, measured)
     add_speedups(rows, measured)
-    wanted = {name for case in cases for name in peers.offered(case, device) if name in runner.against}
-    missing = {name: reason for name in sorted(wanted) if (reason := peers.why_missing(name)) is not None}
     return {
         "device_type": device.type,
         "copy_gbps": copy_gbps,
@@ -120,8 +137,6 @@ def _result(runner: BenchRunner, cases: list[Case], rows: list[Row], left_out: l
         "method": _method(runner),
         "rows": rows,
         "left_out": left_out,
-        "library_versions": {name: peers.version(name) for name in sorted(wanted - missing.keys())},
-        "missing_libraries": missing,
     }
 
 
@@ -140,13 +155,22 @@ def without_case(cases: list[Case], device: torch.device, against: Iterable[str]
 def _method(runner: BenchRunner) -> Row:
     repeats = runner.repeats
     return {
-        "order": f"libraries in turns, {repeats.rounds} rounds of {repeats.host_steps} steps for wall and host time "
-        f"and {repeats.traced_steps} traced ones, cold and warm each",
+        "order": f"libraries in turns, {repeats.rounds} rounds of at most {repeats.host_steps} steps for wall and host "
+        f"time, {repeats.traced_steps} traced ones, cold and warm each, and a run of {repeats.span_steps}",
+        "samples": _samples(repeats),
         "figures": "medians; _q1 and _q3 are quartiles, _min and _max extremes",
         "warm_up": f"2 checked steps against the float64 reference and {WARM_UP_STEPS} more before anything is timed",
         "caches": CACHES,
         "floor": "bytes_per_param of all parameters at the best copy of the run (bytes read and written)",
     }
+
+
+def _samples(repeats: Repeats) -> str:
+    counts = "of a row: samples for wall_ms and host_ms, traced_samples for gpu_ms and gpu_warm_ms, span_steps"
+    if math.isinf(repeats.round_seconds):
+        return counts
+    least = ", ".join(str(count) for count in LEAST_STEPS.values())
+    return f"{counts}; fewer where a library's turn would take more than {repeats.round_seconds} s, at least {least}"
 
 
 def print_end(console: Console, result: Row) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,9 @@ FORMATS = {
 # Ordinary magnitudes: weights as after initialisation, gradients whose total norm is above the clipping limit.
 PARAM_STD = 0.02
 GRAD_STD = 0.01
+
+NORM_PIECE = 1 << 25
+"""Elements that are squared at a time: in float64 all of a gradient may not fit into memory."""
 
 Shape = tuple[int, ...]
 
@@ -97,6 +101,16 @@ class Model:
     def gradient_error(self, i: int, part: slice) -> torch.Tensor | None:
         """How far rounding may put a step's gradient from that before anything else is done; None for not at all."""
         return None
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """Of all gradients that a step has to take, in float64."""
+        sums = []
+        for i, param in enumerate(self.params):
+            for start in range(0, param.numel(), NORM_PIECE):
+                piece = slice(start, min(start + NORM_PIECE, param.numel()))
+                sums.append(self.used_gradient(i, piece).square().sum())
+        return math.sqrt(torch.stack(sums).sum().item())
 
     @staticmethod
     def _fill(tensors: list[torch.Tensor], std: float, seed: int) -> None:

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +79,36 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     rows = run(CASES[:1], ("lion-pytorch",))["rows"]
     assert [row["error"] is None for row in rows] == [True, False]
     assert "rounding explains" in rows[1]["error"] or "step counter" in rows[1]["error"]
+
+
+def test_a_slow_library_has_fewer_repetitions_and_the_result_says_so(monkeypatch):
+    def slow(case, params):
+        tail = contracts.build("fusedopt", case, params)
+
+        def step():
+            time.sleep(0.02)
+            tail.run()
+
+        return Tail(tail.optimizer, step, tail.read)
+
+    plant(monkeypatch, slow)
+    many = replace(SHORT, host_steps=40, traced_steps=0, span_steps=0, round_seconds=0.2)
+    result = run(CASES[:1], ("lion-pytorch",), repeats=many)
+    ours, theirs = (row["samples"] for row in result["rows"])
+    assert theirs <= many.rounds * 10 < ours <= many.rounds * many.host_steps
+    assert all(row["measure_seconds"] > 0 and row["prepare_seconds"] > 0 for row in result["rows"])
+    assert result["method"]["samples"].endswith("more than 0.2 s, at least 2, 1, 1")
+
+
+def test_repetitions_of_a_round_are_as_many_as_fit_into_its_time():
+    full = replace(SHORT, host_steps=12, traced_steps=6, span_steps=8)
+    assert full.within_time(1e3) == full  # no limit
+    full = replace(full, round_seconds=0.32)
+    for step_seconds, steps in ((0.0, (12, 6, 8)), (0.01, (12, 6, 8)), (0.02, (6, 3, 4)), (9.0, (2, 1, 1))):
+        fewer = full.within_time(step_seconds)
+        assert (fewer.host_steps, fewer.traced_steps, fewer.span_steps) == steps
+    on_cpu = replace(full, host_steps=1, traced_steps=0)
+    assert on_cpu.within_time(9.0).host_steps == 1 and on_cpu.within_time(9.0).traced_steps == 0
 
 
 def test_missing_libraries_are_named(monkeypatch):
