@@ -224,7 +224,6 @@ def _gpt2(size: Size) -> torch.nn.Module:
         resid_pdrop=0.0,  # so that the two train alike
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        loss_type="ForCausalLM",
     )
     return transformers.GPT2LMHeadModel(config)
 
