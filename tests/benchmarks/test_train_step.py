@@ -51,7 +51,7 @@ def test_a_library_that_fails_costs_its_row(monkeypatch):
     assert [row["library"] for row in failed] == ["torch-fused"] * len(size.batches)
     assert failed[0]["error"] == "MemoryError: no room" and failed[0]["tokens_per_s"] is None
     text = io.StringIO()
-    train_step.print_table(Console(file=text, width=160), {"rows": rows, "left_out": []})
+    train_step.print_table(Console(file=text, width=160), "", train_step.STEP_CELLS, {"rows": rows, "left_out": []})
     assert "FAILED tiny, batch 1 x 16 torch-fused: MemoryError: no room" in text.getvalue()
 
 
