@@ -480,7 +480,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _control(self) -> Control:
         """Of the first parameter's device."""
-        return self._controls.reported_on(self.param_groups[0]["params"][0].device)
+        params = (param for group in self.param_groups for param in group["params"])  # none: a rank of ZeRO without any
+        return self._controls.reported_on(next((param.device for param in params), torch.device("cpu")))
 
     @property
     def grad_norm(self) -> torch.Tensor:
