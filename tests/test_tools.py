@@ -62,9 +62,8 @@ def report(tmp_path, text: str, limit: float = 60.0, expected: int = 1):
     (tmp_path / "output").write_text(text)
     script = "import sys, time; print(open(sys.argv[1]).read(), flush=True); time.sleep(float(sys.argv[2]))"
     seconds = "0" if limit > 30 else "60"
-    return sanitize.report_of(
-        "memcheck", [sys.executable, "-c", script, str(tmp_path / "output"), seconds], limit, expected
-    )
+    command = [sys.executable, "-c", script, str(tmp_path / "output"), seconds]
+    return sanitize.report_of("memcheck", sanitize.run_limited([("memcheck", command)], limit), expected)
 
 
 def test_a_report_counts_findings_and_cases(tmp_path):
@@ -90,8 +89,39 @@ def test_a_run_that_shows_nothing_is_not_clean(text, tmp_path):
 
 def test_a_tool_is_stopped_at_its_limit(tmp_path):
     stopped = report(tmp_path, "case: cuda a: passed", limit=3.0, expected=2)
-    assert stopped["timed_out"] and stopped["cases_done"] == 1 and stopped["seconds"] < 30
+    assert not stopped["finished"] and stopped["cases_done"] == 1 and stopped["seconds"] < 30
     assert not sanitize.is_clean(stopped) and "stopped at the limit" in sanitize.describe(stopped)
+
+
+FAKE = """\
+import subprocess, sys, time
+if "--version" in sys.argv:
+    sys.exit(print("fake 1.0"))
+tool = sys.argv[sys.argv.index("--tool") + 1]
+if tool == "racecheck":
+    time.sleep(60)
+print("case: cuda a: passed")
+print("========= ERROR SUMMARY: 0 errors")
+"""
+
+
+def test_every_tool_is_reported_when_it_ends_and_all_at_the_limit(tmp_path, monkeypatch, capsys):
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!{sys.executable}\n{FAKE}")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sanitize, "child_commands", lambda backends, shares: [["true"]] * shares)
+    monkeypatch.setattr("fusedopt.testing.environment", lambda device: {"device": device})
+    monkeypatch.setattr(sanitize, "jobs", lambda backend: [("a", None)] * 2)
+    written = tmp_path / "sanitizer.json"
+    chosen = sanitize.arguments(["--limit", "4", "--jobs", "8", "--json", str(written)])
+    assert sanitize.sanitize(chosen, str(fake), ["cuda"]) == 1
+    out = capsys.readouterr().out
+    assert "memcheck: 0 findings in our kernels, 0 elsewhere; 2 of 2 cases" in out and "racecheck" in out
+    found = {report["tool"]: report for report in json.loads(written.read_text())["tools"]}
+    assert [tool for tool, report in found.items() if sanitize.is_clean(report)] == [
+        "memcheck", "initcheck", "synccheck",
+    ]  # fmt: skip
+    assert not found["racecheck"]["finished"] and found["racecheck"]["processes"] == 2
 
 
 def test_a_missing_sanitizer_is_said(capsys):

@@ -18,6 +18,7 @@ the step delta by the same absolute amount.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -49,22 +50,27 @@ class Bounded:
 
     def _operand(self, other) -> Bounded:
         """Numbers stand for themselves if float32 holds them, else for their rounding to the compute type."""
-        if isinstance(other, Bounded):
-            return other
-        value = torch.tensor(float(other), dtype=torch.float64)
-        unit = 0 if self.compute == torch.float64 else torch.finfo(self.compute).eps / 2
-        held = value.float().double() == value
-        return Bounded(value, value.abs() * (0 if held else unit + SCALAR_ERROR), self.compute)
+        return other if isinstance(other, Bounded) else _scalar(float(other), self.compute)
+
+    @functools.cached_property
+    def magnitude(self) -> Tensor:
+        return self.value.abs()
+
+    @functools.cached_property
+    def may_be_nonzero(self) -> Tensor:
+        return self.magnitude + self.error > 0
 
     def _rounded(self, value: Tensor, error: Tensor, *factors: Bounded) -> Bounded:
         """Adds the error of rounding `value`; a product or quotient of `factors` not exactly zero may underflow."""
         finfo = torch.finfo(self.compute)
-        error = error + finfo.eps / 2 * value.abs()
+        rounded = Bounded(value, error, self.compute)
+        rounded.error = torch.add(error, rounded.magnitude, alpha=finfo.eps / 2)
         if factors:
-            underflows = math.prod((f.value.abs() + f.error > 0).double() for f in factors)
-            error = error + underflows * (finfo.smallest_normal * finfo.eps)
+            underflows = functools.reduce(torch.logical_and, (f.may_be_nonzero for f in factors))
+            rounded.error.add_(underflows, alpha=finfo.smallest_normal * finfo.eps)
         # Infinities come from infinite input only, so they are known.
-        return Bounded(value, torch.where(value.isinf(), 0.0, error), self.compute)
+        rounded.error.masked_fill_(rounded.magnitude == math.inf, 0.0)
+        return rounded
 
     def __neg__(self):
         return Bounded(-self.value, self.error, self.compute)
@@ -78,7 +84,7 @@ class Bounded:
 
     def __mul__(self, other):
         other = self._operand(other)
-        a, b = self.value.abs(), other.value.abs()
+        a, b = self.magnitude, other.magnitude
         error = a * other.error + b * self.error + self.error * other.error
         return self._rounded(self.value * other.value, error, self, other)
 
@@ -86,7 +92,7 @@ class Bounded:
         """|(a + da) / (b + db) - a / b| <= (|da| + |a / b| |db|) / (|b| - |db|)."""
         other = self._operand(other)
         value = self.value / other.value
-        nearest_to_zero = other.value.abs() - other.error
+        nearest_to_zero = other.magnitude - other.error
         error = (self.error + value.abs() * other.error) / nearest_to_zero
         return self._rounded(value, torch.where(nearest_to_zero > 0, error, torch.inf), self)
 
@@ -131,6 +137,15 @@ class Bounded:
         return Bounded(torch.maximum(self.value, other.value), error, self.compute)
 
 
+@functools.lru_cache(maxsize=4096)
+def _scalar(number: float, compute: torch.dtype) -> Bounded:
+    """A hyper-parameter or what the host makes of some: exact if float32 holds it."""
+    value = torch.tensor(number, dtype=torch.float64)
+    unit = 0 if compute == torch.float64 else torch.finfo(compute).eps / 2
+    held = value.float().double() == value
+    return Bounded(value, value.abs() * (0 if held else unit + SCALAR_ERROR), compute)
+
+
 def _bounded(t: Tensor | Bounded, compute: torch.dtype) -> Bounded:
     return t if isinstance(t, Bounded) else Bounded.exact(t, compute)
 
@@ -148,7 +163,8 @@ def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **tr
     param, states = reference.RULES[rule](before, -grad if maximize else grad, **states, step=step, **hyper)
     if rule == "radam":
         moved = (param.value - before.value).abs() + (hyper["lr"] * hyper["weight_decay"] * before.value).abs()
-        param.error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
+        error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
+        param = Bounded(param.value, error, compute)
     return {"param": param, **states}
 
 
@@ -169,13 +185,13 @@ class Comparison:
     before: Tensor | None = None
     """What the elements were before the step, where that is known."""
 
-    @property
+    @functools.cached_property
     def off(self) -> Tensor:
         """|got - exact|; 0 where both are the same infinity or both NaN."""
         same = (self.got == self.exact) | (self.got.isnan() & self.exact.isnan())
         return torch.where(same, 0.0, (self.got - self.exact).abs())
 
-    @property
+    @functools.cached_property
     def wrong(self) -> Tensor:
         """Mask of the elements beyond their bound."""
         off = self.off
