@@ -479,9 +479,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- results of the last step -----------------------------------------------------------------------
 
     def _control(self) -> Control:
-        """Of the first parameter's device."""
-        params = (param for group in self.param_groups for param in group["params"])  # none: a rank of ZeRO without any
-        return self._controls.reported_on(next((param.device for param in params), torch.device("cpu")))
+        """Of the first parameter's device; there may be none, as in a process of ZeRO-1 whose part is empty."""
+        return self._controls.reported_on(sharding.home_of(self.param_groups))
 
     @property
     def grad_norm(self) -> torch.Tensor:
