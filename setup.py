@@ -33,8 +33,11 @@ COMMON_FLAGS += WINDOWS_FLAGS if sys.platform == "win32" else ["-fPIC", "-pthrea
 ARITHMETIC_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # One copy of the CPU engine per instruction set, chosen at run time.
 ISA_FLAGS = {
-    "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mf16c"],
-    "csrc/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mf16c", "-mfma"],
+    "csrc/cpu/isa_avx512.cpp": [
+        *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        "-mprefer-vector-width=512",
+    ],
 }
 SOURCES = [
     "csrc/bindings.cpp",

@@ -72,16 +72,26 @@ FUSEDOPT_HD float scale_and_add(float x, float scale, float offset) {
 #endif
 }
 
+#if defined(__CUDACC__) || defined(__FMA__)
+FUSEDOPT_HD float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__)
+  return fmaf(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+#endif
+
 // x / divisor, rounded as IEEE division. `reciprocal` is 1 / divisor, rounded to nearest: worth it where many numbers
 // are divided by the same one. With it, one multiplication and two fused ones are enough for the correctly rounded
 // quotient (Markstein 1990; Brisebarre, Muller & Raina, IEEE TC 53(8), 2004), unless something leaves the range of
-// floats: for sqrt(x) / d with d in [2^-24, 1] nothing does but infinity.
+// floats: for sqrt(x) / d with d in [2^-24, 1] nothing does but infinity. Processors that do not fuse them divide.
 template <class T>
 FUSEDOPT_HD T divide_root(T x, T divisor, [[maybe_unused]] T reciprocal) {
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(__FMA__)
   if constexpr (sizeof(T) == 4) {
     const T quotient = x * reciprocal;
-    const T corrected = fmaf(fmaf(-divisor, quotient, x), reciprocal, quotient);
+    const T corrected = fused_multiply_add(fused_multiply_add(-divisor, quotient, x), reciprocal, quotient);
     return x < bit_cast<T>(0x7f800000u) ? corrected : quotient;
   }
 #endif

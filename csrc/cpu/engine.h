@@ -366,6 +366,19 @@ struct RuleOnChunk {
   Coefficients coefficients;
 };
 
+inline bool all_bfloat16(const UpdateJob& job) {
+  return job.param_format == ParamFormat::kBFloat16 && job.state_format == StateFormat::kBFloat16 &&
+         job.table.grad_dtype == DType::kBFloat16;
+}
+
+inline void update_bfloat16(const RuleOnChunk<float>& on, const uint16* grad) {
+  const int64 begin = on.span.begin;
+  uint16* states[kMaxStates];
+  for (int k = 0; k < on.rule.states; ++k) states[k] = static_cast<uint16*>(on.tensor.states[k]) + begin;
+  on.rule.apply_bfloat16(static_cast<uint16*>(on.tensor.param) + begin, grad + begin, states, on.span.end - begin,
+                         on.coefficients, on.transform);
+}
+
 template <class T>
 void update_chunk(const UpdateJob& job, const Chunk& chunk) {
   const GradientTransform<T> transform = gradient_transform<T>(job.scaling);
@@ -373,6 +386,10 @@ void update_chunk(const UpdateJob& job, const Chunk& chunk) {
   if (!grad.source().any()) return;
   RuleOnChunk<T> on(job, chunk, transform);
   if (on.rule.norms) on.functions.scale(on.hyper, job.norms[chunk.tensor].value, on.coefficients);
+
+  if constexpr (is_same<T, float>)
+    if (all_bfloat16(job) && !grad.source().has_main && transform.weight == 1.0f)
+      return update_bfloat16(on, static_cast<const uint16*>(grad.source().grad));
 
   TensorBlocks<T> blocks(job, on.tensor, {job.seed, on.tensor.id, uint32(on.step)});
   for (int64 i = on.span.begin; i < on.span.end; i += kBlock) {
@@ -428,7 +445,6 @@ TensorNorms measure_chunk(const UpdateJob& job, const Chunk& chunk) {
 
 // Partial sums, in an order that no instruction set changes.
 constexpr int kLanes = 64;
-constexpr int64 kAhead = 512;  // elements; measured: without it a single stream of reads takes a quarter longer
 
 template <NormType kType, class T>
 double reduce_lanes(const T* lanes) {

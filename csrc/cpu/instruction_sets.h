@@ -15,20 +15,20 @@ inline unsigned saved_registers() {
 }
 
 struct InstructionSets {
-  bool avx2 = false;    // with the conversions of float16
+  bool avx2 = false;    // with the conversions of float16 and fused multiply-add
   bool avx512 = false;  // F, BW, DQ, VL
 
   static InstructionSets here() {
-    constexpr unsigned kF16c = 1u << 29, kOsxsave = 1u << 27, kAvx2 = 1u << 5;
+    constexpr unsigned kF16c = 1u << 29, kFma = 1u << 12, kOsxsave = 1u << 27, kAvx2 = 1u << 5;
     constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     constexpr unsigned kYmm = 0x6, kZmm = 0xe6;
     InstructionSets sets;
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kOsxsave)) return sets;
-    const bool f16c = ecx & kF16c;
+    const bool beside = (ecx & kF16c) && (ecx & kFma);
     const unsigned saved = saved_registers();
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return sets;
-    sets.avx2 = f16c && (ebx & kAvx2) && (saved & kYmm) == kYmm;
+    sets.avx2 = beside && (ebx & kAvx2) && (saved & kYmm) == kYmm;
     sets.avx512 = sets.avx2 && (ebx & kAvx512) == kAvx512 && (saved & kZmm) == kZmm;
     return sets;
   }

@@ -3,6 +3,7 @@
 
 #include "../core/gradient.h"
 #include "../core/norms.h"
+#include "../formats/plain.h"
 #include "../rules/all.h"
 
 // Before a loop whose iterations touch different memory.
@@ -15,16 +16,25 @@
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
 
+// Elements. Measured: without prefetching, a single stream of reads takes a quarter longer, and the update of bfloat16,
+// which reads four and writes three, 1.7 times as long.
+constexpr int64 kAhead = 512;
+constexpr int64 kRun = 128;  // prefetched at once
+
 // Room for any rule's coefficients, which are prepared once per chunk.
 struct Coefficients {
   alignas(64) unsigned char bytes[256];
 };
 
+// Updates n elements, all of whose streams rest as `Storage`.
+template <class Storage, class T>
+using Apply = void (*)(Storage* param, const Storage* grad, Storage* const* states, int64 n,
+                       const Coefficients& coefficients, const GradientTransform<T>& transform);
+
 template <class T>
 struct RuleFunctions {
   void (*prepare)(const Hyper& hyper, double step, Coefficients& coefficients);
-  void (*apply)(T* param, const T* grad, T* const* states, int64 n, const Coefficients& coefficients,
-                const GradientTransform<T>& transform);
+  Apply<T, T> apply;
   // Of rules of two phases, else null; `terms`: one array for each norm.
   void (*measure)(const T* param, const T* grad, const T* const* states, int64 n, const Coefficients& coefficients,
                   const GradientTransform<T>& transform, T* const* terms);
@@ -38,22 +48,36 @@ void prepare_rule(const Hyper& hyper, double step, Coefficients& coefficients) {
   __builtin_memcpy(coefficients.bytes, &prepared, sizeof(prepared));
 }
 
-template <class Rule, class T>
-void apply_rule(T* __restrict param, const T* __restrict grad, T* const* states, int64 n, const Coefficients& stored,
-                const GradientTransform<T>& given) {
+// Asks for the cache lines of elements [first, first + kRun).
+template <class Storage>
+inline void prefetch_run(const Storage* stream, int64 first) {
+  for (int64 i = first; i < first + kRun; i += 64 / int64(sizeof(Storage))) __builtin_prefetch(stream + i);
+}
+
+// Storage: of `Format`, a plain one. Where that is 16 bits wide, converting inside the loop takes less time than passes
+// of their own: the processor does it while it divides.
+template <class Rule, class Format, class Storage = typename Format::Storage, class T = typename Format::Compute>
+void apply_rule(Storage* __restrict param, const Storage* __restrict grad, Storage* const* states, int64 n,
+                const Coefficients& stored, const GradientTransform<T>& given) {
   const GradientTransform<T> transform = given;
   typename Rule::template Coefficients<T> coefficients;
   __builtin_memcpy(&coefficients, stored.bytes, sizeof(coefficients));
-  T* state[kSlots<Rule>];
+  Storage* state[kSlots<Rule>];
   for (int k = 0; k < Rule::kStates; ++k) state[k] = states[k];
-  FUSEDOPT_INDEPENDENT
-  for (int64 i = 0; i < n; ++i) {
-    T s[kSlots<Rule>];
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];
-    T p = param[i];
-    Rule::template update<T>(p, transform(grad[i]), s, coefficients);
-    param[i] = p;
-    for (int k = 0; k < Rule::kStates; ++k) state[k][i] = s[k];
+  for (int64 first = 0; first < n; first += kRun) {
+    prefetch_run(param, first + kAhead);
+    prefetch_run(grad, first + kAhead);
+    for (int k = 0; k < Rule::kStates; ++k) prefetch_run(state[k], first + kAhead);
+    const int64 end = first + kRun < n ? first + kRun : n;
+    FUSEDOPT_INDEPENDENT
+    for (int64 i = first; i < end; ++i) {
+      T s[kSlots<Rule>];
+      for (int k = 0; k < Rule::kStates; ++k) s[k] = Format::decode(state[k][i]);
+      T p = Format::decode(param[i]);
+      Rule::template update<T>(p, transform(Format::decode(grad[i])), s, coefficients);
+      param[i] = Format::encode(p);
+      for (int k = 0; k < Rule::kStates; ++k) state[k][i] = Format::encode(s[k]);
+    }
   }
 }
 
@@ -86,12 +110,12 @@ void scale_rule(const Hyper& hyper, const double* norms, Coefficients& stored) {
   __builtin_memcpy(stored.bytes, &coefficients, sizeof(coefficients));
 }
 
-template <class Rule, class T>
+template <class Rule, class Format, class T = typename Format::Compute>
 constexpr RuleFunctions<T> functions_of() {
   if constexpr (kNorms<Rule> > 0)
-    return {&prepare_rule<Rule, T>, &apply_rule<Rule, T>, &measure_block<Rule, T>, &scale_rule<Rule, T>};
+    return {&prepare_rule<Rule, T>, &apply_rule<Rule, Format>, &measure_block<Rule, T>, &scale_rule<Rule, T>};
   else
-    return {&prepare_rule<Rule, T>, &apply_rule<Rule, T>, nullptr, nullptr};
+    return {&prepare_rule<Rule, T>, &apply_rule<Rule, Format>, nullptr, nullptr};
 }
 
 struct RuleRow {
@@ -100,11 +124,17 @@ struct RuleRow {
   Moment (*moment)(int state);
   RuleFunctions<float> in_float;
   RuleFunctions<double> in_double;
+  Apply<uint16, float> apply_bfloat16;
 };
 
 inline const RuleRow& rule_row(int32 rule) {
-#define FUSEDOPT_ROW(Rule) \
-  {Rule::kStates, kNorms<Rule>, &Rule::moment, functions_of<Rule, float>(), functions_of<Rule, double>()},
+#define FUSEDOPT_ROW(Rule)        \
+  {Rule::kStates,                 \
+   kNorms<Rule>,                  \
+   &Rule::moment,                 \
+   functions_of<Rule, Float32>(), \
+   functions_of<Rule, Float64>(), \
+   &apply_rule<Rule, BFloat16>},
   static const RuleRow table[] = {FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_ROW)};
 #undef FUSEDOPT_ROW
   return table[rule];
