@@ -20,6 +20,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -35,6 +37,9 @@ SCALAR_ERROR = 1000 * 2.0**-53
 RADAM_ERROR = 1000**2 * 2.0**-53
 
 
+Operand = Union["Bounded", Tensor, float]
+
+
 @dataclasses.dataclass(eq=False)
 class Bounded:
     """`value` (float64) and a bound on the error with which `compute` arithmetic knows it."""
@@ -48,7 +53,7 @@ class Bounded:
         value = t.detach().cpu().double()
         return cls(value, torch.zeros_like(value), compute)
 
-    def _operand(self, other) -> Bounded:
+    def _operand(self, other: Operand) -> Bounded:
         """Numbers stand for themselves if float32 holds them, else for their rounding to the compute type."""
         return other if isinstance(other, Bounded) else _scalar(float(other), self.compute)
 
@@ -72,23 +77,23 @@ class Bounded:
         rounded.error.masked_fill_(rounded.magnitude == math.inf, 0.0)
         return rounded
 
-    def __neg__(self):
+    def __neg__(self) -> Bounded:
         return Bounded(-self.value, self.error, self.compute)
 
-    def __add__(self, other):
+    def __add__(self, other: Operand) -> Bounded:
         other = self._operand(other)
         return self._rounded(self.value + other.value, self.error + other.error)
 
-    def __sub__(self, other):
+    def __sub__(self, other: Operand) -> Bounded:
         return self + -self._operand(other)
 
-    def __mul__(self, other):
+    def __mul__(self, other: Operand) -> Bounded:
         other = self._operand(other)
         a, b = self.magnitude, other.magnitude
         error = a * other.error + b * self.error + self.error * other.error
         return self._rounded(self.value * other.value, error, self, other)
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: Operand) -> Bounded:
         """|(a + da) / (b + db) - a / b| <= (|da| + |a / b| |db|) / (|b| - |db|)."""
         other = self._operand(other)
         value = self.value / other.value
@@ -102,7 +107,7 @@ class Bounded:
         low, high = (self.value - self.error).clamp(min=0).sqrt(), (self.value + self.error).sqrt()
         return self._rounded(self.value.sqrt(), high - low)
 
-    def norm(self):
+    def norm(self) -> Bounded:
         """Of a tensor. It moves by no more than the norm of the errors.
 
         An engine sums squares in double, in whatever order: each term meets one rounding of the square and at most
@@ -114,16 +119,16 @@ class Bounded:
             value, torch.linalg.vector_norm(self.error) + (self.value.numel() + 2) * 2.0**-53 * value, self.compute
         )
 
-    def __eq__(self, number):
+    def __eq__(self, number: float) -> Tensor:  # type: ignore[override]  # of each element
         """Whether the value is this number; where it is 0 by cancellation, the error says so."""
         return self.value == number
 
-    def sign(self):
+    def sign(self) -> Bounded:
         """Known where the error cannot reach or leave zero, else anything from -1 to 1."""
         known = (self.value.abs() > self.error) | (self.error == 0)
         return Bounded(self.value.sign(), torch.where(known, 0.0, 2.0).double(), self.compute)
 
-    def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None):
+    def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None) -> Bounded:
         if min is not None:
             return Bounded(self.value.clamp(min=min), self.error, self.compute)
         limits = self._operand(max(abs(low), abs(high)))
@@ -131,7 +136,7 @@ class Bounded:
         error = torch.where(beyond, limits.error, self.error + limits.error)
         return Bounded(self.value.clamp(low, high), error, self.compute)
 
-    def maximum(self, other):
+    def maximum(self, other: Bounded) -> Bounded:
         """A maximum moves by no more than either of its arguments."""
         error = torch.maximum(self.error, other.error)
         return Bounded(torch.maximum(self.value, other.value), error, self.compute)
@@ -150,7 +155,17 @@ def _bounded(t: Tensor | Bounded, compute: torch.dtype) -> Bounded:
     return t if isinstance(t, Bounded) else Bounded.exact(t, compute)
 
 
-def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **transform) -> dict[str, Bounded]:
+def bounded_step(
+    rule: str,
+    param: Any,
+    grad: Any,
+    states: Mapping[str, Any],
+    *,
+    step: int,
+    maximize: bool = False,
+    hyper: Mapping[str, Any],
+    **transform: Any,
+) -> dict[str, Bounded]:
     """As `reference.reference_step`, with bounds; the new parameter is called "param". `param`, `grad` and
     `states` may have bounds too."""
     if isinstance(param, Bounded):
@@ -230,16 +245,16 @@ def assert_within(actual: Tensor, expected: Bounded, what: str = "value") -> Non
     compare(actual, expected, what).check()
 
 
-def hyper_of(group: dict, rule: str) -> dict:
+def hyper_of(group: Mapping[str, Any], rule: str) -> dict[str, Any]:
     """The arguments of the reference rule."""
     return {key: group[key] for _, key, _ in specs.RULES[rule].hyper} | {"lr": float(group["lr"])}
 
 
-def flat(tensors) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().cpu().reshape(-1) for t in tensors])
 
 
-def concatenated(grads: list) -> Tensor | Bounded:
+def concatenated(grads: Sequence[Any]) -> Tensor | Bounded:
     """Gradients of one dtype in one tensor, with their bounds if they have any."""
     if not isinstance(grads[0], Bounded):
         return flat(grads)
