@@ -34,6 +34,7 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
         return
     _require_pickling(factory, cases[0])
     workers: dict[Connection, _Worker] = {}
+    idle: list[_Worker] = []
     ends = 0  # since a case passed
     try:
         for _ in range(min(jobs, len(pieces))):
@@ -56,8 +57,10 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
                     if pieces:
                         worker.give(pieces.popleft(), cases)
                     else:
-                        del workers[worker.connection]
-                        worker.stop()
+                        idle.append(workers.pop(worker.connection))
+                        worker.connection.send(None)
+        for worker in idle:  # leaving a device takes each of them a while, all at once
+            worker.process.join()
     finally:
         for worker in workers.values():
             worker.process.terminate()
@@ -145,10 +148,6 @@ class _Worker:
         index = self.left.pop(0)
         result.case, self.error = cases[index], result.error
         return index, result
-
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.process.join()
 
 
 def _start(workers: dict[Connection, _Worker], factory: Callable | None, jobs: int) -> _Worker:
