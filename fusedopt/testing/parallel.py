@@ -80,7 +80,10 @@ def _pieces(cases: list[Case], size: int) -> Iterator[list[int]]:
     """Indices of cases that share kernels, so many at most."""
     groups: dict[tuple, list[int]] = {}
     for i, case in enumerate(cases):
-        groups.setdefault((case.backend, case.variant.rule, str(case.format)), []).append(i)
+        form = case.format
+        states = str(form.state_format) if case.variant.rule_spec.states else ""  # named or by default
+        kept = form.dtype, form.master_weights, form.stochastic_rounding, states
+        groups.setdefault((case.backend, case.variant.rule, *kept), []).append(i)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
