@@ -151,7 +151,9 @@ def record(**changes) -> dict:
     row = {"rule": "adamw", "format": "bfloat16-split16-int8_states", "backend": "cpu", "largest_ulp": 1.5}
     row |= {"passed": True, "left_out": None, **changes}
     environment = {"subject": "fusedopt", "device": "x86_64 CPU", "torch": "2.13.0", "date": "2026-11-22T10:00:00"}
-    return {"environment": {**environment, "command": "fusedopt verify", "seconds": 1.0}, "rows": [row, row]}
+    summary = {"cases": 2, "failed": 0, "not_run": 0, "unreached": 0}
+    made = {**environment, "command": "fusedopt verify", "seconds": 1.0}
+    return {"environment": made, "summary": summary, "rows": [row, row]}
 
 
 def write_table(tmp_path, page: str, *records: dict) -> int:
@@ -172,8 +174,15 @@ def test_tables_replace_what_was_there(tmp_path):
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| adamw | int8 | 2: 1.50 |" in text and "| adamw | int8 | 2: inf, **2 failed** |" in text
-    assert write_table(tmp_path, text, record(), failed) == 0
-    assert (tmp_path / "page.md").read_text() == text
+    assert write_table(tmp_path, text, failed) == 0
+    assert (tmp_path / "page.md").read_text() == text  # the other backend's table stays
+
+
+def test_a_table_says_what_the_time_limit_left_out(tmp_path):
+    late = record(backend="cuda")
+    late["summary"]["unreached"] = 1234
+    assert write_table(tmp_path, PAGE, late) == 0
+    assert "2 cases, 0 failed. The time limit left out 1,234 cases of the run." in (tmp_path / "page.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -193,4 +202,4 @@ def test_bad_reports_leave_the_page_alone(page, found, message, tmp_path, capsys
 
 def test_the_page_has_the_marks():
     page = verify_table.PAGE.read_text()
-    assert verify_table.BEGIN in verify_table.replaced(page, [])
+    assert verify_table.BEGIN in verify_table.replaced(page, {})

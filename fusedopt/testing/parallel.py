@@ -34,6 +34,7 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
         return
     _require_pickling(factory, cases[0])
     workers: dict[Connection, _Worker] = {}
+    idle: list[_Worker] = []
     ends = 0  # since a case passed
     try:
         for _ in range(min(jobs, len(pieces))):
@@ -56,8 +57,10 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
                     if pieces:
                         worker.give(pieces.popleft(), cases)
                     else:
-                        del workers[worker.connection]
-                        worker.stop()
+                        idle.append(workers.pop(worker.connection))
+                        worker.connection.send(None)
+        for worker in idle:  # leaving a device takes each of them a while, all at once
+            worker.process.join()
     finally:
         for worker in workers.values():
             worker.process.terminate()
@@ -77,7 +80,10 @@ def _pieces(cases: list[Case], size: int) -> Iterator[list[int]]:
     """Indices of cases that share kernels, so many at most."""
     groups: dict[tuple, list[int]] = {}
     for i, case in enumerate(cases):
-        groups.setdefault((case.backend, case.variant.rule, str(case.format)), []).append(i)
+        form = case.format
+        states = str(form.state_format) if case.variant.rule_spec.states else ""  # named or by default
+        kept = form.dtype, form.master_weights, form.stochastic_rounding, states
+        groups.setdefault((case.backend, case.variant.rule, *kept), []).append(i)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
@@ -145,10 +151,6 @@ class _Worker:
         index = self.left.pop(0)
         result.case, self.error = cases[index], result.error
         return index, result
-
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.process.join()
 
 
 def _start(workers: dict[Connection, _Worker], factory: Callable | None, jobs: int) -> _Worker:
