@@ -29,13 +29,16 @@ class Goal:
     value: Callable[[Rows], float | None]
     relation: str
     bound: float
+    where: Callable[[Rows], str | None] = lambda rows: None
+    """The case that a figure of many rows is of."""
 
     def judge(self, rows: Rows) -> Row:
         value = self.value(rows)
         reached = None
         if value is not None:
             reached = value >= self.bound if self.relation == ">=" else value <= self.bound
-        return {"name": self.name, "value": value, "relation": self.relation, "bound": self.bound, "reached": reached}
+        named = {"name": self.name, "where": self.where(rows)}
+        return named | {"value": value, "relation": self.relation, "bound": self.bound, "reached": reached}
 
 
 class Rows:
@@ -47,9 +50,8 @@ class Rows:
 
     def figure(self, key: str, case: str, library: str) -> float | None:
         """``key`` of the row with this ``workload/optimizer/format/contract`` and library."""
-        names = ("workload", "optimizer", "format", "contract")
         for row in self.rows:
-            if "/".join(str(row.get(name)) for name in names) == case and row["library"] == library:
+            if _case_of(row) == case and row["library"] == library:
                 return row.get(key)
         return None
 
@@ -60,6 +62,10 @@ class Rows:
 
     def first_step_seconds(self, cache: str) -> float | None:
         return next((row["first_step_s"] for row in self.first_step if row["cache"] == cache), None)
+
+
+def _case_of(row: Row) -> str:
+    return "/".join(str(row.get(name)) for name in ("workload", "optimizer", "format", "contract"))
 
 
 def _figure(key: str, case: str) -> Callable[[Rows], float | None]:
@@ -232,34 +238,59 @@ def print_goals(console: Console, goals: list[Row]) -> None:
     for goal in goals:
         verdict = {None: "not measured", True: "[green]reached[/]", False: "[red]missed[/]"}[goal["reached"]]
         value = "-" if goal["value"] is None else f"{goal['value']:.4g}"
-        table.add_row(goal["name"], value, f"{goal['relation']} {goal['bound']:g}", verdict)
+        name = f"{goal['name']} ({goal['where']})" if goal["where"] else goal["name"]
+        table.add_row(name, value, f"{goal['relation']} {goal['bound']:g}", verdict)
     console.print(table)
 
 
 # ------------------------------------------------------------------------------ what fusedopt bench is to show
 
 
-STANDARD_SHARES = {
-    "llama-1.3B/adamw/fp32/scaler_clip_step": 0.99,
-    "llama-1.3B/adamw/fp32/clip_step": 0.99,
-    "llama-1.3B/adamw/fp32/step": 0.99,
-    "gpt2-124M/adamw/fp32/scaler_clip_step": 0.985,
-    "gpt2-124M/adamw/fp32/clip_step": 0.985,
-    "vit-l/adamw/fp32/clip_step": 0.985,
-    "bert-large/adamw/fp32/scaler_clip_step": 0.985,
-    "one-huge/adamw/fp32/clip_step": 0.985,
-    "llama-1.3B/lion/fp32/step": 0.985,
-    "llama-1.3B/adamw/bf16+split16/clip_step": 0.985,
-    "llama-8B-shard/adamw/bf16+split16/clip_step": 0.985,
-    "llama-1.3B/adamw/bf16/step": 0.97,
-    "llama-1.3B/adamw/bf16+split8+int8/step": 0.92,
-    "llama-1.3B/adamw/bf16+int8/step": 0.92,
+LARGE = 100_000_000
+"""Elements: rows of as many are judged by their share of the floor."""
+
+SHARES = {
+    "AdamW in fp32": (lambda row: row["optimizer"] == "adamw" and row["format"] == "fp32", 0.99),
+    "fp32 and split16": (lambda row: row["format"] == "fp32" or "split16" in row["format"], 0.985),
+    "bf16": (lambda row: row["format"] in ("bf16", "bf16+sr"), 0.97),
+    "8-bit states": (lambda row: "int8" in row["format"], 0.92),
 }
-"""Of the copy floor, by case of the suite ``standard``."""
+"""Which rows have to reach which share of the copy's bandwidth."""
+
+TIMES = {
+    "8-bit states": (lambda row: "int8" in row["format"], 2.0),
+    "every row": (lambda row: True, 1.0),
+}
+"""Which rows have to be how many times as fast as the best other library."""
+
+Chosen = Callable[[Row], bool]
 
 
-def _over_best(case: str, bound: float) -> Goal:
-    return Goal(f"{case}: times faster than the best other", _figure("over_best", case), ">=", bound)
+def _large_step(row: Row) -> bool:
+    """Of ours, aligned, with an optimizer step in one pass over the states: what the shares are asked of."""
+    aligned = not str(row["workload"]).startswith((f"{LLAMA}-misaligned", f"{LLAMA}-odd"))
+    large = row["params"] >= LARGE and row["contract"] in ("step", "clip_step", "scaler_clip_step")
+    return row["library"] == "fusedopt-cuda" and aligned and large
+
+
+def _ours(row: Row) -> bool:
+    return row["library"] == "fusedopt-cuda"
+
+
+def _least_goal(name: str, key: str, bound: float, *conditions: Chosen) -> Goal:
+    """Of the least figure of the rows that meet all conditions."""
+
+    def worst(rows: Rows) -> Row | None:
+        found = [row for row in rows.rows if row.get(key) is not None and all(holds(row) for holds in conditions)]
+        return min(found, key=lambda row: row[key], default=None)
+
+    def value(rows: Rows) -> float | None:
+        return None if (row := worst(rows)) is None else row[key]
+
+    def where(rows: Rows) -> str | None:
+        return None if (row := worst(rows)) is None else _case_of(row)
+
+    return Goal(f"{name}, least", value, ">=", bound, where)
 
 
 def _eager_wall(case: str) -> Callable[[Rows], float | None]:
@@ -296,8 +327,14 @@ def _wall(case: str, bound: float) -> Goal:
 
 
 STANDARD_GOALS = [
-    *(_share_goal(case, share) for case, share in STANDARD_SHARES.items()),
-    *(_over_best(case, 2.0 if "int8" in case else 1.0) for case in STANDARD_SHARES),
+    *(
+        _least_goal(f"{name}: share of the floor", "efficiency", least, _large_step, chosen)
+        for name, (chosen, least) in SHARES.items()
+    ),
+    *(
+        _least_goal(f"{name}: times faster than the best other", "over_best", least, _ours, chosen)
+        for name, (chosen, least) in TIMES.items()
+    ),
     Goal(
         "llama-1.3B/adamw/fp32/scaler_clip_step: times faster than torch's scaler + clip + fused",
         _ratio("gpu_ms", "llama-1.3B/adamw/fp32/scaler_clip_step", "torch-fused"),

@@ -16,8 +16,8 @@
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
 
-// Elements. Measured: without prefetching, a single stream of reads takes a quarter longer, and the update of bfloat16,
-// which reads four and writes three, 1.7 times as long.
+// Elements. Measured: without prefetching, a single stream of reads takes a quarter longer; the update, which reads
+// four and writes three, a tenth longer in float32 and 1.7 times as long in bfloat16.
 constexpr int64 kAhead = 512;
 constexpr int64 kRun = 128;  // prefetched at once
 

@@ -12,13 +12,14 @@ from rich.progress import Progress
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
-from benchmarks.goals import FORMAT_GOALS, RULE_GOALS, judge_goals
+from benchmarks.goals import FORMAT_GOALS, RULE_GOALS, STANDARD_CPU_GOALS, STANDARD_GOALS, judge_goals
 from benchmarks.step import DEFAULT_WORKLOADS, VARIANTS, select_cases
 from fusedopt import formats
 from fusedopt.bench import contracts, peers
 from fusedopt.bench.checks import check
 from fusedopt.bench.contracts import Case, build
 from fusedopt.bench.runner import measure_cases
+from fusedopt.bench.suites import suites
 from fusedopt.bench.timing import split_steps
 from fusedopt.bench.workloads import FORMATS, WORKLOADS, Model
 
@@ -295,6 +296,46 @@ def test_goals_of_the_formats():
     assert goals[f"{step}: times faster than AdamW8bit"]["value"] == pytest.approx(6.1)
     apex = goals["adamw/fp16+fp32 master/scaler_clip_step: times faster than apex"]
     assert (apex["value"], apex["reached"]) == (None, None)
+
+
+def standard_row(workload, variant, library="fusedopt-cuda", params=10**9, **figures):
+    return row(variant, library, 1.0) | {"workload": workload, "params": params, "over_best": None} | figures
+
+
+def test_goals_of_the_standard_suite():
+    rows = [
+        standard_row("llama-1.3B", "adamw/fp32/step", efficiency=0.995, over_best=1.2),
+        standard_row("gpt2-124M", "adamw/fp32/step", efficiency=0.985, over_best=1.1),
+        standard_row("llama-1.3B", "lion/fp32/step", efficiency=0.9849),
+        standard_row("llama-1.3B", "adamw/bf16+int8/step", efficiency=0.93, over_best=1.9),
+        standard_row("resnet50", "adamw/fp32/clip_step", params=25_000_000, efficiency=0.8),  # small: not asked
+        standard_row("llama-1.3B", "adamw/fp32/step", "torch-fused", efficiency=0.8),
+        standard_row("llama-1.3B-misaligned", "adamw/fp32/step", efficiency=0.95),
+        standard_row("llama-1.3B-misaligned-apart", "adamw/fp32/step", efficiency=0.6),
+    ]
+    goals = {goal["name"]: goal for goal in judge_goals(CUDA, ("standard",), rows, [])}
+
+    def least(name):
+        goal = goals[f"{name}, least"]
+        return goal["value"], goal["reached"], goal["where"]
+
+    assert least("AdamW in fp32: share of the floor") == (0.985, False, "gpt2-124M/adamw/fp32/step")
+    assert least("fp32 and split16: share of the floor") == (0.9849, False, "llama-1.3B/lion/fp32/step")
+    assert least("8-bit states: share of the floor") == (0.93, True, "llama-1.3B/adamw/bf16+int8/step")
+    assert least("bf16: share of the floor") == (None, None, None)
+    assert least("8-bit states: times faster than the best other")[:2] == (1.9, False)
+    assert least("every row: times faster than the best other")[:2] == (1.1, True)
+    aligned = "adamw/fp32/step: over the aligned share"
+    assert goals[f"llama-1.3B-misaligned/{aligned}"]["reached"] is True
+    assert goals[f"llama-1.3B-misaligned-apart/{aligned}"]["reached"] is False
+    assert goals[f"llama-1.3B-odd/{aligned}"]["value"] is None
+
+
+def test_standard_goals_are_about_cases_of_the_suite():
+    cases = {"/".join(case) for device_type in ("cuda", "cpu") for case in suites(device_type)["standard"]}
+    named = [goal.name.split(":")[0] for goal in (*STANDARD_GOALS, *STANDARD_CPU_GOALS)]
+    named = [name for name in named if "/" in name]
+    assert len(named) > 8 and set(named) <= cases
 
 
 def test_libraries_that_are_not_installed_are_named(monkeypatch):

@@ -8,12 +8,25 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, DTYPES, ONE_EACH, SIZES, hard_values, memory, normal, parameters, set_gradients
+from cases import (
+    CASES,
+    DTYPES,
+    FUNCTION_HYPER,
+    ONE_EACH,
+    SIZES,
+    call_function,
+    hard_values,
+    memory,
+    normal,
+    parameters,
+    set_gradients,
+)
 
 import fusedopt
 from fusedopt import _C, passes
@@ -148,6 +161,26 @@ def test_instruction_sets_give_the_same_bits(isa, default_digests):
     assert found["isa"] == isa
     for values in ("normal", "hard"):
         assert found[values] == default_digests[values]
+
+
+@pytest.mark.parametrize("values", [normal, hard_values])
+@pytest.mark.parametrize("rule", RULES)
+def test_bfloat16_is_float32_rounded_after_each_step(rule, values, threads):
+    """Where every stream is bfloat16 there is a loop of its own; what it computes between loads and stores is not."""
+    threads(1)
+    shapes = [(size,) for size in (*SIZES[:-1], CPU_CHUNK + 129)]
+    make = partial(values, dtype=torch.bfloat16, device=torch.device("cpu"))
+    params = [make(shape, seed=i) for i, shape in enumerate(shapes)]
+    states = [[torch.zeros_like(param) for param in params] for _ in RULES[rule].states]
+    steps = [torch.zeros(()) for _ in params]
+    for step in range(2):
+        grads = [make(shape, seed=100 * (1 + step) + i) for i, shape in enumerate(shapes)]
+        wide = [[tensor.float() for tensor in tensors] for tensors in (params, grads, *states)]
+        own_steps = [count.clone() for count in steps]
+        call_function(rule, wide[0], wide[1], wide[2:], own_steps, **FUNCTION_HYPER[rule])
+        call_function(rule, params, grads, states, steps, **FUNCTION_HYPER[rule])
+        for kept, exact in zip((params, *states), (wide[0], *wide[2:]), strict=True):
+            torch.testing.assert_close(kept, [e.bfloat16() for e in exact], rtol=0, atol=0, equal_nan=True)
 
 
 def test_unknown_instruction_set_is_an_error():
