@@ -17,6 +17,8 @@ were checked against the float64 reference. Medians over steps:
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -107,12 +109,14 @@ class Training:
         self.model.zero_grad()
         free_memory()
 
-    def measure(self, batch: int) -> list[Row]:
-        """Rows of a batch size."""
+    def measure(self, batch: int, deadline: float = math.inf) -> list[Row]:
+        """Rows of a batch size. After ``deadline`` (``time.monotonic``) no round begins but the first."""
         for entry in self.entries:
             entry.step_ms, entry.tail_ms, entry.peak_bytes = [], [], None
         tokens = torch.randint(self.size.vocabulary, (batch, self.size.context + 1), device=self.device)
         for turn in range(self.size.rounds):
+            if turn and time.monotonic() > deadline:
+                break
             for entry in self.entries:
                 steps = self.size.steps + (WARM_UP_STEPS if turn == 0 else 0)
                 self.attempt(entry, lambda entry=entry, steps=steps: self._train(entry, tokens, steps))
@@ -170,41 +174,49 @@ def _add_speedups(rows: list[Row]) -> None:
             row["speedup"] = min(torchs) / row["step_ms"]
 
 
-def measure(device: torch.device, sizes: tuple[Size, ...], deadline: float, console: Console) -> Row:
-    rows: list[Row] = []
-    left_out: list[str] = []
+def measure(
+    device: torch.device, sizes: tuple[Size, ...], deadline: float, console: Console, path: Path | None = None
+) -> Row:
+    """All sizes and batches. The JSON file is written after each, so that what was measured outlives the process."""
+    result = environment(device) | {"rows": [], "left_out": []}
     with progress_bar(console) as progress:
         task = progress.add_task("", total=sum(len(size.batches) for size in sizes))
         for size in sizes:
             training = None
             for batch in size.batches:
-                progress.update(task, description=f"{size.name}, batch {batch}")
-                if time.monotonic() > deadline:
-                    left_out.append(f"{size.name}, batch {batch} x {size.context}")
-                else:
-                    if training is None:
-                        training = Training(size, device)
-                        training.prepare()
-                    rows += training.measure(batch)
+                name = f"{size.name}, batch {batch} x {size.context}"
+                progress.update(task, description=name)
+                try:
+                    if time.monotonic() > deadline:
+                        result["left_out"].append(name)
+                    else:
+                        if training is None:
+                            training = Training(size, device)
+                            training.prepare()
+                        result["rows"] += training.measure(batch, deadline)
+                except KeyboardInterrupt:
+                    deadline = 0.0
+                    result["left_out"].append(name)
+                write(path, result)
                 progress.advance(task)
             training = None
             free_memory()
-    return environment(device) | {"rows": rows, "left_out": left_out}
+    return result
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
 @click.option("--quick", is_flag=True, help="A smoke run: a tiny model, few steps.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
-@click.option("--time-limit", type=float, default=240, show_default=True, help="Start no batch after so many seconds.")
+@click.option("--time-limit", type=float, default=240, show_default=True, help="Begin no round after so many seconds.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(device_type: str, quick: bool, threads: int | None, time_limit: float, path: Path | None) -> None:
     deadline = time.monotonic() + time_limit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
     console = Console(width=None if sys.stdout.isatty() else 120)
     if threads:
         torch.set_num_threads(threads)
-    result = measure(torch.device(device_type), TINY if quick else SIZES, deadline, console)
-    write(path, result)
+    result = measure(torch.device(device_type), TINY if quick else SIZES, deadline, console, path)
     print_table(console, TITLE, STEP_CELLS, result)
     sys.exit(exit_code(result))
 
