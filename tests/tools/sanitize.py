@@ -147,6 +147,12 @@ def child_commands(backends: list[str], shares: int) -> list[list[str]]:
     return [[*start, f"--share={i}", f"--shares={shares}"] for i in range(shares)]
 
 
+def shown(command: list[str]) -> str:
+    """As anybody would write it, without the paths of this machine."""
+    names = {sys.executable: "python", str(Path(__file__).resolve()): "tests/tools/sanitize.py"}
+    return " ".join([Path(command[0]).name, *(names.get(part, part) for part in command[1:])])
+
+
 class Process:
     """A command, at work; what it writes goes to a file."""
 
@@ -245,7 +251,7 @@ def report_of(tool: str, processes: list[Process], expected: int) -> dict[str, A
     unfinished = [text[-2000:] for process, text in zip(processes, outputs, strict=True) if process.code != 0]
     return {
         "tool": tool,
-        "command": " ".join(processes[0].command),
+        "command": shown(processes[0].command),
         "processes": len(processes),
         "finished": all(process.code is not None for process in processes),
         "exit_codes": [process.code for process in processes],
