@@ -19,6 +19,7 @@ from .hooks import on_gradient
 from .main_grads import AccumulatePlan, MainGrad, check_grads, make_main_grads
 from .optim.base import FusedOptimizer
 from .optim.wrappers import check_unwrapped
+from .sharding import is_sharded, local_grad, local_of, wrap_like
 
 __all__ = ["GradAccumulator"]
 
@@ -44,6 +45,9 @@ class GradAccumulator:
     :class:`fusedopt.GradScaler` see it. The loss scale must not change between the micro-batches of a step, which
     ``GradScaler`` sees to by itself. ``optimizer.step()`` and ``optimizer.zero_grad()`` begin anew; main gradients stay
     where they are in memory.
+
+    Of DTensors (FSDP2, tensor parallelism) each process adds up its own part, of gradients that the backward pass has
+    added up over the mesh: weights, and numbers of micro-batches, must be the same in all processes.
 
     Args:
         target: an optimizer of this library; or any other ``torch.optim.Optimizer`` or iterable of parameters, for
@@ -84,7 +88,7 @@ class GradAccumulator:
         self.optimizer = target if isinstance(target, torch.optim.Optimizer) else None
         self._listed = [] if isinstance(target, torch.optim.Optimizer) else list(target)
         self.dtype, self.reduction = dtype, reduction
-        check_params("GradAccumulator: params", self.params)
+        check_params("GradAccumulator: params", self.params, sharded=True)
         if not self.params:
             raise ValueError("GradAccumulator: got no parameters, expected at least one; pass model.parameters()")
         self._mains: dict[torch.Tensor, MainGrad] = {}
@@ -169,6 +173,8 @@ class GradAccumulator:
         if grad is None:  # released meanwhile
             return
         check_grad(where, grad, param)
+        if is_sharded(param):
+            grad = local_grad(where, grad, param)
         main = self.main_grad(where, param)
         if main is None:
             self._adopt([param])
@@ -239,7 +245,9 @@ class GradAccumulator:
             )
         divisor = self._divisor(None)
         mains = [self.main_grad(f"GradAccumulator.grads: params[{i}]", param) for i, param in enumerate(self.params)]
-        grads = [main.tensor if main and main.held.value else None for main in mains]
+        grads = [
+            _like(param, main.tensor) if main and main.held.value else None for param, main in zip(self.params, mains)
+        ]
         if isinstance(divisor, torch.Tensor) or divisor != 1.0:
             for buffer in self.buffers:
                 buffer.div_(divisor.to(buffer.device) if isinstance(divisor, torch.Tensor) else divisor)
@@ -269,7 +277,15 @@ class GradAccumulator:
             find_unused_parameters: leave parameters that no process has a gradient for without one, for which the
                 processes must tell each other; the host waits. By default a parameter that requires a gradient and has
                 none, here or anywhere, counts as 0.
+
+        Raises:
+            ValueError: DTensors among the parameters: their gradients have been added up over their mesh.
         """
+        if any(is_sharded(param) for param in self.params):
+            raise ValueError(
+                "GradAccumulator.all_reduce: got parameters that are DTensors, expected plain ones: the backward pass "
+                "adds up gradients of DTensors over their mesh; leave this call out"
+            )
         if self._open:
             self._close(self._weight)
         self._adopt(self._trained())
@@ -360,9 +376,10 @@ class GradAccumulator:
                 "GradAccumulator.state_dict: got a micro-batch that has not ended, expected to be called between them; "
                 "call accumulate() first"
             )
-        mains = {i: self._mains.get(param) for i, param in enumerate(self.params)}
+        params = self.params
+        mains = {i: self._mains.get(param) for i, param in enumerate(params)}
         return {
-            "main_grads": {i: main.tensor for i, main in mains.items() if main and main.held.value},
+            "main_grads": {i: _like(params[i], main.tensor) for i, main in mains.items() if main and main.held.value},
             "weight": self._total,
             "micro_batches": self._count,
         }
@@ -382,7 +399,7 @@ class GradAccumulator:
         self.reset()
         for i, grad in main_grads.items():
             main = self._mains[params[i]]
-            main.tensor.copy_(grad)
+            main.tensor.copy_(local_of(grad))
             main.held.value = True
         self._total, self._count = total, count
 
@@ -443,6 +460,18 @@ def _wide(weight: float | torch.Tensor) -> float | torch.Tensor:
     return float(weight)
 
 
+def _like(param: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
+    """A main gradient as its parameter lies: of a DTensor a DTensor."""
+    return wrap_like(main, param) if is_sharded(param) else main
+
+
+def _lie_alike(grad: torch.Tensor, param: torch.Tensor) -> bool:
+    """Whether both are plain, or DTensors with the same parts in each process."""
+    if not is_sharded(param) or not is_sharded(grad):
+        return is_sharded(param) == is_sharded(grad)
+    return grad.device_mesh == param.device_mesh and tuple(grad.placements) == tuple(param.placements)
+
+
 def _checked_state(state: dict[str, Any], params: list[torch.Tensor]) -> dict[int, torch.Tensor]:
     """The main gradients of a checkpoint, by parameter. ValueError as ``load_state_dict``."""
     where, wanted = "GradAccumulator.load_state_dict", {"main_grads", "weight", "micro_batches"}
@@ -456,6 +485,11 @@ def _checked_state(state: dict[str, Any], params: list[torch.Tensor]) -> dict[in
             raise ValueError(
                 f"{where}: got main_grads[{i}] of shape {tuple(getattr(grad, 'shape', ()))}, expected {expected}; load "
                 "the state of the same model"
+            )
+        if not _lie_alike(grad, params[i]):
+            raise ValueError(
+                f"{where}: got main_grads[{i}] with placements {getattr(grad, 'placements', None)}, expected the "
+                f"parameter's {getattr(params[i], 'placements', None)}; distribute it as the parameter"
             )
         if grad.is_complex() != params[i].is_complex():
             raise ValueError(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _C, passes
 from .backends import for_device
 from .checks import check_dense, check_grad
-from .plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, like_parameter
+from .plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, like_parameter, same_layout
+from .sharding import is_sharded, local_grad, local_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["AccumulatePlan", "MainGrad", "check_grads", "make_main_grads"]
 
@@ -26,9 +30,9 @@ class MainGrad:
 
     buffer: torch.Tensor
     tensor: torch.Tensor
-    """A part of ``buffer``, in the parameter's shape and, if that is dense, layout."""
+    """A part of ``buffer``, in the parameter's shape and, if that is dense, layout; of a DTensor its local tensor's."""
     strides: tuple[int, ...]
-    """Of the parameter."""
+    """Of the parameter, or of its local tensor."""
     held: _C.Held
     """Whether it holds anything; shared with the optimizer's plan."""
     grad_dtype: torch.dtype | None = None
@@ -36,6 +40,7 @@ class MainGrad:
 
     def fits(self, param: torch.Tensor) -> bool:
         """Whether the parameter is as it was when this was made."""
+        param = local_of(param)
         alike = self.tensor.shape == param.shape and self.strides == param.stride()
         same_kind = _main_dtype(param, torch.float32) == _main_dtype(self.tensor, torch.float32)
         return alike and same_kind and self.tensor.device == param.device
@@ -43,6 +48,7 @@ class MainGrad:
     def check(self, where: str, param: torch.Tensor) -> None:
         """ValueError where the parameter has changed while this holds something."""
         if self.held.value and not self.fits(param):
+            param = local_of(param)
             was, now = (
                 f"shape {tuple(tensor.shape)}, strides {strides}, dtype {tensor.dtype}, on {tensor.device}"
                 for tensor, strides in ((self.tensor, self.strides), (param, param.stride()))
@@ -67,21 +73,22 @@ def make_main_grads(
     """
     by_buffer: dict[tuple[torch.device, torch.dtype], dict[torch.Tensor, None]] = {}
     for param in params:
-        by_buffer.setdefault((param.device, _main_dtype(param, dtype).to_real()), {})[param] = None
+        local = local_of(param)
+        by_buffer.setdefault((local.device, _main_dtype(param, dtype).to_real()), {})[param] = None
     made = {}
     for (device, wide), own in by_buffer.items():
         step = _ALIGNMENT // wide.itemsize
-        starts = [0]
-        for param in own:
-            numel = 2 * param.numel() if param.is_complex() else param.numel()
+        starts, locals_ = [0], [local_of(param) for param in own]
+        for local in locals_:
+            numel = 2 * local.numel() if local.is_complex() else local.numel()
             starts.append(starts[-1] + -(-numel // step) * step)
         buffer = torch.zeros(starts[-1], dtype=wide, device=device)
-        for param, start, end in zip(own, starts, starts[1:]):
-            strides = torch.empty_like(param, device="meta").stride()
+        for param, local, start, end in zip(own, locals_, starts, starts[1:]):
+            strides = torch.empty_like(local, device="meta").stride()
             part = buffer[start:end]
-            if param.is_complex():
+            if local.is_complex():
                 part = torch.view_as_complex(part.view(-1, 2))
-            made[param] = MainGrad(buffer, part.as_strided(param.shape, strides), param.stride(), _C.Held(epoch))
+            made[param] = MainGrad(buffer, part.as_strided(local.shape, strides), local.stride(), _C.Held(epoch))
     return made
 
 
@@ -117,7 +124,10 @@ class AccumulatePlan:
                 main.grad_dtype = param.grad.dtype
             if main and main.grad_dtype:
                 active.append((param, main, main.grad_dtype))
-        rows = [TensorRow(param.numel(), param.device, dtype, main_grad=main.tensor) for param, main, dtype in active]
+        rows = [
+            TensorRow(main.tensor.numel(), main.tensor.device, dtype, main_grad=main.tensor)
+            for _, main, dtype in active
+        ]
         tables, places = build_tables(rows, functools.partial(for_device, backend=backend))
         passes.prepare(tables)
         found = {param: place for (param, _, _), place in zip(active, places)}
@@ -128,15 +138,17 @@ class AccumulatePlan:
         return plan
 
     def _add(self, param: torch.Tensor, main: MainGrad | None, bucket: Bucket | None, slot: int) -> None:
+        local = local_of(param)
         self.watch.add(
             param,
-            main.tensor if main else param,
+            main.tensor if main else local,
             0,
             dtype_code(main.grad_dtype) if bucket and main and main.grad_dtype else -1,
             bucket.table if bucket else None,
             slot,
             False,
             main.held if bucket and main else None,
+            None if local is param else local,
         )
         self.rows.append((param, main, bucket, slot))
 
@@ -150,9 +162,21 @@ class AccumulatePlan:
         for i in relayout:
             param, main, bucket, slot = self.rows[i]
             assert param.grad is not None and main is not None and bucket is not None  # the watch has seen them
-            self.staged.append(like_parameter(param.grad.detach(), main.tensor))
-            bucket.table.set_grad(slot, self.staged[-1].data_ptr() or 2)
+            grad = self._local_grad(i, param) if is_sharded(param) else param.grad.detach()
+            if not same_layout(grad, main.tensor):
+                grad = like_parameter(grad, main.tensor)
+            self.staged.append(grad)
+            bucket.table.set_grad(slot, grad.data_ptr() or 2)
         return True
+
+    def _local_grad(self, row: int, param: DTensor) -> torch.Tensor:
+        """Of a DTensor, what the watch could not read; it can the next one, if this one lies as the parameter does."""
+        grad = param.grad
+        assert grad is not None  # the watch has seen it
+        local = local_grad(f"GradAccumulator.accumulate: params[{row}].grad", grad, param)
+        if is_sharded(grad) and local is local_of(grad):
+            self.watch.know_spec(row, grad._spec)
+        return local
 
     def run(self, weight: float | torch.Tensor) -> None:
         """Adds up, and frees the gradients."""
@@ -166,6 +190,6 @@ class AccumulatePlan:
 def check_grads(where: str, params: Sequence[torch.Tensor]) -> None:
     """Parameters with memory of their own, gradients that fit. Raises as ``check_dense`` and ``check_grad``."""
     for i, param in enumerate(params):
-        check_dense(f"{where}: params[{i}]", param)
+        check_dense(f"{where}: params[{i}]", local_of(param))
         if param.grad is not None:
             check_grad(f"{where}: params[{i}].grad", param.grad, param)

@@ -382,7 +382,7 @@ def _in_place_reduction(spread: Spread, share: torch.Tensor, peers: Peers) -> Ca
     """As ``torch.distributed.all_reduce``, whose arguments have been checked and whose options are there already."""
     from torch.distributed import AllreduceOptions, ReduceOp
 
-    options = AllreduceOptions()
+    options: Any = AllreduceOptions()
     options.reduceOp = ReduceOp.SUM
     if hasattr(options, "asyncOp"):  # before torch 2.8 there is but one way
         options.asyncOp = False
@@ -410,7 +410,7 @@ def _all_reduce_of(group: ProcessGroup, device: torch.device) -> Callable[..., A
     call it through torch's dispatcher, 30 to 200 microseconds with cold caches; other libraries' groups are asked."""
     from torch.distributed import ProcessGroup
 
-    reducer = group._get_backend(device) if type(group) is ProcessGroup else group
+    reducer: Any = group._get_backend(device) if type(group) is ProcessGroup else group
     return cast(Callable[..., Any], reducer.allreduce)
 
 

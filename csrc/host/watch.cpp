@@ -269,8 +269,10 @@ bool Watch::take_grad(size_t index, const void* found, const TensorInfo& grad, b
 // collectives and moves parts.
 bool Watch::read_shard_grad(size_t index, const void* found) {
   Row& row = rows_[index];
+  const bool holds = row.held && row.held->value();
+  if (holds && !row.table) return false;
   if (!row.listed.has_grad(found)) {
-    if (row.table) row.table->set_grad(row.slot, nullptr, false);
+    if (row.table) row.table->set_grad(row.slot, nullptr, holds);
     return true;
   }
   if (!row.table) return false;
@@ -278,13 +280,13 @@ bool Watch::read_shard_grad(size_t index, const void* found) {
   const int64* shape = extents_.data() + row.extents;
   if (const void* address =
           TensorRef::address_of_like(impl, row.look, row.grad_dtype, row.ndim, shape, shape + row.ndim)) {
-    row.table->set_grad(row.slot, address, false);
+    row.table->set_grad(row.slot, address, holds);
     return true;
   }
   TensorInfo grad;
   if (impl && TensorRef::read_impl(impl, grad))
     return take_grad(index, impl, grad, TensorRef::may_be_lazy(impl, grad.dtype));
-  row.table->set_grad(row.slot, nullptr, false);
+  row.table->set_grad(row.slot, nullptr, holds);
   relayout_[index] = true;
   return true;
 }

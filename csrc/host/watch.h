@@ -45,8 +45,8 @@ class Watch {
   // table, slot: where its gradient pointer goes; table is None while it never had a gradient. has_main_grad: whether
   // param has an attribute main_grad, which is its gradient unless it is None. held: of the accumulator's main gradient
   // for param; null where there is none. local: the tensor with its memory, where param is a DTensor; else None. Then
-  // there must be neither main_grad nor held. Rows of a group follow one another. Python's TypeError or ValueError,
-  // with the watch as it was, for tensors and tables that do not fit each other.
+  // there must be no main_grad. Rows of a group follow one another. Python's TypeError or ValueError, with the watch as
+  // it was, for tensors and tables that do not fit each other.
   void add(pybind11::object param, pybind11::object as_seen, int32 group, int32 grad_dtype, pybind11::object table,
            int32 slot, bool has_main_grad, std::shared_ptr<Held> held, pybind11::object local);
 

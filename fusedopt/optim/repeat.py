@@ -110,14 +110,16 @@ def _exchange(gathering: Gathering, finals: list[_C.PassArgs]) -> Callable[[], o
 
     if gathering.result is not None:
         tell(gathering.result)
-        return torch.compiler.disable(gathering.run, recursive=False)  # which adds no call to it
+        run: Callable[[], object] = torch.compiler.disable(gathering.run, recursive=False)  # which adds no call to it
+        return run
     kept: list[torch.Tensor] = []
 
     def exchange() -> None:
         kept[:] = [gathering.run()]
         tell(kept[0])
 
-    return torch.compiler.disable(exchange)
+    disabled: Callable[[], object] = torch.compiler.disable(exchange)
+    return disabled
 
 
 def _divisor(accumulator: Accumulator, own: bool) -> float | None:

@@ -1,6 +1,6 @@
 """torch.distributed.checkpoint: saved by N processes, loaded by M. See test_checkpoints.py.
 
-Gradients are small multiples of 1/8, as in ``sharded_checks``: sharded runs have the bits of whole ones, but for 8-bit
+Gradients are small multiples of 1/8, as in ``pairs``: sharded runs have the bits of whole ones, but for 8-bit
 states, whose blocks and random bits are counted in each part.
 """
 
@@ -12,8 +12,8 @@ import fsdp_checks
 import pytest
 import torch
 from cases import assert_same_bits
+from pairs import full, spread, whole_of
 from processes import Context
-from sharded_checks import full, spread, whole_of
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (

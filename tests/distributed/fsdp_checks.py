@@ -6,6 +6,7 @@ In float64, where the order in which gradients are summed hardly shows: at most 
 
 import torch
 from cases import assert_same_bits
+from pairs import whole_of
 from processes import Context
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -65,10 +66,6 @@ def expected(ctx: Context, norm_type: float = 2.0) -> tuple[list[torch.Tensor], 
     return [p.detach() for p in model.parameters()], norms
 
 
-def whole_of(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def train(model: nn.Module, parts, ctx: Context, norm_type: float = 2.0) -> fusedopt.AdamW:
     """parts: of a batch, this process' share."""
     opt = fusedopt.AdamW(model.parameters(), max_grad_norm=MAX_NORM, norm_type=norm_type, **OPTIONS)
@@ -110,6 +107,28 @@ def hsdp(ctx):
     """Replicated over one dimension, sharded over the other."""
     mesh = ctx.mesh(2, ctx.world // 2, names=("replicate", "shard"))
     train(sharded(mesh), lambda x: x.chunk(ctx.world)[ctx.rank], ctx)
+
+
+def accumulated(ctx):
+    """Micro-batches in main gradients: DTensors, which no backward pass adds to. By calls and by hooks."""
+    whole, norms = expected(ctx)
+    for hooks in (False, True):
+        model = sharded(ctx.mesh())
+        opt = fusedopt.AdamW(model.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
+        acc = fusedopt.GradAccumulator(opt, hooks=hooks)
+        for step in range(STEPS):
+            first, last = batch(step, ctx).chunk(ctx.world)[ctx.rank].chunk(2)
+            loss_of(model, first).backward()
+            assert all(p.grad is None for p in model.parameters()) is hooks
+            acc.accumulate()
+            assert all(p.grad is None for p in model.parameters())
+            loss_of(model, last).backward()
+            opt.step()
+            torch.testing.assert_close(opt.grad_norm.double(), norms[step], rtol=1e-7, atol=0)
+            opt.zero_grad()
+        assert opt._plan.repetition is not None
+        for got, want in zip(model.parameters(), whole, strict=True):
+            torch.testing.assert_close(whole_of(got), want, **CLOSE)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -293,4 +312,4 @@ def benchmark(ctx):
 OF_FOUR = ["fsdp", "hsdp", "fsdp_and_tensors", "ddp_and_zero"]
 """That differ with the number of processes."""
 
-CHECKS = [*OF_FOUR, "tensors", "policies", "state_dicts", "ddp", "benchmark"]
+CHECKS = [*OF_FOUR, "accumulated", "tensors", "policies", "state_dicts", "ddp", "benchmark"]

@@ -1,8 +1,4 @@
-"""What several processes check together, on gloo or NCCL alike: see test_sharded.py.
-
-Gradients are small multiples of 1/8, whose squares add up without rounding in any order: so steps of sharded parameters
-have the very bits of steps of whole ones.
-"""
+"""What several processes check together, on gloo or NCCL alike: see test_sharded.py."""
 
 import copy
 import functools
@@ -10,86 +6,12 @@ import functools
 import pytest
 import torch
 from cases import assert_same_bits
-from processes import Context
+from pairs import SHAPES, Pair, all_sharded, full, mixed, spread, whole_of
 from torch import distributed
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusedopt
 from fusedopt import backends, sharding
-
-SHAPES = [(7, 5), (1, 3), (16,), (3, 2, 4), (513,), ()]
-"""Over two or four processes: uneven, empty in some, even, of three dimensions, none."""
-
-
-def full(shape, seed: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return (torch.randint(-8, 9, shape, generator=random) / 8).to(device=device, dtype=dtype)
-
-
-def spread(tensor, mesh, placements) -> torch.Tensor:
-    placements = [Replicate() if p.is_shard() and p.dim >= tensor.ndim else p for p in placements]
-    return distribute_tensor(tensor.clone(), mesh, placements)
-
-
-class Pair:
-    """The same parameters twice: spread over a mesh as ``placements`` say (None: plain), and whole."""
-
-    def __init__(self, ctx: Context, mesh, placements, opt_class=fusedopt.AdamW, dtype=torch.float32, **options):
-        self.ctx, self.mesh, self.dtype, self.placements = ctx, mesh, dtype, placements
-        self.shapes = SHAPES[: len(placements)]
-        values = [full(shape, seed, dtype, ctx.device) for seed, shape in enumerate(self.shapes)]
-        self.sharded = [self._spread(value, p).requires_grad_() for value, p in zip(values, placements)]
-        self.whole = [value.clone().requires_grad_() for value in values]
-        options = {"lr": 0.1, "weight_decay": 0.01, **options} if opt_class is fusedopt.AdamW else options
-        self.opt = opt_class(self.sharded, **options)
-        self.expected = opt_class(self.whole, **options)
-
-    def _spread(self, value, placements):
-        return value.clone() if placements is None else spread(value, self.mesh, placements)
-
-    def set_grads(self, step: int, skip=()):
-        """As FSDP does it: gradients share the object that says where the parts of their parameter are."""
-        for i, (param, whole) in enumerate(zip(self.sharded, self.whole)):
-            grad = full(whole.shape, 100 + 10 * step + i, self.dtype, self.ctx.device)
-            whole.grad = None if i in skip else grad
-            part = self._spread(grad, self.placements[i])
-            if isinstance(param, DTensor):
-                part = DTensor(part._local_tensor, param._spec, requires_grad=False)
-            param.grad = None if i in skip else part
-
-    def step(self, step: int, skip=()):
-        self.set_grads(step, skip)
-        self.opt.step()
-        self.expected.step()
-
-    def assert_same(self):
-        for param, whole in zip(self.sharded, self.whole):
-            assert_same_bits(whole_of(param), whole.detach())
-            got, want = self.opt.state[param], self.expected.state[whole]
-            assert got.keys() == want.keys()
-            for key in got:
-                if key == "step":
-                    assert not isinstance(got[key], DTensor) and got[key].item() == want[key].item()
-                else:
-                    assert isinstance(got[key], DTensor) is isinstance(param, DTensor)
-                    assert_same_bits(whole_of(got[key]), want[key])
-
-
-def whole_of(tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    wide = tensor.detach().int() if tensor.dtype == torch.int16 else tensor.detach()  # which gloo does not know
-    return wide.full_tensor().to(tensor.dtype)
-
-
-def all_sharded(dim: int = 0) -> list:
-    return [[Shard(dim)]] * len(SHAPES)
-
-
-def mixed() -> list:
-    """Sharded in two ways, replicated, and plain."""
-    return [[Shard(0)], [Replicate()], None, [Shard(1)], [Shard(0)], [Replicate()]]
-
 
 # ---- steps --------------------------------------------------------------------------------------------------------
 
@@ -286,9 +208,73 @@ def bad_gradients(ctx):
     with pytest.raises(ValueError, match="'lamb' needs norms over whole tensors"):
         param.grad = distribute_tensor(torch.ones(4, 4, device=ctx.device), mesh, [Shard(0)])
         fusedopt.LAMB([param]).step()
-    with pytest.raises(TypeError, match="DTensor"):
-        fusedopt.GradAccumulator([param])
     assert_same_bits(whole_of(param), torch.ones(4, 4, device=ctx.device))
+
+
+# ---- accumulation -------------------------------------------------------------------------------------------------
+
+
+def accumulated(ctx):
+    """Main gradients of parts are parts of main gradients: sums, norms and steps have the bits of whole tensors."""
+    for placements in (all_sharded(), mixed()):
+        for weight in (1.0, 2.0):
+            pair = Pair(ctx, ctx.mesh(), placements, max_grad_norm=1.0)
+            accs = [fusedopt.GradAccumulator(opt, reduction="sum") for opt in (pair.opt, pair.expected)]
+            for step in range(4):
+                for micro_batch in range(3):
+                    pair.set_grads(10 * step + micro_batch, skip=(2,) if micro_batch == 1 else ())
+                    for acc in accs:
+                        if micro_batch < 2:
+                            acc.accumulate(weight)
+                assert step == 0 or pair.opt._plan.repetition is not None
+                pair.opt.step()
+                pair.expected.step()
+                assert_same_bits(pair.opt.grad_norm, pair.expected.grad_norm)
+            pair.assert_same()
+
+
+def accumulated_in_backward(ctx):
+    """By hooks, as by calls."""
+    updated = []
+    for hooks in (False, True):
+        params = [
+            torch.nn.Parameter(spread(full(shape, i, device=ctx.device), ctx.mesh(), [Shard(0)]))
+            for i, shape in enumerate(SHAPES[:3])
+        ]
+        opt = fusedopt.AdamW(params, lr=0.1, max_grad_norm=1.0)
+        acc = fusedopt.GradAccumulator(opt, hooks=hooks)
+        for _ in range(3):
+            for micro_batch in range(2):
+                sum((p * p).sum() * (micro_batch + 1) for p in params).backward()
+                assert (params[0].grad is None) is hooks
+                acc.accumulate()
+            opt.step()
+        updated.append([p.to_local().detach() for p in params])
+    assert_same_bits(*updated)
+
+
+def accumulated_for_others(ctx):
+    """Checkpoints of a sum, and what is handed over: DTensors that lie as their parameters."""
+    pair = Pair(ctx, ctx.mesh(), mixed())
+    acc, expected = (fusedopt.GradAccumulator(params) for params in (pair.sharded, pair.whole))
+    for micro_batch in range(2):
+        pair.set_grads(micro_batch)
+        acc.accumulate()
+        expected.accumulate()
+    with pytest.raises(ValueError, match=r"all_reduce.*DTensors"):
+        acc.all_reduce()
+    twin = fusedopt.GradAccumulator(pair.sharded)
+    with pytest.raises(ValueError, match="placements"):
+        twin.load_state_dict(expected.state_dict())
+    twin.load_state_dict(acc.state_dict())
+    whole = expected.grads()
+    for each in (acc, twin):
+        each.assign_grads()
+        for param, grad in zip(pair.sharded, whole):
+            assert isinstance(param.grad, DTensor) is isinstance(param, DTensor)
+            assert getattr(param.grad, "placements", None) == getattr(param, "placements", None)
+            assert_same_bits(whole_of(param.grad), grad)
+            param.grad = None
 
 
 # ---- processes that hold different parameters ------------------------------------------------------------------
@@ -523,6 +509,7 @@ OF_ONE = [
     "repeated_steps",
     "changes_between_repeated_steps",
     "repeated_steps_that_meet_nan",
+    "accumulated",
     "versions",
 ]
 """That say something where there is but one process, as on a machine with one GPU."""
@@ -538,6 +525,9 @@ CHECKS = [
     "repeated_steps",
     "changes_between_repeated_steps",
     "repeated_steps_that_meet_nan",
+    "accumulated",
+    "accumulated_in_backward",
+    "accumulated_for_others",
     "released_gradients",
     "versions",
     "checkpoints_of_one_process",
