@@ -8,12 +8,15 @@ whose rows lie in each of two processes. Libraries, in turns, on the same parame
 
 * ``fusedopt``: ``AdamW(max_grad_norm=1.0).step()``;
 * ``torch-fused``: ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW(fused=True)``;
-* ``torch-foreach``: the same with ``foreach=True``, torch's default on GPUs.
+* ``torch-foreach``, where it is asked for: the same with ``foreach=True``, torch's default on GPUs;
+* ``all-reduce``: ``torch.distributed.all_reduce`` of two numbers alone, which is part of every tail that clips.
 
 Reported are medians for each process:
 
 * ``host_ms``, ``wall_ms``: host clock from the call until it returns, and until the device is done. Before it the
-  backward pass is through, the device idle and all processes have met; caches are as training leaves them;
+  backward pass is through, the device idle, and all processes leave a barrier with nothing more to do: what one enters
+  late the other one waits for. Caches are as training leaves them;
+* ``repeated``: whether steps were made like the one before, without Python for each tensor;
 * ``gpu_ms``: kernels, copies and fills of a tail, as CUPTI timed them, without those of NCCL, of which ``nccl_ms`` is
   the time, waiting for other processes included; ``launches``, ``collectives``: how many of each;
 * ``floor_ms``: 32 bytes of each parameter of this process at the bandwidth of a copy in the same run;
@@ -33,7 +36,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, perf_counter_ns
@@ -49,7 +52,7 @@ from torch.distributed.tensor import DTensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 import fusedopt
-from benchmarks.goals import Goal, Rows
+from benchmarks.goals import FSDP_CASE, FSDP_GOALS, judge_ranks
 from fusedopt.bench import timing
 from fusedopt.bench.report import Row, environment
 
@@ -59,8 +62,6 @@ BYTES_PER_PARAM = 32  # parameter and two moments read and written, the gradient
 LAYERS_PER_GROUP = 50
 ROWS = 8  # of a batch
 WARM_UP_STEPS = 2  # of each library, one of which is its check
-
-CASE = "adamw/fp32/fsdp_clip_step"
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ class Repeats:
     host_steps: int
     """A round."""
     traced_steps: int
+    """In the first round."""
     copy_bytes: int
 
 
-FULL = Repeats(rounds=3, host_steps=5, traced_steps=3, copy_bytes=2 << 30)
+FULL = Repeats(rounds=5, host_steps=5, traced_steps=5, copy_bytes=2 << 30)
 QUICK = Repeats(rounds=1, host_steps=2, traced_steps=2, copy_bytes=16 << 20)
 
 
@@ -129,6 +131,9 @@ class Entry:
 
     library: str
     tail: Tail
+    repeats: Callable[[], bool] | None = None
+    """Makes a step like the one before, or says that it would take another way."""
+    repeated: bool | None = None
     host_ms: list[float] = field(default_factory=list)
     wall_ms: list[float] = field(default_factory=list)
     steps: list[TracedStep] = field(default_factory=list)
@@ -146,17 +151,17 @@ class TracedStep:
     collectives: int = 0
 
 
-def fusedopt_tail(params: list[nn.Parameter]) -> Tail:
+def fusedopt_entry(params: list[nn.Parameter]) -> Entry:
     opt = fusedopt.AdamW(params, max_grad_norm=MAX_NORM, **OPTIONS)
 
     def tail() -> Callable[[], torch.Tensor]:
         opt.step()
         return lambda: opt.grad_norm
 
-    return tail
+    return Entry("fusedopt", tail, lambda: opt._plan.repetition.run(opt.__dict__))
 
 
-def torch_tail(params: list[nn.Parameter], **implementation: bool) -> Tail:
+def torch_entry(library: str, params: list[nn.Parameter], **implementation: bool) -> Entry:
     opt = torch.optim.AdamW(params, **implementation, **OPTIONS)
 
     def tail() -> Callable[[], torch.Tensor]:
@@ -164,15 +169,26 @@ def torch_tail(params: list[nn.Parameter], **implementation: bool) -> Tail:
         opt.step()
         return lambda: norm.full_tensor()
 
-    return tail
+    return Entry(library, tail)
 
 
 LIBRARIES = {
-    "torch-fused": lambda params: torch_tail(params, fused=True),
-    "torch-foreach": lambda params: torch_tail(params, foreach=True),
-    "fusedopt": fusedopt_tail,
+    "torch-fused": lambda params: torch_entry("torch-fused", params, fused=True),
+    "torch-foreach": lambda params: torch_entry("torch-foreach", params, foreach=True),
+    "fusedopt": fusedopt_entry,
 }
+DEFAULT_LIBRARIES = ("torch-fused", "fusedopt")
 """The first one is what the others are compared with."""
+
+
+def all_reduce_entry(device: torch.device) -> Entry:
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def tail() -> Callable[[], torch.Tensor]:
+        distributed.all_reduce(sums)
+        return lambda: sums
+
+    return Entry("all-reduce", tail)
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
@@ -208,16 +224,21 @@ def check(entries: list[Entry], model: Chain, device: torch.device) -> None:
 
 
 def time_tails(entry: Entry, model: Chain, device: torch.device, repeats: int) -> None:
-    for _ in range(repeats):
-        backward(model, device)
-        with timing.no_garbage_collection():
+    with timing.no_garbage_collection():  # collects first: milliseconds, not as many in every process
+        for _ in range(repeats):
+            backward(model, device)
             begin = perf_counter_ns()
             entry.tail()
             end = perf_counter_ns()
             timing.synchronize(device)
             done = perf_counter_ns()
-        entry.host_ms.append((end - begin) / timing.NS_PER_MS)
-        entry.wall_ms.append((done - begin) / timing.NS_PER_MS)
+            entry.host_ms.append((end - begin) / timing.NS_PER_MS)
+            entry.wall_ms.append((done - begin) / timing.NS_PER_MS)
+    if entry.repeats is not None:
+        backward(model, device)
+        entry.repeated = entry.repeats()
+        if not entry.repeated:
+            entry.tail()  # which the other processes may wait for
 
 
 def trace_tails(entry: Entry, model: Chain, caches: timing.Caches, repeats: int) -> None:
@@ -257,11 +278,12 @@ def measure(
     repeats: Repeats,
     tell: Callable[[Row], None] = lambda row: None,
     deadline: float = math.inf,
+    libraries: Sequence[str] = DEFAULT_LIBRARIES,
 ) -> list[Row]:
     """Rows of this process.
 
     tell: called by all processes with each row that is new, or of more samples than before. deadline: of
-    ``time.monotonic``; rounds that would begin later are left out.
+    ``time.monotonic``; rounds that would begin later are left out, but for the first one.
     """
     progress(f"{workload.name}: sharding the model")
     model = sharded_model(workload, device)
@@ -272,17 +294,19 @@ def measure(
     if device.type == "cuda":
         timing.start_profiler(caches)
     gbps = timing.copy_gbps(device, repeats.copy_bytes, 15)
-    entries = [Entry(library, make(params)) for library, make in LIBRARIES.items()]
+    entries = [LIBRARIES[library](params) for library in libraries]
     progress(f"{workload.name}: one step of each library, to compare them")
     check(entries, model, device)
+    entries.append(all_reduce_entry(device))
     rows: dict[str, Row] = {}
     for entry in entries * repeats.rounds:
-        if is_over(deadline, device):
+        is_new = entry.library not in rows
+        if not is_new and is_over(deadline, device):
             break
-        if entry.library not in rows:
+        if is_new:
             warm_up(entry, model, device)
         time_tails(entry, model, device, repeats.host_steps)
-        if device.type == "cuda":
+        if device.type == "cuda" and not entry.steps:
             trace_tails(entry, model, caches, repeats.traced_steps)
         rows[entry.library] = row_of(entry, workload, params, gbps, device)
         tell(rows[entry.library])
@@ -311,7 +335,7 @@ def row_of(entry: Entry, workload: Workload, params: list[DTensor], gbps: float,
     own = sum(param.to_local().numel() for param in params)
     floor = BYTES_PER_PARAM * own / gbps / 1e6
     gpu = _median([step.gpu_ms for step in entry.steps])
-    optimizer, layout, contract = CASE.split("/")
+    optimizer, layout, contract = FSDP_CASE.split("/")
     return {
         "workload": workload.name,
         "optimizer": optimizer,
@@ -337,6 +361,7 @@ def row_of(entry: Entry, workload: Workload, params: list[DTensor], gbps: float,
         "collectives": max((step.collectives for step in entry.steps), default=None),
         "floor_ms": floor,
         "efficiency": floor / gpu if gpu else None,
+        "repeated": entry.repeated,
         "samples": len(entry.host_ms),
         "traced_samples": len(entry.steps),
         "check_norm": entry.check_norm,
@@ -346,35 +371,6 @@ def row_of(entry: Entry, workload: Workload, params: list[DTensor], gbps: float,
 
 def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-# -------------------------------------------------------------------------------------------------------------- goals
-
-SMALL, LARGE, OURS = f"1000-dtensors/{CASE}", f"1.3B/{CASE}", "fusedopt-cuda"
-
-GOALS = [
-    Goal(f"{SMALL}: host ms", lambda rows: rows.figure("host_ms", SMALL, OURS), "<=", 0.4),
-    Goal(
-        f"{SMALL}: times less host time than torch",
-        lambda rows: rows.ratio("host_ms", SMALL, OURS, "torch-fused"),
-        ">=",
-        20,
-    ),
-    Goal(
-        f"{SMALL}: times less wall time than torch",
-        lambda rows: rows.ratio("wall_ms", SMALL, OURS, "torch-fused"),
-        ">=",
-        1.5,
-    ),
-    Goal(f"{LARGE}: share of the floor", lambda rows: rows.figure("efficiency", LARGE, OURS), ">=", 0.93),
-    Goal(
-        f"{LARGE}: times less wall time than torch",
-        lambda rows: rows.ratio("wall_ms", LARGE, OURS, "torch-fused"),
-        ">=",
-        1.5,
-    ),
-]
-"""For every process."""
 
 
 def gather(own: list[Row]) -> list[Row]:
@@ -402,15 +398,27 @@ def start(device_type: str) -> torch.device:
 @click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Default: all but quick.")
 @click.option("--quick", is_flag=True, help="A small model, few steps.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where every figure is written.")
-@click.option("--time-limit", type=float, default=math.inf, help="Seconds after which no further round begins.")
-def main(device: str, names: tuple[str, ...], quick: bool, path: Path | None, time_limit: float) -> None:
-    deadline = monotonic() + time_limit
+@click.option(
+    "--library",
+    "libraries",
+    multiple=True,
+    type=click.Choice(list(LIBRARIES)),
+    default=DEFAULT_LIBRARIES,
+    help="The first one is what the others are compared with.",
+)
+@click.option("--time-limit", type=float, default=45, help="Seconds after which no further round begins.")
+def main(
+    device: str, names: tuple[str, ...], quick: bool, path: Path | None, libraries: tuple[str, ...], time_limit: float
+) -> None:
+    names = names or (("quick",) if quick else ("1000-dtensors", "1.3B"))
+    begin = monotonic()
     report = Report(start(device), path)
-    for name in names or (["quick"] if quick else ["1000-dtensors", "1.3B"]):
+    for i, name in enumerate(names, 1):
+        deadline = begin + time_limit * i / len(names)  # each workload its share, and what those before it have left
         if not is_over(deadline, report.device):
-            measure(WORKLOADS[name], report.device, QUICK if quick else FULL, report.add, deadline)
+            measure(WORKLOADS[name], report.device, QUICK if quick else FULL, report.add, deadline, libraries)
         gc.collect()
-    report.finish(completely=monotonic() < deadline)
+    report.finish(completely=monotonic() < begin + time_limit)
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -422,7 +430,7 @@ class Report:
         self.device, self.path = device, path
         self._rows: dict[tuple, Row] = {}
         self._console = Console()
-        self._is_first, self._world = distributed.get_rank() == 0, distributed.get_world_size()
+        self._is_first = distributed.get_rank() == 0
 
     def add(self, own: Row) -> None:
         """A row of this process, in place of the one of fewer samples; called by all of them."""
@@ -436,14 +444,11 @@ class Report:
     def finish(self, completely: bool) -> None:
         for goal in self._goals():
             if goal["value"] is not None:
-                self._print(
-                    f"rank {goal['rank']}: {goal['name']}: {goal['value']:.4g} {goal['relation']} {goal['bound']}"
-                )
+                self._print(f"{goal['name']}: {goal['value']:.4g} {goal['relation']} {goal['bound']}")
         self._write(finished=completely)
 
-    def _goals(self) -> list[dict]:
-        by_rank = [[row for row in self._rows.values() if row["rank"] == rank] for rank in range(self._world)]
-        return [{**goal.judge(Rows(rows)), "rank": rank} for rank, rows in enumerate(by_rank) for goal in GOALS]
+    def _goals(self) -> list[Row]:
+        return judge_ranks(FSDP_GOALS, list(self._rows.values()))
 
     def _print(self, line: str) -> None:
         if self._is_first:
@@ -453,7 +458,7 @@ class Report:
         """At once, so that there is never half a file."""
         if not self._is_first or self.path is None:
             return
-        content = environment(self.device) | {"world_size": self._world, "finished": finished}
+        content = environment(self.device) | {"world_size": distributed.get_world_size(), "finished": finished}
         content |= {"goals": self._goals(), "rows": list(self._rows.values())}
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(content, indent=2) + "\n")

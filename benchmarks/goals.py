@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -364,6 +364,36 @@ STANDARD_CPU_GOALS = [
 GOALS["cuda"]["standard"], GOALS["cpu"]["standard"] = STANDARD_GOALS, STANDARD_CPU_GOALS
 
 
+# --------------------------------------------------------------------------- what benchmarks/fsdp.py is to show
+
+
+FSDP_CASE = "adamw/fp32/fsdp_clip_step"
+
+
+def _fsdp_goals() -> list[Goal]:
+    small, large = f"1000-dtensors/{FSDP_CASE}", f"1.3B/{FSDP_CASE}"
+    less_host = _ratio("host_ms", small, "torch-fused")
+    return [
+        Goal(f"{small}: host ms", _figure("host_ms", small), "<=", 0.4),
+        Goal(f"{small}: times less host time than torch", less_host, ">=", 20),
+        _wall(small, 1.5),
+        _share_goal(large, 0.93),
+        _wall(large, 1.5),
+    ]
+
+
+FSDP_GOALS = _fsdp_goals()
+"""For every process, by itself: its figures over its own of the other library."""
+
+
+def judge_ranks(goals: Sequence[Goal], rows: list[Row]) -> list[Row]:
+    """Every goal for each process that has rows."""
+    ranks = sorted({row["rank"] for row in rows if "rank" in row})
+    looked_up = {rank: Rows(row for row in rows if row.get("rank") == rank) for rank in ranks}
+    judged = [{**goal.judge(looked_up[rank]), "rank": rank} for rank in ranks for goal in goals]
+    return [{**goal, "name": f"rank {goal['rank']}: {goal['name']}"} for goal in judged]
+
+
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--device", "device_type", type=click.Choice(list(GOALS)), default="cuda", show_default=True)
@@ -374,6 +404,7 @@ def main(results: tuple[Path, ...], device_type: str) -> None:
     rows = [row for result in loaded for row in result.get("rows", [])]
     first_step = [row for result in loaded for row in result.get("first_step", [])]
     judged = judge_goals(torch.device(device_type), GOALS[device_type], rows, first_step)
+    judged += judge_ranks(FSDP_GOALS, rows)
     known = {goal["name"]: goal for goal in judged if goal["value"] is not None}
     print_goals(Console(width=None if sys.stdout.isatty() else 140), list(known.values()))
 

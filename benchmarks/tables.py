@@ -50,9 +50,12 @@ STEP_COLUMNS: list[Column] = [
 TRAINING_COLUMNS: list[Column] = [
     ("step ms", "step_ms"),
     ("tail ms", "tail_ms"),
+    ("tail's kernels ms", "tail_gpu_ms"),
+    ("launches", "tail_launches"),
     ("tail's share", "tail_share"),
     ("tokens/s", "tokens_per_s"),
     ("over torch's best", "speedup"),
+    ("tail over torch's", "tail_speedup"),
     ("peak GB", "peak_bytes"),
 ]
 
@@ -143,7 +146,7 @@ def _cell(row: Row, key: str) -> str:
     if key.endswith("_ms"):
         low, high = row.get(f"{key}_q1"), row.get(f"{key}_q3")
         return f"{value:.3f}" + ("" if low is None else f" ± {(high - low) / 2:.3f}")
-    return f"{value:.3f}×" if key in ("speedup", "over_best") else f"{value:,.0f}"
+    return f"{value:.3f}×" if key in ("speedup", "tail_speedup", "over_best") else f"{value:,.0f}"
 
 
 def command(row: Row, device_type: str) -> str:

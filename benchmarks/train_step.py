@@ -17,7 +17,8 @@ were checked against the float64 reference. Medians over steps:
 
 from __future__ import annotations
 
-import statistics
+import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,41 +28,25 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
-from examples._gpt import GPT
+from benchmarks.training import STEP_CELLS, Size, exit_code, gpt, print_table, step_columns
 from fusedopt.bench import contracts
 from fusedopt.bench.checks import check
 from fusedopt.bench.contracts import Case, Tail, reported_name
 from fusedopt.bench.report import Row, environment, write
-from fusedopt.bench.runner import free_memory, progress_bar, spread
+from fusedopt.bench.runner import free_memory, progress_bar
 from fusedopt.bench.timing import start_clock, synchronize
 from fusedopt.bench.workloads import BorrowedModel
 
 CONTRACT = "train_step"
+TITLE = "one training step, medians"
 LIBRARIES = ("fusedopt", "torch-fused", "torch-grad-scale")
 
 TAIL = Case("gpt2-124M", "adamw", "fp32", "clip_step")  # of the workload, the one param group alone matters
 
 WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model and its batches, in sequences."""
-
-    name: str
-    vocabulary: int
-    context: int
-    width: int
-    layers: int
-    batches: tuple[int, ...]
-    rounds: int
-    steps: int
-    """Of a library in a round."""
-
 
 SIZES = (
     Size("gpt2-124M", 50257, 1024, 768, 12, batches=(1, 32), rounds=3, steps=8),
@@ -89,11 +74,8 @@ class Training:
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.device = size, device
-        torch.manual_seed(0)
         with device:
-            self.model = GPT(size.context, size.width, size.layers)
-            self.model.token = torch.nn.Embedding(size.vocabulary, size.width)  # GPT's own is for bytes
-            torch.nn.init.normal_(self.model.token.weight, std=0.02)
+            self.model = gpt(size)
         self.params = list(self.model.parameters())
         self.entries = [Measured(library) for library in LIBRARIES]
 
@@ -123,15 +105,18 @@ class Training:
         except Exception as error:
             entry.error = f"{type(error).__name__}: {error}"
         entry.tail, entry.state_bytes = None, 0
+        entry.step_ms, entry.tail_ms = [], []
         self.model.zero_grad()
         free_memory()
 
-    def measure(self, batch: int) -> list[Row]:
-        """Rows of a batch size."""
+    def measure(self, batch: int, deadline: float = math.inf) -> list[Row]:
+        """Rows of a batch size. After ``deadline`` (``time.monotonic``) no round begins but the first."""
         for entry in self.entries:
             entry.step_ms, entry.tail_ms, entry.peak_bytes = [], [], None
         tokens = torch.randint(self.size.vocabulary, (batch, self.size.context + 1), device=self.device)
         for turn in range(self.size.rounds):
+            if turn and time.monotonic() > deadline:
+                break
             for entry in self.entries:
                 steps = self.size.steps + (WARM_UP_STEPS if turn == 0 else 0)
                 self.attempt(entry, lambda entry=entry, steps=steps: self._train(entry, tokens, steps))
@@ -165,8 +150,6 @@ class Training:
             entry.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others
 
     def _row(self, entry: Measured, batch: int) -> Row:
-        step, tail = (statistics.median(times) if times else None for times in (entry.step_ms, entry.tail_ms))
-        failed = entry.error is not None
         return {
             "workload": f"{self.size.name}, batch {batch} x {self.size.context}",
             "optimizer": "adamw",
@@ -175,15 +158,9 @@ class Training:
             "library": reported_name(entry.library, self.device),
             "params": sum(param.numel() for param in self.params),
             "tensors": len(self.params),
-            "tokens": batch * self.size.context,
-            **spread("step_ms", entry.step_ms),
-            **spread("tail_ms", entry.tail_ms),
-            "tail_share": None if failed else tail / step,
-            "tokens_per_s": None if failed else batch * self.size.context / step * 1e3,
-            "speedup": None,
+            **step_columns(batch * self.size.context, entry.step_ms, entry.tail_ms),
             "state_bytes": entry.state_bytes,
             "peak_bytes": entry.peak_bytes,
-            "samples": len(entry.step_ms),
             "check_error_ratio": entry.check_error_ratio,
             "error": entry.error,
         }
@@ -197,67 +174,51 @@ def _add_speedups(rows: list[Row]) -> None:
             row["speedup"] = min(torchs) / row["step_ms"]
 
 
-def measure(device: torch.device, sizes: tuple[Size, ...], deadline: float, console: Console) -> Row:
-    rows: list[Row] = []
-    left_out: list[str] = []
+def measure(
+    device: torch.device, sizes: tuple[Size, ...], deadline: float, console: Console, path: Path | None = None
+) -> Row:
+    """All sizes and batches. The JSON file is written after each, so that what was measured outlives the process."""
+    result = environment(device) | {"rows": [], "left_out": []}
     with progress_bar(console) as progress:
         task = progress.add_task("", total=sum(len(size.batches) for size in sizes))
         for size in sizes:
             training = None
             for batch in size.batches:
-                progress.update(task, description=f"{size.name}, batch {batch}")
-                if time.monotonic() > deadline:
-                    left_out.append(f"{size.name}, batch {batch} x {size.context}")
-                else:
-                    if training is None:
-                        training = Training(size, device)
-                        training.prepare()
-                    rows += training.measure(batch)
+                name = f"{size.name}, batch {batch} x {size.context}"
+                progress.update(task, description=name)
+                try:
+                    if time.monotonic() > deadline:
+                        result["left_out"].append(name)
+                    else:
+                        if training is None:
+                            training = Training(size, device)
+                            training.prepare()
+                        result["rows"] += training.measure(batch, deadline)
+                except KeyboardInterrupt:
+                    deadline = 0.0
+                    result["left_out"].append(name)
+                write(path, result)
                 progress.advance(task)
             training = None
             free_memory()
-    return environment(device) | {"rows": rows, "left_out": left_out}
-
-
-def print_table(console: Console, result: Row) -> None:
-    table = Table(title="one training step, medians", box=None, pad_edge=False)
-    table.add_column("model / library", no_wrap=True)
-    for column in ("step ms", "tail ms", "tail", "tokens/s", "over torch", "peak GB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    model = None
-    for row in result["rows"]:
-        if row["workload"] != model:
-            model = row["workload"]
-            table.add_row(model, style="bold")
-        cells = ["failed"]
-        if not row["error"]:
-            cells = [f"{row['step_ms']:.2f}", f"{row['tail_ms']:.3f}", f"{100 * row['tail_share']:.1f}%"]
-            cells += [f"{row['tokens_per_s']:,.0f}", "-" if row["speedup"] is None else f"{row['speedup']:.3f}x"]
-            cells += ["-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"]
-        table.add_row(f"  {row['library']}", *cells)
-    console.print(table)
-    for row in result["rows"]:
-        if row["error"]:
-            console.print(f"FAILED {row['workload']} {row['library']}: {row['error']}", markup=False)
-    if result["left_out"]:
-        console.print(f"left out by the time limit: {', '.join(result['left_out'])}", markup=False)
+    return result
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
 @click.option("--quick", is_flag=True, help="A smoke run: a tiny model, few steps.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
-@click.option("--time-limit", type=float, default=240, show_default=True, help="Start no batch after so many seconds.")
+@click.option("--time-limit", type=float, default=240, show_default=True, help="Begin no round after so many seconds.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(device_type: str, quick: bool, threads: int | None, time_limit: float, path: Path | None) -> None:
     deadline = time.monotonic() + time_limit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
     console = Console(width=None if sys.stdout.isatty() else 120)
     if threads:
         torch.set_num_threads(threads)
-    result = measure(torch.device(device_type), TINY if quick else SIZES, deadline, console)
-    write(path, result)
-    print_table(console, result)
-    sys.exit(1 if any(row["error"] and row["library"].startswith("fusedopt") for row in result["rows"]) else 0)
+    result = measure(torch.device(device_type), TINY if quick else SIZES, deadline, console, path)
+    print_table(console, TITLE, STEP_CELLS, result)
+    sys.exit(exit_code(result))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ void bind_pass_args(py::module_& m) {
         args.norm.max_norm = __builtin_inf();
         return args;
       }))
+      .def("copy", [](const PassArgs& args) { return args; })
       .FUSEDOPT_ADDRESS("tensors", tensors)
       .FUSEDOPT_ADDRESS("chunks", chunks)
       .FUSEDOPT_ADDRESS("step_table", step_table)
@@ -398,11 +399,13 @@ before anything is written. tests/fuzz holds it to that.)";
            py::arg("divisor"), py::arg("has_own_grads"), py::arg("run_passes"))
       .def("launch_on", &RepeatedStep::launch_on)
       .def("add",
-           [](RepeatedStep& step, Table& table, Hypers& hypers, PassArgs& args, uint64 context, uint64 function,
+           [](RepeatedStep& step, Table* table, Hypers* hypers, PassArgs& args, uint64 context, uint64 function,
               uint32 grid, size_t capacity) {
              step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
-             step.own(owner(table)), step.own(owner(hypers)), step.own(owner(args));
+             if (table) step.own(owner(*table)), step.own(owner(*hypers));
+             step.own(owner(args));
            })
+      .def("exchange", &RepeatedStep::exchange)
       .def("serves", &RepeatedStep::serves);
   add_run(m.attr("RepeatedStep"));
   m.def("cpu_update", &bind_cpu_update, py::arg("table"), py::arg("hypers"), py::arg("rule"), py::arg("param_format"),

@@ -75,6 +75,7 @@ class Watch:
 
 class PassArgs:
     def __init__(self) -> None: ...
+    def copy(self) -> PassArgs: ...
     tensors: int
     chunks: int
     step_table: int
@@ -113,8 +114,8 @@ class RepeatedStep:
     def launch_on(self, stream_of: Callable[[int], int], device: int | None, /) -> None: ...
     def add(
         self,
-        table: Table,
-        hypers: Hypers,
+        table: Table | None,
+        hypers: Hypers | None,
         args: PassArgs,
         context: int,
         function: int,
@@ -122,6 +123,7 @@ class RepeatedStep:
         capacity: int,
         /,
     ) -> None: ...
+    def exchange(self, exchange: Callable[[], object], /) -> None: ...
     def serves(self, scalars: object, reports: bool, /) -> bool: ...
     def run(self, optimizer: dict[str, Any], /) -> bool: ...
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _C, backends
+from . import _C, __version__, backends
 from .backends import Availability, nvrtc
 
 __all__ = ["Check", "Report", "examine"]
@@ -81,6 +81,8 @@ def _version(package: str) -> str:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     found["torch"] = torch.__version__  # says more than its package's
+    if found["fusedopt"] != __version__:  # a checkout, perhaps beside another version
+        found["fusedopt"] = f"{__version__} in {Path(__file__).parent} (as a package: {found['fusedopt']})"
     found["CUDA of torch"] = torch.version.cuda or "none"
     if torch.version.hip:
         found["ROCm of torch"] = torch.version.hip

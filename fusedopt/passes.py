@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from . import _C
 from .backends import for_device, wanted
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
-from .sharding import NormReduce, Peers, reduce_norm
+from .sharding import Gathering, NormReduce, Peers, reduce_norm
 from .specs import NORM_TYPES
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "TablesCache",
     "accumulate",
     "begin",
+    "gather_norm",
+    "gathering",
     "join_norm",
     "norm",
     "prepare",
@@ -153,6 +155,12 @@ class Processes(NamedTuple):
     hook: NormReduce | None = None
 
 
+def gathering(tables: Sequence[DeviceTables], norm_type: float, processes: Processes | None) -> Gathering:
+    """What combines the tables' shares in the norm, for ``gather_norm``, as often as is wanted."""
+    shares = [(device.spread, device.control.local_sums) for device in tables]
+    return Gathering.of(shares, *(processes or Processes()), norm_type, tables[0].device)
+
+
 def norm(tables: Sequence[DeviceTables], norm_type: float = 2.0, processes: Processes | None = None) -> None:
     """The total norm over all devices into the ``control`` of each. Waits for nothing if all devices are GPUs.
 
@@ -161,10 +169,14 @@ def norm(tables: Sequence[DeviceTables], norm_type: float = 2.0, processes: Proc
     if len(tables) == 1 and processes is None:
         tables[0].backend.norm(tables[0], finalize=True)
         return
+    gather_norm(tables, gathering(tables, norm_type, processes).run)
+
+
+def gather_norm(tables: Sequence[DeviceTables], gather: Callable[[], torch.Tensor]) -> None:
+    """The total norm over all devices and processes into the ``control`` of each. gather: see ``gathering``."""
     for device in tables:
         device.backend.norm(device, finalize=False)
-    shares = [(device.spread, device.control.local_sums) for device in tables]
-    gathered = reduce_norm(shares, *(processes or Processes()), norm_type, tables[0].device)
+    gathered = gather()
     for device in tables:
         here = gathered.to(device.device)
         device.keep_alive.append(here)

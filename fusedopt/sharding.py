@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = [
+    "Gathering",
     "NormReduce",
     "Peers",
     "Spread",
@@ -277,12 +279,16 @@ def _all_reduce(values: torch.Tensor, op: Any, peers: Peers) -> torch.Tensor:
         for group in peers.groups:
             distributed.all_reduce(values, op, group=group)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"fusedopt: the all-reduce of the gradients' norm over {mesh} failed, nothing has been updated: {error}; "
-            "expected every process of the mesh to take this step too, with the same parameters and clipping: look "
-            "for a process that ended, or that skipped the step"
-        ) from error
+        raise _failed(mesh, error) from error
     return values.to(device)
+
+
+def _failed(mesh: DeviceMesh, error: RuntimeError) -> RuntimeError:
+    return RuntimeError(
+        f"fusedopt: the all-reduce of the gradients' norm over {mesh} failed, nothing has been updated: {error}; "
+        "expected every process of the mesh to take this step too, with the same parameters and clipping: look "
+        "for a process that ended, or that skipped the step"
+    )
 
 
 def _to_wire(sums: torch.Tensor, is_max: bool) -> tuple[torch.Tensor, Any]:
@@ -341,6 +347,71 @@ def reduce_norm(
     wire, op = _to_wire(_combine(gathered, is_max), is_max)
     hook(wire, op)
     return _from_wire(wire, is_max).view(1, 2)
+
+
+class Gathering(NamedTuple):
+    """``reduce_norm`` of shares that each step writes anew, to be called in each."""
+
+    run: Callable[[], torch.Tensor]
+    result: torch.Tensor | None
+    """Where it always leaves the result, calling nothing but builtins; None if the result is a new tensor each time."""
+
+    @classmethod
+    def of(
+        cls,
+        shares: Sequence[tuple[Spread | None, torch.Tensor]],
+        peers: Sequence[Peers],
+        hook: NormReduce | None,
+        norm_type: float,
+        home: torch.device,
+    ) -> Gathering:
+        """Arguments: of ``reduce_norm``.
+
+        Where all parameters lie in one way on one mesh, and the norm is a sum, it is no more than the all-reduce, in
+        place: with the caches of a training loop each operation of torch on the way takes the host 20 to 40
+        microseconds.
+        """
+        is_one = len(shares) == len(peers) == 1 and hook is None and norm_type != float("inf")
+        spread, share = shares[0]
+        if is_one and spread and spread.mesh == peers[0].mesh and share.device.type == spread.mesh.device_type:
+            return cls(_in_place_reduction(spread, share, peers[0]), share.view(1, 2))
+        return cls(partial(reduce_norm, shares, peers, hook, norm_type, home), None)
+
+
+def _in_place_reduction(spread: Spread, share: torch.Tensor, peers: Peers) -> Callable[[], torch.Tensor]:
+    """As ``torch.distributed.all_reduce``, whose arguments have been checked and whose options are there already."""
+    from torch.distributed import AllreduceOptions, ReduceOp
+
+    options = AllreduceOptions()
+    options.reduceOp = ReduceOp.SUM
+    if hasattr(options, "asyncOp"):  # before torch 2.8 there is but one way
+        options.asyncOp = False
+    all_reduces = [_all_reduce_of(group, share.device) for group in peers.groups]
+    values, gathered = [share], share.view(1, 2)
+    uncounted = None if spread.is_counted_here() else share[0]
+
+    def reduce() -> torch.Tensor:
+        if uncounted is not None:
+            uncounted.zero_()
+        try:
+            for all_reduce in all_reduces:
+                work = all_reduce(values, options)
+                if work is not None:
+                    work.wait()
+        except RuntimeError as error:
+            raise _failed(peers.mesh, error) from error
+        return gathered
+
+    return reduce
+
+
+def _all_reduce_of(group: ProcessGroup, device: torch.device) -> Callable[..., Any]:
+    """``(tensors, options) -> Work or None``: of what reduces tensors on the device for torch's own groups, which would
+    call it through torch's dispatcher, 30 to 200 microseconds with cold caches; other libraries' groups are asked."""
+    from torch.distributed import ProcessGroup
+
+    reducer = group._get_backend(device) if type(group) is ProcessGroup else group
+    return cast(Callable[..., Any], reducer.allreduce)
 
 
 def _counted(spread: Spread, share: torch.Tensor, is_max: bool) -> torch.Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import types
 import unittest
+import unittest.mock
 
 import torch
 
@@ -14,12 +15,11 @@ except ImportError:  # torch's test modules import it; nothing of it is used her
     stand_in.TestCase = unittest.TestCase
     sys.modules["expecttest"] = stand_in
 
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+# torch's test modules freeze the flags of torch.backends for the process; a Trainer that is tested in it sets some.
+with unittest.mock.patch.object(torch.backends, "disable_global_flags", lambda: None):
+    from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import fusedopt
-
-# torch's test modules freeze these for the whole process; a Trainer that is tested in it sets some.
-torch.backends.__allow_nonbracketed_mutation_flag = True
 
 __all__ = ["ERRORS", "INFOS", "INPUTS", "SCHEDULERS", "Input"]
 

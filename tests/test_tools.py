@@ -62,9 +62,8 @@ def report(tmp_path, text: str, limit: float = 60.0, expected: int = 1):
     (tmp_path / "output").write_text(text)
     script = "import sys, time; print(open(sys.argv[1]).read(), flush=True); time.sleep(float(sys.argv[2]))"
     seconds = "0" if limit > 30 else "60"
-    return sanitize.report_of(
-        "memcheck", [sys.executable, "-c", script, str(tmp_path / "output"), seconds], limit, expected
-    )
+    command = [sys.executable, "-c", script, str(tmp_path / "output"), seconds]
+    return sanitize.report_of("memcheck", sanitize.run_limited([("memcheck", command)], limit), expected)
 
 
 def test_a_report_counts_findings_and_cases(tmp_path):
@@ -90,8 +89,39 @@ def test_a_run_that_shows_nothing_is_not_clean(text, tmp_path):
 
 def test_a_tool_is_stopped_at_its_limit(tmp_path):
     stopped = report(tmp_path, "case: cuda a: passed", limit=3.0, expected=2)
-    assert stopped["timed_out"] and stopped["cases_done"] == 1 and stopped["seconds"] < 30
+    assert not stopped["finished"] and stopped["cases_done"] == 1 and stopped["seconds"] < 30
     assert not sanitize.is_clean(stopped) and "stopped at the limit" in sanitize.describe(stopped)
+
+
+FAKE = """\
+import subprocess, sys, time
+if "--version" in sys.argv:
+    sys.exit(print("fake 1.0"))
+tool = sys.argv[sys.argv.index("--tool") + 1]
+if tool == "racecheck":
+    time.sleep(60)
+print("case: cuda a: passed")
+print("========= ERROR SUMMARY: 0 errors")
+"""
+
+
+def test_every_tool_is_reported_when_it_ends_and_all_at_the_limit(tmp_path, monkeypatch, capsys):
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!{sys.executable}\n{FAKE}")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sanitize, "child_commands", lambda backends, shares: [["true"]] * shares)
+    monkeypatch.setattr("fusedopt.testing.environment", lambda device: {"device": device})
+    monkeypatch.setattr(sanitize, "jobs", lambda backend: [("a", None)] * 2)
+    written = tmp_path / "sanitizer.json"
+    chosen = sanitize.arguments(["--limit", "4", "--jobs", "8", "--json", str(written)])
+    assert sanitize.sanitize(chosen, str(fake), ["cuda"]) == 1
+    out = capsys.readouterr().out
+    assert "memcheck: 0 findings in our kernels, 0 elsewhere; 2 of 2 cases" in out and "racecheck" in out
+    found = {report["tool"]: report for report in json.loads(written.read_text())["tools"]}
+    assert [tool for tool, report in found.items() if sanitize.is_clean(report)] == [
+        "memcheck", "initcheck", "synccheck",
+    ]  # fmt: skip
+    assert not found["racecheck"]["finished"] and found["racecheck"]["processes"] == 2
 
 
 def test_a_missing_sanitizer_is_said(capsys):
@@ -121,7 +151,9 @@ def record(**changes) -> dict:
     row = {"rule": "adamw", "format": "bfloat16-split16-int8_states", "backend": "cpu", "largest_ulp": 1.5}
     row |= {"passed": True, "left_out": None, **changes}
     environment = {"subject": "fusedopt", "device": "x86_64 CPU", "torch": "2.13.0", "date": "2026-11-22T10:00:00"}
-    return {"environment": {**environment, "command": "fusedopt verify", "seconds": 1.0}, "rows": [row, row]}
+    summary = {"cases": 2, "failed": 0, "not_run": 0, "unreached": 0}
+    made = {**environment, "command": "fusedopt verify", "seconds": 1.0}
+    return {"environment": made, "summary": summary, "rows": [row, row]}
 
 
 def write_table(tmp_path, page: str, *records: dict) -> int:
@@ -142,8 +174,15 @@ def test_tables_replace_what_was_there(tmp_path):
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| adamw | int8 | 2: 1.50 |" in text and "| adamw | int8 | 2: inf, **2 failed** |" in text
-    assert write_table(tmp_path, text, record(), failed) == 0
-    assert (tmp_path / "page.md").read_text() == text
+    assert write_table(tmp_path, text, failed) == 0
+    assert (tmp_path / "page.md").read_text() == text  # the other backend's table stays
+
+
+def test_a_table_says_what_the_time_limit_left_out(tmp_path):
+    late = record(backend="cuda")
+    late["summary"]["unreached"] = 1234
+    assert write_table(tmp_path, PAGE, late) == 0
+    assert "2 cases, 0 failed. The time limit left out 1,234 cases of the run." in (tmp_path / "page.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -163,4 +202,4 @@ def test_bad_reports_leave_the_page_alone(page, found, message, tmp_path, capsys
 
 def test_the_page_has_the_marks():
     page = verify_table.PAGE.read_text()
-    assert verify_table.BEGIN in verify_table.replaced(page, [])
+    assert verify_table.BEGIN in verify_table.replaced(page, {})

@@ -74,10 +74,18 @@ void RepeatedStep::launch_on(py::object stream_of, py::object device) {
   device_ = std::move(device);
 }
 
-void RepeatedStep::add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid,
+void RepeatedStep::add(Table* table, Hypers* hypers, void* args, void* context, void* function, uint32 grid,
                        size_t capacity) {
+  if (!table != !hypers)
+    throw std::invalid_argument("RepeatedStep.add: got one of table and hypers, expected both or neither");
   Table::check_capacity(capacity);
-  launches_.push_back({&table, &hypers, args, context, function, grid, capacity});
+  launches_.push_back({table, hypers, args, context, function, grid, capacity});
+}
+
+void RepeatedStep::exchange(py::object exchange) {
+  if (!exchange_.is_none()) throw std::logic_error("RepeatedStep.exchange: called twice, expected one exchange");
+  exchange_ = std::move(exchange);
+  before_exchange_ = launches_.size();
 }
 
 bool RepeatedStep::asks_as_before() const { return conditions_.context_backend().is(asked_); }
@@ -135,11 +143,19 @@ void RepeatedStep::run_passes() const {
 
 void RepeatedStep::launch() const {
   if (!stream_of_) throw std::logic_error("RepeatedStep.run: got no stream, expected launch_on() before");
-  for (const Launch& each : launches_) each.table->pack(each.hypers->rows(), each.capacity);
+  for (const Launch& each : launches_)
+    if (each.table) each.table->pack(each.hypers->rows(), each.capacity);
   auto* const stream = reinterpret_cast<void*>(stream_of_(device_).cast<uint64>());
-  for (const Launch& each : launches_) {
+  launch_range(0, before_exchange_, stream);
+  if (!exchange_.is_none()) exchange_();
+  launch_range(before_exchange_, launches_.size(), stream);
+}
+
+void RepeatedStep::launch_range(size_t begin, size_t end, void* stream) const {
+  for (size_t i = begin; i < end; ++i) {
+    const Launch& each = launches_[i];
     if (!each.grid) continue;
-    void* params[2] = {each.args, each.table->packed()};
+    void* params[2] = {each.args, each.table ? each.table->packed() : nullptr};
     CudaDriver::instance().launch(each.context, each.function, each.grid, kCudaThreads, stream, params);
   }
 }
@@ -171,6 +187,7 @@ int RepeatedStep::traverse(visitproc visit, void* arg) const {
   Py_VISIT(conditions_.accumulator.ptr());
   Py_VISIT(conditions_.divisor.ptr());
   Py_VISIT(run_passes_.ptr());
+  Py_VISIT(exchange_.ptr());
   for (const py::object& object : owned_) Py_VISIT(object.ptr());
   const int stop = grad_scale_.traverse(visit, arg);
   return stop ? stop : found_inf_.traverse(visit, arg);
@@ -182,7 +199,7 @@ void RepeatedStep::clear() {
   scalers_.scalings.clear();
   grad_scale_.clear();
   found_inf_.clear();
-  run_passes_ = py::none();
+  run_passes_ = exchange_ = py::none();
   conditions_.accumulator = conditions_.divisor = py::none();
   cleared_ = true;
   const auto owned = std::move(owned_);  // freed last, because freeing may call back into Python

@@ -44,9 +44,13 @@ class RepeatedStep {
 
   // stream_of: builtin function, (device index) -> int, the current stream.
   void launch_on(pybind11::object stream_of, pybind11::object device);
-  // In the order in which the kernels are launched. hypers: of the table's rule. args: PassArgs, as they were for the
-  // last step. capacity: bytes of step table that the kernel takes as a parameter.
-  void add(Table& table, Hypers& hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
+  // In the order in which the kernels are launched. table, hypers: null for a kernel that takes no step table; else
+  // hypers are of the table's rule. args: PassArgs, as they were for the last step. capacity: bytes of step table that
+  // the kernel takes as a parameter.
+  void add(Table* table, Hypers* hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
+  // exchange: () -> None, what this process does with others on the current stream when all kernels added so far have
+  // been launched, and before any added later is. At most one.
+  void exchange(pybind11::object exchange);
 
   // Keeps what the others are given by reference or by pointer.
   void own(pybind11::object object) { owned_.push_back(std::move(object)); }
@@ -80,6 +84,7 @@ class RepeatedStep {
   void report(PyObject* optimizer) const;
   void run_passes() const;
   void launch() const;
+  void launch_range(size_t begin, size_t end, void* stream) const;
 
   Watch& watch_;
   std::vector<Hypers*> hypers_;
@@ -91,6 +96,8 @@ class RepeatedStep {
   pybind11::object run_passes_;
   pybind11::object stream_of_, device_;
   std::vector<Launch> launches_;
+  pybind11::object exchange_ = pybind11::none();
+  size_t before_exchange_ = 0;  // launches
   std::vector<pybind11::object> owned_;
   bool cleared_ = false;  // by Python's collector
 };

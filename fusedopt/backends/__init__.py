@@ -43,7 +43,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -167,14 +167,28 @@ def _availability(name: str) -> Availability:
         devices.insert(0, torch.device("cuda", 0))
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         devices.insert(0, torch.device("xpu", 0))
-    reason = ""
-    for device in devices:
-        try:
-            module.require_available(device)
-            return Availability(True, _DEVICES[name], "")
-        except RuntimeError as error:
-            reason = reason or str(error).removeprefix("fusedopt: ")  # of the device that suits it best
-    return Availability(False, _DEVICES[name], reason)
+    errors = [_why_not(module, device) for device in devices]
+    if not all(errors):
+        return Availability(True, _DEVICES[name], "")
+    if len(devices) > 1:
+        return Availability(False, _DEVICES[name], errors[0])  # of the device that suits it best
+    missing = [_why_no_gpu(), _why_not(module, torch.device("cuda"))]  # what a GPU would need beside itself
+    return Availability(False, _DEVICES[name], "; ".join(filter(None, missing)))
+
+
+def _why_not(module: Any, device: torch.device) -> str:
+    """What a backend has against a device; empty if nothing."""
+    try:
+        module.require_available(device)
+        return ""
+    except RuntimeError as error:
+        return str(error).removeprefix("fusedopt: ")
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without GPUs; install a build with CUDA or ROCm where there are any"
+    return "torch finds no GPU; see whether the driver does, with nvidia-smi or rocm-smi"
 
 
 class CallableModule(ModuleType):

@@ -194,7 +194,10 @@ def _launch(name: str, bucket: Bucket, tables: DeviceTables) -> None:
 
 
 def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple[Any, ...]] | None:
-    """What the last step launched, in its order, for ``_C.RepeatedStep.add``; None if it did more than launch."""
+    """What the last step launched for these of its passes, in its order, for ``_C.RepeatedStep.add``.
+
+    None if it did more than launch.
+    """
     if not all(bucket.capacity for bucket in tables.buckets):
         return None
     return [
@@ -212,12 +215,15 @@ def norm(tables: DeviceTables, finalize: bool = True) -> None:
 
 
 def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
-    device = _device(tables.device.index)
-    args = tables.buckets[0].args
-    own = args.partials, args.num_partials
+    _, _, args, context, function, grid, _ = finalize_launch(tables)
     args.partials, args.num_partials = gathered.data_ptr(), gathered.shape[0]
-    _C.cuda_launch(device.context, device.function(nvrtc.FINALIZE), 1, tables.stream, args, None)
-    args.partials, args.num_partials = own
+    _C.cuda_launch(context, function, grid, tables.stream, args, None)
+
+
+def finalize_launch(tables: DeviceTables) -> tuple[Any, ...]:
+    """Of ``finalize_norm``, for ``_C.RepeatedStep.add``; its PassArgs, a copy, lack where what was gathered stands."""
+    device = _device(tables.device.index)
+    return None, None, tables.buckets[0].args.copy(), device.context, device.function(nvrtc.FINALIZE), 1, 0
 
 
 def update(tables: DeviceTables) -> None:

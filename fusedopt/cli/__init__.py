@@ -2,6 +2,7 @@
 
 import click
 
+from .. import __version__
 from .bench import bench
 from .doctor import doctor
 from .shared import color_option, exit_codes
@@ -16,7 +17,7 @@ __all__ = ["main"]
     invoke_without_command=True,
     epilog=exit_codes("something was found wrong, or the work could not be done"),
 )
-@click.version_option(package_name="fusedopt")
+@click.version_option(__version__)
 @color_option()
 @click.pass_context
 def main(context: click.Context) -> None:

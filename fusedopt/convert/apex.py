@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..optim import FusedOptimizer
-from .common import Place, convert, plain_group, read_states, require_bias_correction, require_keys, step_count
+from .common import Place, convert, group_step, plain_group, read_states, require_bias_correction, step_count
 
 __all__ = ["from_apex", "momentum_entry"]
 
@@ -39,13 +39,7 @@ def from_apex(state_dict: Mapping[str, Any], optimizer: FusedOptimizer) -> dict[
 
 
 def _adam_entry(place: Place) -> dict[str, Any]:
-    require_keys(
-        f"{place.where}: its param group",
-        place.group,
-        ["step"],
-        "pass the state_dict() of an optimizer that has stepped",
-    )
-    return {"step": step_count(f"{place.where}: step of its param group", place.group["step"]), **read_states(place)}
+    return {"step": group_step(place), **read_states(place)}
 
 
 def momentum_entry(place: Place) -> dict[str, Any]:

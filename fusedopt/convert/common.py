@@ -24,6 +24,7 @@ __all__ = [
     "check_optimizer",
     "convert",
     "divided_decay",
+    "group_step",
     "keys_text",
     "number",
     "plain",
@@ -170,6 +171,13 @@ def step_count(where: str, value: Any) -> torch.Tensor:
     if count < 0:
         raise ValueError(f"{where} is {count}, expected steps >= 0; pass the peer's state_dict() as it is")
     return torch.tensor(count, dtype=torch.float32)
+
+
+def group_step(place: Place) -> torch.Tensor:
+    """0-dim float32: the counter of a peer that has one for each param group."""
+    where = f"{place.where}: its param group"
+    require_keys(where, place.group, ["step"], "pass the state_dict() of an optimizer that has stepped")
+    return step_count(f"{place.where}: step of its param group", place.group["step"])
 
 
 def read_states(

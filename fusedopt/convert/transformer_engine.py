@@ -9,7 +9,7 @@ import torch
 
 from ..optim import FusedOptimizer
 from .apex import momentum_entry
-from .common import Place, convert, plain, plain_group, read_states, require_bias_correction, require_keys, step_count
+from .common import Place, convert, group_step, plain, plain_group, read_states, require_bias_correction
 
 __all__ = ["from_transformer_engine"]
 
@@ -42,14 +42,7 @@ def from_transformer_engine(state_dict: Mapping[str, Any], optimizer: FusedOptim
 
 
 def _adam_entry(place: Place) -> dict[str, Any]:
-    require_keys(
-        f"{place.where}: its param group",
-        place.group,
-        ["step"],
-        "pass the state_dict() of an optimizer that has stepped",
-    )
-    entry = {"step": step_count(f"{place.where}: step of its param group", place.group["step"])}
-    entry.update(read_states(place, decode=_unscaled))
+    entry = {"step": group_step(place), **read_states(place, decode=_unscaled)}
     master = place.entry.get("master_param")
     if isinstance(master, torch.Tensor) and master.dtype == torch.int16:
         entry["param_remainder"] = master.detach()

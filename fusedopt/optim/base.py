@@ -479,8 +479,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- results of the last step -----------------------------------------------------------------------
 
     def _control(self) -> Control:
-        """Of the first parameter's device."""
-        return self._controls.reported_on(self.param_groups[0]["params"][0].device)
+        """Of the first parameter's device; there may be none, as in a process of ZeRO-1 whose part is empty."""
+        return self._controls.reported_on(sharding.home_of(self.param_groups))
 
     @property
     def grad_norm(self) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -14,6 +16,7 @@ from .processes import processes_of
 
 if TYPE_CHECKING:
     from ..plan import DeviceTables
+    from ..sharding import Gathering
     from .base import Accumulator, FusedOptimizer
     from .plan import OptimizerPlan
 
@@ -25,7 +28,7 @@ def repetition_of(
 ) -> _C.RepeatedStep | None:
     """Of the step of these passes that has just been made, if it was on one device.
 
-    A norm that is taken with other processes is too: then the passes run one by one, from Python.
+    A norm that is taken with other processes is too: its exchange is a call into Python between launches.
 
     Its ``run(optimizer.__dict__)`` makes the next one and returns True; or it does nothing and returns False because
     that one is different, asks for another backend, or because hooks or a profiler want to be told of it. A scaler's
@@ -41,12 +44,14 @@ def repetition_of(
     divisor = None if accumulator is None else partial(_divisor, accumulator, has_own_grads)
     if divisor is not None and divisor() is None:
         return None
-    tables = plan.tables[0]
-    alone = len(plan.tables) == 1 and processes is None
-    launches = tables.backend.launches(tables, names) if alone and hasattr(tables.backend, "launches") else None
-    repeat = partial(getattr(tables.backend, "repeat", _run_passes), tables, names)
-    if not alone:
-        repeat = partial(_run_with_others, plan.tables, names, optimizer._scalars.norm_type, processes)
+    tables, gathering = plan.tables[0], None
+    if "norm" in names and (processes is not None or len(plan.tables) > 1):
+        gathering = passes.gathering(plan.tables, optimizer._scalars.norm_type, processes)
+    launches = _launches(plan.tables, names)
+    if gathering is not None or len(plan.tables) > 1:
+        repeat = partial(_run_with_others, plan.tables, names, gathering)
+    else:
+        repeat = partial(getattr(tables.backend, "repeat", _run_passes), tables, names)
     step = _C.RepeatedStep(
         watch=plan.watch,
         hypers=[hypers for each in plan.tables for hypers in each.hypers.values()],
@@ -62,11 +67,57 @@ def repetition_of(
         has_own_grads=has_own_grads,
         run_passes=torch.compiler.disable(repeat) if launches is None else None,
     )
-    if launches is not None:  # on a GPU alone
+    if launches is not None:  # on a GPU
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
-        for launch in launches:
-            step.add(*launch)
+        _add_launches(step, plan.tables, launches, gathering)
     return step
+
+
+Launches = list[tuple[Any, ...]]
+"""Each as ``_C.RepeatedStep.add`` takes it."""
+
+
+def _launches(tables: list[DeviceTables], names: tuple[str, ...]) -> list[Launches] | None:
+    """By pass, on all tables of one device; None where the backend cannot tell, or the step did more than launch."""
+    if not hasattr(tables[0].backend, "launches"):
+        return None
+    by_pass = [[each.backend.launches(each, (name,)) for each in tables] for name in names]
+    if any(launches is None for of_pass in by_pass for launches in of_pass):
+        return None
+    return [list(chain.from_iterable(of_pass)) for of_pass in by_pass]
+
+
+def _add_launches(
+    step: _C.RepeatedStep, tables: list[DeviceTables], launches: list[Launches], gathering: Gathering | None
+) -> None:
+    """launches: by pass. gathering: what combines the shares that the first pass leaves; None where it finishes."""
+    if gathering is not None:
+        finals = [each.backend.finalize_launch(each) for each in tables]
+        launches = [launches[0], finals, *launches[1:]]
+    for i, of_pass in enumerate(launches):
+        for launch in of_pass:
+            step.add(*launch)
+        if i == 0 and gathering is not None:
+            step.exchange(_exchange(gathering, [args for _, _, args, *_ in finals]))
+
+
+def _exchange(gathering: Gathering, finals: list[_C.PassArgs]) -> Callable[[], object]:
+    """Gathers, and tells the launches that finish the norm where the result is."""
+
+    def tell(gathered: torch.Tensor) -> None:
+        for args in finals:
+            args.partials, args.num_partials = gathered.data_ptr(), gathered.shape[0]
+
+    if gathering.result is not None:
+        tell(gathering.result)
+        return torch.compiler.disable(gathering.run, recursive=False)  # which adds no call to it
+    kept: list[torch.Tensor] = []
+
+    def exchange() -> None:
+        kept[:] = [gathering.run()]
+        tell(kept[0])
+
+    return torch.compiler.disable(exchange)
 
 
 def _divisor(accumulator: Accumulator, own: bool) -> float | None:
@@ -79,15 +130,13 @@ def _divisor(accumulator: Accumulator, own: bool) -> float | None:
     return float(divisor) if plain else None
 
 
-def _run_with_others(
-    tables: list[DeviceTables], names: tuple[str, ...], norm_type: float, processes: passes.Processes | None
-) -> None:
+def _run_with_others(tables: list[DeviceTables], names: tuple[str, ...], gathering: Gathering | None) -> None:
     """Where there are several spreads over processes, or other processes have shares in the norm."""
     for each in tables:
         each.keep_alive.clear()
         each.backend.begin(each, names)
-    if "norm" in names:
-        passes.norm(tables, norm_type, processes)
+    if gathering is not None:
+        passes.gather_norm(tables, gathering.run)
     passes.run_update(tables)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .bounds import Bounded
+from .tensors import Copies
 
 
 def compute_type(t: Tensor) -> torch.dtype:
@@ -32,16 +33,20 @@ class Expected:
         self.sums: dict[Tensor, Bounded] = {}
         self.weights = 0.0
 
-    def _with(self, p, weight) -> Bounded | None:
+    def _grads(self) -> Copies:
+        return Copies(p.grad for p in self.params if p.grad is not None)
+
+    def _with(self, p, weight, grads: Copies) -> Bounded | None:
         if p.grad is None:
             return self.sums.get(p)
-        grad = Bounded.exact(p.grad, compute_type(p))
+        grad = Bounded.exact(grads[p.grad], compute_type(p))
         grad = grad if weight == 1.0 else grad * float(weight)
         return self.sums[p] + grad if p in self.sums else grad
 
     def fold(self, weight=1.0) -> None:
+        grads = self._grads()
         for p in self.params:
-            added = self._with(p, weight)
+            added = self._with(p, weight, grads)
             if added is not None:
                 self.sums[p] = added if p.grad is None else self._stored(added)
         self.weights += float(weight)
@@ -54,7 +59,8 @@ class Expected:
 
     def total(self, weight=1.0) -> dict[Tensor, Bounded]:
         """By parameter, with what is in `.grad`, before it is divided."""
-        return {p: total for p in self.params if (total := self._with(p, weight)) is not None}
+        grads = self._grads()
+        return {p: total for p in self.params if (total := self._with(p, weight, grads)) is not None}
 
     def divisor(self, weight=1.0) -> float:
         own = any(p.grad is not None for p in self.params)

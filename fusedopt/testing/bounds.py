@@ -18,7 +18,10 @@ the step delta by the same absolute amount.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -34,6 +37,9 @@ SCALAR_ERROR = 1000 * 2.0**-53
 RADAM_ERROR = 1000**2 * 2.0**-53
 
 
+Operand = Union["Bounded", Tensor, float]
+
+
 @dataclasses.dataclass(eq=False)
 class Bounded:
     """`value` (float64) and a bound on the error with which `compute` arithmetic knows it."""
@@ -47,46 +53,51 @@ class Bounded:
         value = t.detach().cpu().double()
         return cls(value, torch.zeros_like(value), compute)
 
-    def _operand(self, other) -> Bounded:
+    def _operand(self, other: Operand) -> Bounded:
         """Numbers stand for themselves if float32 holds them, else for their rounding to the compute type."""
-        if isinstance(other, Bounded):
-            return other
-        value = torch.tensor(float(other), dtype=torch.float64)
-        unit = 0 if self.compute == torch.float64 else torch.finfo(self.compute).eps / 2
-        held = value.float().double() == value
-        return Bounded(value, value.abs() * (0 if held else unit + SCALAR_ERROR), self.compute)
+        return other if isinstance(other, Bounded) else _scalar(float(other), self.compute)
+
+    @functools.cached_property
+    def magnitude(self) -> Tensor:
+        return self.value.abs()
+
+    @functools.cached_property
+    def may_be_nonzero(self) -> Tensor:
+        return self.magnitude + self.error > 0
 
     def _rounded(self, value: Tensor, error: Tensor, *factors: Bounded) -> Bounded:
         """Adds the error of rounding `value`; a product or quotient of `factors` not exactly zero may underflow."""
         finfo = torch.finfo(self.compute)
-        error = error + finfo.eps / 2 * value.abs()
+        rounded = Bounded(value, error, self.compute)
+        rounded.error = torch.add(error, rounded.magnitude, alpha=finfo.eps / 2)
         if factors:
-            underflows = math.prod((f.value.abs() + f.error > 0).double() for f in factors)
-            error = error + underflows * (finfo.smallest_normal * finfo.eps)
+            underflows = functools.reduce(torch.logical_and, (f.may_be_nonzero for f in factors))
+            rounded.error.add_(underflows, alpha=finfo.smallest_normal * finfo.eps)
         # Infinities come from infinite input only, so they are known.
-        return Bounded(value, torch.where(value.isinf(), 0.0, error), self.compute)
+        rounded.error.masked_fill_(rounded.magnitude == math.inf, 0.0)
+        return rounded
 
-    def __neg__(self):
+    def __neg__(self) -> Bounded:
         return Bounded(-self.value, self.error, self.compute)
 
-    def __add__(self, other):
+    def __add__(self, other: Operand) -> Bounded:
         other = self._operand(other)
         return self._rounded(self.value + other.value, self.error + other.error)
 
-    def __sub__(self, other):
+    def __sub__(self, other: Operand) -> Bounded:
         return self + -self._operand(other)
 
-    def __mul__(self, other):
+    def __mul__(self, other: Operand) -> Bounded:
         other = self._operand(other)
-        a, b = self.value.abs(), other.value.abs()
+        a, b = self.magnitude, other.magnitude
         error = a * other.error + b * self.error + self.error * other.error
         return self._rounded(self.value * other.value, error, self, other)
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: Operand) -> Bounded:
         """|(a + da) / (b + db) - a / b| <= (|da| + |a / b| |db|) / (|b| - |db|)."""
         other = self._operand(other)
         value = self.value / other.value
-        nearest_to_zero = other.value.abs() - other.error
+        nearest_to_zero = other.magnitude - other.error
         error = (self.error + value.abs() * other.error) / nearest_to_zero
         return self._rounded(value, torch.where(nearest_to_zero > 0, error, torch.inf), self)
 
@@ -96,7 +107,7 @@ class Bounded:
         low, high = (self.value - self.error).clamp(min=0).sqrt(), (self.value + self.error).sqrt()
         return self._rounded(self.value.sqrt(), high - low)
 
-    def norm(self):
+    def norm(self) -> Bounded:
         """Of a tensor. It moves by no more than the norm of the errors.
 
         An engine sums squares in double, in whatever order: each term meets one rounding of the square and at most
@@ -108,16 +119,16 @@ class Bounded:
             value, torch.linalg.vector_norm(self.error) + (self.value.numel() + 2) * 2.0**-53 * value, self.compute
         )
 
-    def __eq__(self, number):
+    def __eq__(self, number: float) -> Tensor:  # type: ignore[override]  # of each element
         """Whether the value is this number; where it is 0 by cancellation, the error says so."""
         return self.value == number
 
-    def sign(self):
+    def sign(self) -> Bounded:
         """Known where the error cannot reach or leave zero, else anything from -1 to 1."""
         known = (self.value.abs() > self.error) | (self.error == 0)
         return Bounded(self.value.sign(), torch.where(known, 0.0, 2.0).double(), self.compute)
 
-    def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None):
+    def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None) -> Bounded:
         if min is not None:
             return Bounded(self.value.clamp(min=min), self.error, self.compute)
         limits = self._operand(max(abs(low), abs(high)))
@@ -125,17 +136,36 @@ class Bounded:
         error = torch.where(beyond, limits.error, self.error + limits.error)
         return Bounded(self.value.clamp(low, high), error, self.compute)
 
-    def maximum(self, other):
+    def maximum(self, other: Bounded) -> Bounded:
         """A maximum moves by no more than either of its arguments."""
         error = torch.maximum(self.error, other.error)
         return Bounded(torch.maximum(self.value, other.value), error, self.compute)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scalar(number: float, compute: torch.dtype) -> Bounded:
+    """A hyper-parameter or what the host makes of some: exact if float32 holds it."""
+    value = torch.tensor(number, dtype=torch.float64)
+    unit = 0 if compute == torch.float64 else torch.finfo(compute).eps / 2
+    held = value.float().double() == value
+    return Bounded(value, value.abs() * (0 if held else unit + SCALAR_ERROR), compute)
 
 
 def _bounded(t: Tensor | Bounded, compute: torch.dtype) -> Bounded:
     return t if isinstance(t, Bounded) else Bounded.exact(t, compute)
 
 
-def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **transform) -> dict[str, Bounded]:
+def bounded_step(
+    rule: str,
+    param: Any,
+    grad: Any,
+    states: Mapping[str, Any],
+    *,
+    step: int,
+    maximize: bool = False,
+    hyper: Mapping[str, Any],
+    **transform: Any,
+) -> dict[str, Bounded]:
     """As `reference.reference_step`, with bounds; the new parameter is called "param". `param`, `grad` and
     `states` may have bounds too."""
     if isinstance(param, Bounded):
@@ -148,7 +178,8 @@ def bounded_step(rule, param, grad, states, *, step, maximize=False, hyper, **tr
     param, states = reference.RULES[rule](before, -grad if maximize else grad, **states, step=step, **hyper)
     if rule == "radam":
         moved = (param.value - before.value).abs() + (hyper["lr"] * hyper["weight_decay"] * before.value).abs()
-        param.error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
+        error = param.error + torch.where(moved.isfinite(), RADAM_ERROR * moved, 0.0)
+        param = Bounded(param.value, error, compute)
     return {"param": param, **states}
 
 
@@ -169,13 +200,13 @@ class Comparison:
     before: Tensor | None = None
     """What the elements were before the step, where that is known."""
 
-    @property
+    @functools.cached_property
     def off(self) -> Tensor:
         """|got - exact|; 0 where both are the same infinity or both NaN."""
         same = (self.got == self.exact) | (self.got.isnan() & self.exact.isnan())
         return torch.where(same, 0.0, (self.got - self.exact).abs())
 
-    @property
+    @functools.cached_property
     def wrong(self) -> Tensor:
         """Mask of the elements beyond their bound."""
         off = self.off
@@ -214,16 +245,16 @@ def assert_within(actual: Tensor, expected: Bounded, what: str = "value") -> Non
     compare(actual, expected, what).check()
 
 
-def hyper_of(group: dict, rule: str) -> dict:
+def hyper_of(group: Mapping[str, Any], rule: str) -> dict[str, Any]:
     """The arguments of the reference rule."""
     return {key: group[key] for _, key, _ in specs.RULES[rule].hyper} | {"lr": float(group["lr"])}
 
 
-def flat(tensors) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().cpu().reshape(-1) for t in tensors])
 
 
-def concatenated(grads: list) -> Tensor | Bounded:
+def concatenated(grads: Sequence[Any]) -> Tensor | Bounded:
     """Gradients of one dtype in one tensor, with their bounds if they have any."""
     if not isinstance(grads[0], Bounded):
         return flat(grads)

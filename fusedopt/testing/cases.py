@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ class Case:
     data: DataSet
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[object, ...]:
         """Equal for equal cases."""
         return (id(self.variant), id(self.format), self.backend, self.grad_dtype, self.transform, self.data.name)
 
@@ -88,10 +88,13 @@ def _is_case(case: Case) -> bool:
     return own and bool(formatted) and suits
 
 
-def _in_turn(variants, forms, data: Iterable[DataSet], device: str, backend: str | None) -> list[Case]:
+def _in_turn(
+    variants: Sequence[Variant], forms: Sequence[Combination], data: Iterable[DataSet], device: str, backend: str | None
+) -> list[Case]:
     """Every combination once, with gradient dtypes and transforms in turn."""
     cases = []
-    for (v, variant), (f, form), (d, each) in itertools.product(*map(enumerate, (variants, forms, data))):
+    numbered = itertools.product(enumerate(variants), enumerate(forms), enumerate(data))
+    for (v, variant), (f, form), (d, each) in numbered:
         turn = v + f + d
         transform = each.transforms[turn % len(each.transforms)]
         dtypes = grad_dtypes(form) if transform != "accumulate" else [form.dtype]
@@ -101,7 +104,9 @@ def _in_turn(variants, forms, data: Iterable[DataSet], device: str, backend: str
     return cases
 
 
-def _heavy_cases(variants, forms, device: str, backend: str | None) -> list[Case]:
+def _heavy_cases(
+    variants: Sequence[Variant], forms: Sequence[Combination], device: str, backend: str | None
+) -> list[Case]:
     """Each variant once with each heavy data set, in one of the formats, in turn."""
     cases = []
     for data in (each for each in DATA if each.heavy):
@@ -133,7 +138,7 @@ def full_cases(device: str, chosen: Iterable[str]) -> list[Case]:
     return list(cases.values())
 
 
-def _covered(case: Case, best: str | None) -> set[tuple]:
+def _covered(case: Case, best: str | None) -> set[tuple[object, ...]]:
     """What of a case a sample must have: on the best backend pairs of properties, on others each property once."""
     form, transform, data = str(case.format), case.transform, case.data.name
     if case.backend != best:
@@ -148,7 +153,7 @@ def quick_cases(cases: list[Case]) -> list[Case]:
     """A sample of ``cases``, without heavy ones unless there are no others. Of the first backend: each rule with each
     format and transform on mixed values, and each rule and each format with each data set, where ``cases`` has it. Of
     others: each of these at least once."""
-    seen: set[tuple] = set()
+    seen: set[tuple[object, ...]] = set()
     sample = []
     light = [case for case in cases if not case.data.heavy] or cases
     for least in (2, 1):  # first those that bring several, then what is missing
@@ -163,7 +168,7 @@ def quick_cases(cases: list[Case]) -> list[Case]:
 # ---- other optimizers ---------------------------------------------------------------------------------------------
 
 
-def guess_optimizer(factory: Callable) -> str | None:
+def guess_optimizer(factory: Callable[..., object]) -> str | None:
     """The optimizer of fusedopt whose name is in the name of a class, or None. apex's FusedAdam is AdamW by default."""
     name = getattr(factory, "__name__", "").lower()
     known = sorted({variant.optimizer for variant in VARIANTS}, key=len, reverse=True)  # AdamW before Adam
@@ -208,14 +213,14 @@ def _examples(cases: list[Case], key: str) -> list[str]:
     return list(dict.fromkeys(_SHOWN[key](case) for case in cases))[:8]
 
 
-_SHOWN = {
+_SHOWN: dict[str, Callable[[Case], str]] = {
     "rule": lambda case: case.variant.rule,
     "format": lambda case: str(case.format),
     "dtype": lambda case: str(case.format.dtype).removeprefix("torch."),
     "transform": lambda case: case.transform,
     "case": lambda case: case.data.name,
 }
-_MATCHES = {
+_MATCHES: dict[str, Callable[[Case, str], bool]] = {
     "rule": lambda case, value: value in (case.variant.rule, case.variant.name, case.variant.optimizer),
     "format": lambda case, value: value == str(case.format),
     "dtype": lambda case, value: value == _SHOWN["dtype"](case),

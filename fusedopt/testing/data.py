@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ __all__ = ["BY_NAME", "DATA", "TRANSFORMS", "DataSet"]
 TRANSFORMS = ("none", "scale", "clip", "value_clip", "accumulate")
 """What is done to gradients before the rule: see ``trials.py``."""
 
+Shape = tuple[int, ...]
 Values = Callable[..., Tensor]
 """(shape, dtype, device, seed) -> tensor, the same on every device."""
+Layout = Callable[[Callable[[Shape], Tensor]], Tensor]
+"""Makes a tensor from a function that makes dense ones of a shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,7 @@ class DataSet:
 
     name: str
     about: str
-    layouts: tuple = ()
+    layouts: tuple[Layout, ...] = ()
     """One for each parameter: what makes it from a function that makes dense tensors of a shape."""
     params: Values = normal
     grads: Values = normal
@@ -37,7 +41,7 @@ class DataSet:
     """(tensor, element, value) of one element of every step's gradients."""
     present: Callable[[int, int], bool] = lambda step, i: True
     """Whether parameter ``i`` has a gradient in a step."""
-    hyper: tuple = ()
+    hyper: tuple[tuple[str, Any], ...] = ()
     """Pairs of hyper-parameters; rules that lack one are not tried."""
     steps: int = 3
     counter: int | None = None
@@ -53,7 +57,7 @@ class DataSet:
     def __str__(self) -> str:
         return self.name
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], DataSet], tuple[str]]:
         return named, (self.name,)  # other processes look it up: layouts are functions
 
     def suits(self, rule: str, transform: str) -> bool:
@@ -61,7 +65,7 @@ class DataSet:
         return transform in self.transforms and {key for key, _ in self.hyper} <= keys
 
     def make_params(self, dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
-        def maker(i):
+        def maker(i: int) -> Callable[[Shape], Tensor]:
             own = other_dtype(dtype) if self.mixed and i % 2 else dtype
             return lambda shape: self.params(shape, own, "cpu", seed=i)
 
@@ -69,7 +73,9 @@ class DataSet:
         params = slices_of_one_storage(params) if self.shared else params
         return [torch.nn.Parameter(p) for p in on_device(params, device)]
 
-    def make_grads(self, params: list, dtype: torch.dtype, step: int, micro_batch: int = 0) -> list[Tensor | None]:
+    def make_grads(
+        self, params: Sequence[Tensor], dtype: torch.dtype, step: int, micro_batch: int = 0
+    ) -> list[Tensor | None]:
         """Of one micro-batch of one step (from 0): in ``dtype``, of values that the parameters' states can square; of
         parameters of another dtype than the first one in theirs."""
         grads: list[Tensor | None] = []
@@ -110,12 +116,12 @@ def named(name: str) -> DataSet:
 # ---- layouts ------------------------------------------------------------------------------------------------------
 
 
-def dense(*shapes) -> tuple:
+def dense(*shapes: int | Shape) -> tuple[Layout, ...]:
     """Contiguous parameters of these shapes or sizes."""
     return tuple(lambda make, shape=s: make((shape,) if isinstance(shape, int) else shape) for s in shapes)
 
 
-def laid(*names: str) -> tuple:
+def laid(*names: str) -> tuple[Layout, ...]:
     return tuple(PARAM_LAYOUTS[name] for name in names)
 
 
@@ -129,7 +135,7 @@ FEW = dense(257, (8, 8), 1031)
 # ---- values -------------------------------------------------------------------------------------------------------
 
 
-def mixed(shape, dtype, device, seed) -> Tensor:
+def mixed(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Tensor:
     """All magnitudes of which the square is finite, zeros, -0, subnormal numbers."""
     values = hard_values(shape, dtype, device, seed)
     return values.clamp(-200, 200) if dtype == torch.float16 else values
@@ -142,13 +148,13 @@ def constant(value: float) -> Values:
 def scaled(factor: Callable[[torch.dtype], float]) -> Values:
     """Normal values times a factor that depends on the dtype."""
 
-    def values(shape, dtype, device, seed):
+    def values(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Tensor:
         return (normal(shape, torch.float64, seed=seed) * factor(dtype)).to(dtype).to(device)
 
     return values
 
 
-def subnormal(shape, dtype, device, seed) -> Tensor:
+def subnormal(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Tensor:
     """-9 to 9 times the least subnormal number."""
     finfo = torch.finfo(dtype)
     multiples = torch.randint(-9, 10, tuple(shape), generator=generator(seed)).double()

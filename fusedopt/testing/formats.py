@@ -79,13 +79,17 @@ BY_NAME = {str(c): c for c in COMBINATIONS}
 
 
 def in_order(t: Tensor, like: Tensor) -> Tensor:
-    """The elements of `t`, shaped like the parameter `like`, in the order of its memory, on the CPU, in whole blocks.
-
-    Padded with zeros, which every rule leaves zero, so that tensors end to end keep their blocks.
-    """
+    """A copy of the elements of `t`, shaped like the parameter `like`, in the order of its memory, on the CPU."""
+    if t.is_contiguous() and like.is_contiguous():
+        return t.detach().reshape(-1).clone().cpu()
     dense = torch.empty_like(like.detach(), dtype=t.dtype).copy_(t.detach())
-    flat = formats.in_memory_order(dense).cpu()
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK))
+    return formats.in_memory_order(dense).cpu()
+
+
+def in_blocks(flat: Tensor, block: int) -> Tensor:
+    """Padded to whole blocks with zeros, which every rule leaves zero, so that tensors end to end keep their blocks."""
+    missing = -flat.numel() % block
+    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
 
 
 def neighbours(value: Tensor) -> tuple[Tensor, Tensor]:

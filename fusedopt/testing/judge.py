@@ -6,14 +6,16 @@ The reference starts each step from what is stored, decoded: so each step is jud
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import formats, reference, specs
 from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, hyper_of
-from .formats import BFLOAT16, MAY_VANISH, assert_codes, compare_neighbour, compare_param, in_order
-from .tensors import check, on_cpu, storage
+from .formats import BFLOAT16, BLOCK, MAY_VANISH, assert_codes, compare_neighbour, compare_param, in_blocks, in_order
+from .tensors import Copies, check, on_cpu, storage
 
 # Of norms: sums are kept in float64 (or scaled so that they lose no more), then one square root, and one rounding to
 # float32. Two ulp leave room for a rounding of the factors that unscale and scale.
@@ -50,25 +52,26 @@ class Before:
     group: dict
 
 
-def _fetched(opt, params: list) -> list[tuple[Tensor, dict]]:
-    """Each parameter and its state, on the CPU."""
-    states = [opt.state.get(p, {}) for p in params]
-    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    copies = iter(on_cpu([*params, *tensors]))
-    values = [next(copies) for _ in params]
-    return [
-        (value, {key: next(copies) if isinstance(kept, Tensor) else kept for key, kept in state.items()})
-        for value, state in zip(values, states, strict=True)
-    ]
+def copies_of(opt, params: list, others: Iterable[Tensor] = ()) -> Copies:
+    """Of parameters, their states and other tensors."""
+    states = (value for p in params for value in opt.state.get(p, {}).values() if isinstance(value, Tensor))
+    return Copies([*params, *states, *others])
+
+
+def _kept(opt, p: Tensor, copies: Copies) -> tuple[Tensor, dict]:
+    """A parameter and its state, on the CPU."""
+    state = opt.state.get(p, {})
+    return copies[p], {key: copies[value] if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def before_step(opt, rule: str) -> list[Before]:
     """A record of every parameter that has a gradient, on the CPU. States that do not exist yet are zero."""
     members = [(p, group) for group in opt.param_groups for p in group["params"] if gradient(p) is not None]
-    params = [p for p, _ in members]
-    grads = on_cpu([gradient(p) for p in params])
+    grads = [gradient(p) for p, _ in members]
+    copies = copies_of(opt, [p for p, _ in members], grads)
     records = []
-    for (p, group), grad, (main, state) in zip(members, grads, _fetched(opt, params), strict=True):
+    for (p, group), given in zip(members, grads, strict=True):
+        grad, (main, state) = copies[given], _kept(opt, p, copies)
         value = formats.decode_master(state, main)
         zeros = {name: torch.zeros_like(value) for name in reference.STATES[rule]}
         states = formats.decode_states(state, specs.RULES[rule]) if state else zeros
@@ -110,65 +113,98 @@ def alike(opt, rule: str, records: list[Before]) -> list[list[Before]]:
     return list(groups.values())
 
 
-def expected_after(rule: str, records: list[Before], **transform) -> dict[str, Bounded]:
+def _end_to_end(tensors: list, block: int) -> Any:
+    """Flat tensors in one, with their bounds if they have any, each in whole blocks."""
+    if isinstance(tensors[0], Bounded):
+        padded = [Bounded(in_blocks(t.value, block), in_blocks(t.error, block), t.compute) for t in tensors]
+        return concatenated(padded)
+    return torch.cat([in_blocks(t, block) for t in tensors])
+
+
+def block_of(opt, records: list[Before]) -> int:
+    """Elements that records of one kind, end to end, must be padded to multiples of: those that share a scale."""
+    state = opt.state.get(records[0].tensor, {})
+    return BLOCK if any(key.endswith("_scale") for key in state) else 1
+
+
+def expected_after(rule: str, records: list[Before], block: int, **transform) -> dict[str, Bounded]:
     """What the reference makes of records of one kind, end to end; the new parameter is called "param"."""
     first = records[0]
     expected = bounded_step(
         rule,
-        torch.cat([r.value for r in records]),
-        concatenated([r.grad for r in records]),
-        {name: concatenated([r.states[name] for r in records]) for name in first.states},
+        _end_to_end([r.value for r in records], block),
+        _end_to_end([r.grad for r in records], block),
+        {name: _end_to_end([r.states[name] for r in records], block) for name in first.states},
         step=first.step + 1,
         maximize=first.group["maximize"],
         hyper=hyper_of(first.group, rule),
         **transform,
     )
-    real = torch.cat([torch.arange(r.value.numel()) < r.tensor.numel() for r in records])
-    for each in expected.values():  # a clip coefficient of NaN would reach the padding
-        each.value, each.error = (torch.where(real, t, 0.0) for t in (each.value, each.error))
+    if block > 1:
+        real = torch.cat([in_blocks(torch.ones(r.value.numel(), dtype=torch.bool), block) for r in records])
+        for name, each in expected.items():  # a clip coefficient of NaN would reach the padding
+            value, error = (torch.where(real, t, 0.0) for t in (each.value, each.error))
+            expected[name] = Bounded(value, error, each.compute)
     return expected
 
 
-def judge_values(opt, rule: str, records: list[Before], **transform) -> Comparison:
+def judge_values(opt, rule: str, records: list[Before], copies: Copies | None = None, **transform) -> Comparison:
     """The parameters of records of one kind beside the reference's, not yet checked. AssertionError for wrong states.
 
+    copies: of the parameters and their states after the step; by default they are made.
     transform: the arguments of `reference.transform_gradient` that apply.
     """
-    expected = expected_after(rule, records, **transform)
-    kept = _fetched(opt, [r.tensor for r in records])
+    params, block = [r.tensor for r in records], block_of(opt, records)
+    expected = expected_after(rule, records, block, **transform)
+    after = copies or copies_of(opt, params)
+    kept = [_kept(opt, p, after) for p in params]
     state, stochastic = kept[0][1], random(records[0].group)
     where = f"{rule}, {kept[0][0].dtype} with {list(state)}, {[p.numel() for p, _ in kept]} end to end"
     for name, moment in zip(specs.RULES[rule].states, specs.RULES[rule].moments):
-        _check_state(rule, kept, name, moment, expected[name], stochastic, f"{name}, {where}")
-    return compare_param(
-        torch.cat([in_order(p, p) for p, _ in kept]),
-        torch.cat([in_order(formats.decode_master(state, p), p) for p, state in kept]),
+        _check_state(
+            rule, kept, name, moment, expected[name], block=block, stochastic=stochastic, what=f"{name}, {where}"
+        )
+    comparison = compare_param(
+        _end_to_end([in_order(p, p) for p, _ in kept], block),
+        _end_to_end([in_order(formats.decode_master(state, p), p) for p, state in kept], block),
         expected["param"],
         extra=next((state[key].dtype for key in ("master_param", "param_remainder") if key in state), None),
         stochastic=stochastic,
         where=where,
     )
+    comparison.before = _end_to_end([r.value for r in records], block)
+    return comparison
 
 
 def _check_state(
-    rule: str, kept: list[tuple[Tensor, dict]], name: str, moment: str, exact: Bounded, stochastic: bool, what: str
+    rule: str,
+    kept: list[tuple[Tensor, dict]],
+    name: str,
+    moment: str,
+    exact: Bounded,
+    *,
+    block: int,
+    stochastic: bool,
+    what: str,
 ) -> None:
-    codes = torch.cat([in_order(state[name], p) for p, state in kept])
+    codes = _end_to_end([in_order(state[name], p) for p, state in kept], block)
     if codes.is_floating_point() and stochastic and codes.dtype == BFLOAT16:
         compare_neighbour(codes, exact, what).check()
     elif codes.is_floating_point():
         assert_within(codes, exact, what)
     else:
         scales = torch.cat([state[f"{name}_scale"] for _, state in kept])
-        decoded = torch.cat([in_order(formats.decode_states(state, specs.RULES[rule])[name], p) for p, state in kept])
+        decoded = [in_order(formats.decode_states(state, specs.RULES[rule])[name], p) for p, state in kept]
+        decoded = _end_to_end(decoded, block)
         assert_codes(decoded, scales, exact, moment, what)
         if moment == "second":
             positive = exact.value - 2 * exact.error >= MAY_VANISH
             check(codes[positive].all(), f"code 0 for a second moment > 0, {what}")
 
 
-def check_norm(opt, records: list, **transform) -> None:
-    """`opt.grad_norm` and `opt.clip_coef` are those of all gradients. AssertionError otherwise.
+def check_norm(opt, records: list, **transform) -> tuple[float, float]:
+    """`opt.grad_norm` and `opt.clip_coef` are those of all gradients. AssertionError otherwise. Returns the
+    coefficients of float32 and of float64 parameters.
 
     By the triangle inequality the norm may err by the norm of the errors of the gradients.
     """
@@ -181,13 +217,16 @@ def check_norm(opt, records: list, **transform) -> None:
     norm, slack = (reference.total_norm(tensors, opt.norm_type) for tensors in (exact, slack))
     coef = reference.clip_coefficient(norm, opt.max_grad_norm)
     share = slack / norm if norm > 0 else torch.zeros(())
-    for what, rtol in (("grad_norm", NORM_RTOL), ("clip_coef", COEF_RTOL)):
-        got, wanted = getattr(opt, what).cpu().double(), norm if what == "grad_norm" else coef
+    # What float64 parameters are scaled by is not rounded to float32.
+    got_norm, got_coef, wide = (t.double() for t in on_cpu([opt.grad_norm, opt.clip_coef, opt._control().clip_coef64]))
+    for what, rtol, got, wanted in (
+        ("grad_norm", NORM_RTOL, got_norm, norm),
+        ("clip_coef", COEF_RTOL, got_coef, coef),
+    ):
         most = wanted.abs() * (rtol + share) + 2.0**-150  # half of the least float32
         wanted = wanted.float().double() if wanted.abs() > torch.finfo(torch.float32).max else wanted  # overflows
         close = (got - wanted).abs() <= most or got == wanted or (got.isnan() and wanted.isnan())
         check(close, f"{what}: got {got.item()!r}, expected {wanted.item()!r} to within {most.item():.3g}")
-    # What float64 parameters are scaled by is not rounded to float32.
-    wide = opt._control().clip_coef64.cpu()
     close = (wide - coef).abs() <= coef * (COEF_RTOL + share) or (wide.isnan() and coef.isnan())
     check(close, f"clip_coef in float64: got {wide.item()!r}, expected {coef.item()!r}")
+    return got_coef.item(), wide.item()

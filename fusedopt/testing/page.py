@@ -17,7 +17,8 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: .15em .7em; border-bottom: 1px solid #ddd }
 th { text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
-.failed { color: #b00020; font-weight: 600 } .passed { color: #1b6e3c; font-weight: 600 } img { max-width: 100% }
+.failed { color: #b00020; font-weight: 600 } .incomplete { color: #9a6700; font-weight: 600 }
+.passed { color: #1b6e3c; font-weight: 600 } img { max-width: 100% }
 code { font-size: 13px }
 """
 _MOST_FAILURES = 200
@@ -142,13 +143,15 @@ def write_html(path: str | Path, run: Run) -> None:
         for s in summaries(run.judged, "rule", "format", "backend")
     ]
     facts = {**environment(run.device), "command": run.command, "seconds": f"{run.seconds:.1f}"}
-    verdict = "failed" if run.failed else "passed"
+    verdict = "failed" if run.failed else "incomplete" if run.unreached else "passed"
+    late = f" {run.unreached:,} cases were not reached within the time limit." if run.unreached else ""
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>fusedopt verify: {html.escape(run.subject)}</title>
 <style>{_STYLE}</style></head><body>
 <h1>{html.escape(run.subject)} <span class="{verdict}">{verdict}</span></h1>
-<p>{len(run.judged):,} cases, {len(run.failed):,} failed; {run.skipped:,} cases were not run. Each element of each step
-was compared with the float64 reference; errors are in ulp (units in the last place) of the parameter's dtype.</p>
+<p>{len(run.judged):,} cases, {len(run.failed):,} failed; {run.skipped:,} cases were not run.{late} Each element of
+each step was compared with the float64 reference; errors are in ulp (units in the last place) of the parameter's
+dtype.</p>
 {_failures(run)}
 <h2>Errors of all elements</h2>{_inline(distribution_figure(run.judged), "histograms of errors by rule")}
 <h2>Largest error beside its bound</h2>{_inline(share_figure(run.judged), "largest error over bound")}

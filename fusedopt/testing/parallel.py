@@ -16,8 +16,8 @@ from .runner import Result, run_case
 
 __all__ = ["run_in_processes"]
 
-PIECE = 64
-"""Cases that a process is given at a time, at most: some more than a rule has in one format, so that no two processes
+PIECE = 128
+"""Cases that a process is given at a time, at most: more than a rule has in most formats, so that no two processes
 compile the same kernels at once."""
 
 
@@ -29,12 +29,12 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
         RuntimeError: a process ended before it could read its first cases; or one after the other did in its first.
     """
     size = max(1, min(PIECE, len(cases) // (4 * jobs)))
-    # Those that take long come first, so that nobody waits for them at the end.
-    pieces = deque(sorted(_pieces(cases, size), key=lambda piece: not any(cases[i].data.heavy for i in piece)))
+    pieces = deque(_in_turn(list(_pieces(cases, size)), cases))
     if not pieces:
         return
     _require_pickling(factory, cases[0])
     workers: dict[Connection, _Worker] = {}
+    idle: list[_Worker] = []
     ends = 0  # since a case passed
     try:
         for _ in range(min(jobs, len(pieces))):
@@ -57,8 +57,10 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
                     if pieces:
                         worker.give(pieces.popleft(), cases)
                     else:
-                        del workers[worker.connection]
-                        worker.stop()
+                        idle.append(workers.pop(worker.connection))
+                        worker.connection.send(None)
+        for worker in idle:  # leaving a device takes each of them a while, all at once
+            worker.process.join()
     finally:
         for worker in workers.values():
             worker.process.terminate()
@@ -78,10 +80,27 @@ def _pieces(cases: list[Case], size: int) -> Iterator[list[int]]:
     """Indices of cases that share kernels, so many at most."""
     groups: dict[tuple, list[int]] = {}
     for i, case in enumerate(cases):
-        groups.setdefault((case.backend, case.variant.rule, str(case.format)), []).append(i)
+        form = case.format
+        states = str(form.state_format) if case.variant.rule_spec.states else ""  # named or by default
+        kept = form.dtype, form.master_weights, form.stochastic_rounding, states
+        groups.setdefault((case.backend, case.variant.rule, *kept), []).append(i)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
+
+
+def _in_turn(pieces: list[list[int]], cases: list[Case]) -> list[list[int]]:
+    """Backends in turn, so that while some processes compile, others use the device. Those that take long come first,
+    so that nobody waits for them at the end: heavy cases, large pieces, and Triton's, which compile the longest."""
+    backends: dict[str | None, list[list[int]]] = {}
+    for piece in sorted(pieces, key=len, reverse=True):
+        backends.setdefault(cases[piece[0]].backend, []).append(piece)
+    order = []
+    for backend, some in backends.items():
+        for at, piece in enumerate(some):
+            share = at / len(some) * (0.8 if backend == "triton" else 1.0)
+            order.append((not any(cases[i].data.heavy for i in piece), share, piece))
+    return [piece for *_, piece in sorted(order)]
 
 
 def _require_pickling(factory: Callable | None, case: Case) -> None:
@@ -132,10 +151,6 @@ class _Worker:
         index = self.left.pop(0)
         result.case, self.error = cases[index], result.error
         return index, result
-
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.process.join()
 
 
 def _start(workers: dict[Connection, _Worker], factory: Callable | None, jobs: int) -> _Worker:

@@ -20,6 +20,8 @@ __all__ = ["BINS", "Result", "run_case", "run_cases"]
 BINS = [2.0**k for k in range(-12, 11)]
 """Edges of the histogram of errors, in ulp. Below the first: smaller ones; beyond the last: larger, inf, NaN."""
 
+_EDGES = torch.tensor(BINS, dtype=torch.float64)
+
 WELL_CONDITIONED = 16.0
 """In ulp, of float64 1000 times as many: where the bound is wider, cancellation amplifies errors, ulp say little."""
 
@@ -82,17 +84,19 @@ def run_cases(cases: Iterable[Case], factory: Callable[..., Any] | None = None) 
 
 
 def _record(result: Result, comparison: Comparison, step: int) -> None:
-    real = torch.cat([torch.arange(padded) < n for _, n, padded in comparison.parts])
-    if not real.any():
+    if not any(n for _, n, _ in comparison.parts):
         return
-    off, wrong, bound = comparison.off[real], comparison.wrong[real], comparison.bound[real]
-    unit = _unit(comparison)[real]
+    off, wrong, bound, unit = comparison.off, comparison.wrong, comparison.bound, _unit(comparison)
+    real = None
+    if any(n != padded for _, n, padded in comparison.parts):
+        real = torch.cat([torch.arange(padded) < n for _, n, padded in comparison.parts])
+        off, wrong, bound, unit = (t[real] for t in (off, wrong, bound, unit))
     ulps = (off / unit).nan_to_num(math.inf, math.inf)
     ratio = torch.where(wrong, (off / bound).nan_to_num(math.inf, math.inf).clamp(min=1), (off / bound).nan_to_num(0.0))
     i = int(ratio.argmax())
     if ratio[i] > result.ratio:
         result.ratio, result.worst_ulp, result.bound_ulp = ratio[i].item(), ulps[i].item(), (bound / unit)[i].item()
-        result.worst = _place(comparison, int(real.nonzero()[i]), step)
+        result.worst = _place(comparison, i if real is None else int(real.nonzero()[i]), step)
     result.elements += off.numel()
     result.failed_elements += int(wrong.sum())
     # Bounds in float64 allow powers of beta 1000 roundings: see `bounds.SCALAR_ERROR`.
@@ -102,7 +106,8 @@ def _record(result: Result, comparison: Comparison, step: int) -> None:
     for at, count in enumerate(_histogram(ulps)):
         result.histogram[at] += count
     if wrong.any() and not result.error:
-        at = int((real & comparison.wrong).nonzero()[0])
+        where = comparison.wrong if real is None else real & comparison.wrong
+        at = int(where.nonzero()[0])
         result.error = f"{_place(comparison, at, step)}: {comparison.describe(at, int(wrong.sum()))}"
 
 
@@ -124,5 +129,5 @@ def _place(comparison: Comparison, at: int, step: int) -> str:
 
 
 def _histogram(ulps: Tensor) -> list[int]:
-    bins = torch.bucketize(ulps, torch.tensor(BINS, dtype=ulps.dtype), right=True)
+    bins = torch.bucketize(ulps, _EDGES, right=True)
     return torch.bincount(bins, minlength=len(BINS) + 1).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -99,6 +101,17 @@ def parts(t: Tensor) -> Tensor:
 def on_cpu(tensors: list[Tensor]) -> list[Tensor]:
     """As ``on_device``, of tensors that may need gradients or be conjugates."""
     return on_device([t.detach().resolve_conj().resolve_neg() for t in tensors], torch.device("cpu"))
+
+
+class Copies:
+    """What tensors hold now, on the CPU, by one transfer from each device: ``copies[t]`` is the copy of ``t``."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._originals = {id(t): t for t in tensors}  # kept, so that no other tensor gets their ids
+        self._copies = dict(zip(self._originals, on_cpu(list(self._originals.values())), strict=True))
+
+    def __getitem__(self, t: Tensor) -> Tensor:
+        return self._copies[id(t)]
 
 
 def on_device(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]:

@@ -17,8 +17,8 @@ from .accumulated import Expected, compute_type
 from .bounds import Bounded, Comparison, bounded_step, compare, concatenated, hyper_of
 from .cases import Case
 from .formats import in_order
-from .judge import alike, before_step, check_norm, judge_values, set_gradient
-from .tensors import assert_same_bits, bits, check, on_cpu, storage
+from .judge import alike, before_step, block_of, check_norm, copies_of, judge_values, set_gradient
+from .tensors import Copies, assert_same_bits, bits, check, on_cpu, storage
 
 __all__ = [
     "MAX_NORM",
@@ -74,27 +74,39 @@ class Trial:
         """Step ``number`` (from 0): the parameters beside the reference's. AssertionError for what else is wrong."""
         count = MICRO_BATCHES if self.case.transform == "accumulate" else 1
         batches = [self.case.data.make_grads(self.params, self.case.grad_dtype, number, k) for k in range(count)]
-        memory = [storage(p).clone() for p in on_cpu(self.params)]
-        comparisons = self._judged_step(batches)
-        self._check_elsewhere(memory, [grad is not None for grad in batches[0]])
+        if number == 0:
+            self._memory = self._memory_of(Copies(self.params))
+        comparisons, after = self._judged_step(batches)
+        self._check_elsewhere(after, [grad is not None for grad in batches[0]])
+        self._memory = self._memory_of(after)
         if number == 0 and self.case.data.counter is not None:
             self._set_counters(self.case.data.counter)
         return comparisons
 
-    def _check_elsewhere(self, memory: list[Tensor], moved: list[bool]) -> None:
-        """No element changed but those of parameters with a gradient; several may share a storage."""
-        params, reached = on_cpu(self.params), {}
-        for p, own in zip(params, moved, strict=True):
+    def _memory_of(self, copies: Copies) -> list[Tensor]:
+        """Of each parameter, what the storage that it is in holds: once for those that are slices of one."""
+        memory: dict[int, Tensor] = {}
+        for p in self.params:
+            if (address := p.untyped_storage().data_ptr()) not in memory:
+                memory[address] = storage(copies[p]).clone()
+        return [memory[p.untyped_storage().data_ptr()] for p in self.params]
+
+    def _check_elsewhere(self, after: Copies, moved: list[bool]) -> None:
+        """No element changed since the step before but those of parameters with a gradient; several may share a
+        storage."""
+        reached: dict[int, Tensor] = {}
+        for p, own in zip(self.params, moved, strict=True):
             address = p.untyped_storage().data_ptr()
             mask = reached.setdefault(address, torch.zeros(storage(p).numel(), dtype=torch.bool))
             if own:
                 mask.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
-        for i, (p, before) in enumerate(zip(params, memory, strict=True)):
+        for i, (p, before) in enumerate(zip(self.params, self._memory, strict=True)):
             outside = ~reached[p.untyped_storage().data_ptr()]
-            same = torch.equal(bits(storage(p))[outside], bits(before)[outside])
+            same = not outside.any() or torch.equal(bits(storage(after[p]))[outside], bits(before)[outside])
             check(same, f"wrote outside of the parameters that have a gradient, in the storage of parameter {i}")
 
-    def _judged_step(self, batches: list[list[Tensor | None]]) -> list[Comparison]:
+    def _judged_step(self, batches: list[list[Tensor | None]]) -> tuple[list[Comparison], Copies]:
+        """The parameters beside the reference's, and copies of at least the parameters after the step."""
         raise NotImplementedError
 
     def _set_counters(self, count: int) -> None:
@@ -145,12 +157,15 @@ class FusedTrial(Trial):
         elif self.case.transform == "value_clip":
             transform["max_grad_value"] = MAX_VALUE
         self._step()
+        coefs: dict[str, float] = {}
         if records and self.case.transform == "clip":
-            check_norm(self.opt, records, **transform)
-            transform["clip_coef"] = None  # of each dtype its own
+            single, double = check_norm(self.opt, records, **transform)
+            # Float64 parameters are scaled by the coefficient before it was rounded to float32.
+            coefs = {"float32": single, "float64": double}
+        after = copies_of(self.opt, self.params, (grad for grad in batches[-1] if grad is not None))
         given = [r for r in records if r.grad_bits is not None]
-        assert_same_bits([batches[-1][self._index(r.tensor)] for r in given], [r.grad_bits for r in given])
-        return [self._judge(records, transform) for records in alike(self.opt, rule, records)]
+        assert_same_bits([after[batches[-1][self._index(r.tensor)]] for r in given], [r.grad_bits for r in given])
+        return [self._judge(some, after, coefs, transform) for some in alike(self.opt, rule, records)], after
 
     def _give(self, p: Tensor, grad: Tensor | None) -> None:
         if grad is not None:
@@ -171,23 +186,21 @@ class FusedTrial(Trial):
         scaled = self.case.transform == "scale"
         if scaled:
             device = self.params[0].device
-            self.opt.grad_scale, self.opt.found_inf = (torch.tensor(x, device=device) for x in (SCALE, 0.0))
+            self.opt.grad_scale, self.opt.found_inf = (torch.full((), x, device=device) for x in (SCALE, 0.0))
         with threads(self.threads):
             self.opt.step()
         if scaled:
             del self.opt.grad_scale, self.opt.found_inf
 
-    def _clip_coef(self, dtype: torch.dtype) -> float:
-        """Float64 parameters are scaled by the coefficient before it was rounded to float32."""
-        wide = dtype == torch.float64
-        return (self.opt._control().clip_coef64 if wide else self.opt.clip_coef).item()
-
-    def _judge(self, records: list, transform: dict) -> Comparison:
-        if "clip_coef" in transform:
-            transform = {**transform, "clip_coef": self._clip_coef(records[0].tensor.dtype)}
-        comparison = judge_values(self.opt, self.case.variant.rule, records, **transform)
-        comparison.parts = [(self._index(r.tensor), r.tensor.numel(), r.value.numel()) for r in records]
-        comparison.before = torch.cat([r.value for r in records])
+    def _judge(self, records: list, after: Copies, coefs: dict[str, float], transform: dict) -> Comparison:
+        if coefs:
+            wide = records[0].tensor.dtype == torch.float64
+            transform = {**transform, "clip_coef": coefs["float64" if wide else "float32"]}
+        comparison = judge_values(self.opt, self.case.variant.rule, records, after, **transform)
+        block = block_of(self.opt, records)
+        sizes = [r.tensor.numel() for r in records]
+        padded = [n + -n % block for n in sizes]
+        comparison.parts = list(zip(map(self._index, (r.tensor for r in records)), sizes, padded, strict=True))
         return comparison
 
 
@@ -255,15 +268,19 @@ class ForeignTrial(Trial):
             p.grad = None if grads[0] is None else self._sum(p, grads)
         self._transform()
         moved = [p for p in self.params if p.grad is not None]
-        before = {p: copy.clone().reshape(-1) for p, copy in zip(moved, on_cpu(moved))}
-        grads = {p: copy.clone().reshape(-1) for p, copy in zip(moved, on_cpu([p.grad for p in moved]))}
+        copies = on_cpu([*moved, *(p.grad for p in moved)])
+        before, grads = (
+            {p: copy.clone().reshape(-1) for p, copy in zip(moved, some, strict=True)}
+            for some in (copies[: len(moved)], copies[len(moved) :])
+        )
         with threads(self.threads):
             self.opt.step()
         groups: dict[tuple, list] = {}
         for p in moved:
             own = id(p) if specs.RULES[self.case.variant.rule].norms else 0
             groups.setdefault((p.dtype, self.known[p].step, own), []).append(p)
-        return [self._judge(params, before, grads) for params in groups.values()]
+        after = Copies(self.params)
+        return [self._judge(params, before, grads, after) for params in groups.values()], after
 
     def _sum(self, p: Tensor, grads: list[Tensor]) -> Tensor:
         if len(grads) == 1:
@@ -281,7 +298,7 @@ class ForeignTrial(Trial):
         elif self.case.transform == "value_clip":
             torch.nn.utils.clip_grad_value_(given, MAX_VALUE)
 
-    def _judge(self, params: list, before: dict, grads: dict) -> Comparison:
+    def _judge(self, params: list, before: dict, grads: dict, after: Copies) -> Comparison:
         rule, known = self.case.variant.rule, [self.known[p] for p in params]
         names = reference.STATES[rule]
         start = torch.cat([before[p] for p in params])
@@ -298,7 +315,7 @@ class ForeignTrial(Trial):
             self._keep(params, name, expected[name])
         for k in known:
             k.step += 1
-        actual = torch.cat([p.reshape(-1) for p in on_cpu(params)])
+        actual = torch.cat([after[p].reshape(-1) for p in params])
         comparison = compare(actual, expected["param"], f"param, {rule}")
         comparison.parts = [(self._index(p), p.numel(), p.numel()) for p in params]
         comparison.before = start

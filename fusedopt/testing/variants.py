@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,8 +20,8 @@ class Variant:
     name: str
     optimizer: str
     rule: str
-    kwargs: dict
-    peer: type | None
+    kwargs: dict[str, Any]
+    peer: Callable[..., torch.optim.Optimizer] | None
 
     def __str__(self) -> str:
         return self.name
@@ -28,15 +30,17 @@ class Variant:
     def rule_spec(self) -> specs.RuleSpec:
         return specs.RULES[self.rule]
 
-    def takes(self, **kwargs) -> bool:
+    def takes(self, **kwargs: Any) -> bool:
         """Whether the optimizer has these arguments: as in torch, not all have `fused`."""
         named = inspect.signature(getattr(optim, self.optimizer)).parameters.keys() | Options.__annotations__.keys()
         return kwargs.keys() <= named
 
-    def make(self, params, **extra) -> torch.optim.Optimizer:
-        return getattr(optim, self.optimizer)(params, **{**self.kwargs, **extra})
+    def make(self, params: Any, **extra: Any) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = getattr(optim, self.optimizer)(params, **{**self.kwargs, **extra})
+        return made
 
-    def make_peer(self, params, **extra) -> torch.optim.Optimizer:
+    def make_peer(self, params: Any, **extra: Any) -> torch.optim.Optimizer:
+        assert self.peer is not None, f"{self} has no peer in torch"
         return self.peer(params, **{**self.kwargs, **extra})
 
     @property

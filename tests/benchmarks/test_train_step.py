@@ -51,8 +51,21 @@ def test_a_library_that_fails_costs_its_row(monkeypatch):
     assert [row["library"] for row in failed] == ["torch-fused"] * len(size.batches)
     assert failed[0]["error"] == "MemoryError: no room" and failed[0]["tokens_per_s"] is None
     text = io.StringIO()
-    train_step.print_table(Console(file=text, width=160), {"rows": rows, "left_out": []})
+    train_step.print_table(Console(file=text, width=160), "", train_step.STEP_CELLS, {"rows": rows, "left_out": []})
     assert "FAILED tiny, batch 1 x 16 torch-fused: MemoryError: no room" in text.getvalue()
+
+
+def test_what_was_measured_before_an_interrupt_counts(monkeypatch, tmp_path):
+    def interrupted(self, batch, deadline):
+        if batch == train_step.TINY[0].batches[-1]:
+            raise KeyboardInterrupt
+        return [{"library": "fusedopt", "error": None}]
+
+    monkeypatch.setattr(train_step.Training, "measure", interrupted)
+    path, quiet = tmp_path / "train.json", Console(file=io.StringIO())
+    result = train_step.measure(torch.device("cpu"), train_step.TINY, math.inf, quiet, path)
+    assert json.loads(path.read_text()) == result
+    assert len(result["rows"]) == 1 and result["left_out"] == ["tiny, batch 2 x 16"]
 
 
 def test_time_limit(monkeypatch):

@@ -1,11 +1,13 @@
 """What all commands share: options, colours, exit codes, `--json`; `fusedopt` alone prints its help."""
 
+import importlib.metadata
 import json
 
 import click
 import pytest
 from click.testing import CliRunner
 
+import fusedopt
 from fusedopt.backends import nvrtc
 from fusedopt.cli import main
 from fusedopt.cli.shared import ExitCode, check_writable, console, exit_codes, finish
@@ -49,6 +51,16 @@ def test_help_names_the_exit_codes(name):
         assert result.exit_code == ExitCode.OK
         assert "Exit codes: 0" in result.output and "2, bad input" in " ".join(result.output.split())
     assert command_of(name).epilog.startswith(exit_codes("").split(" 1,")[0])
+
+
+def test_version_is_that_of_the_code(monkeypatch):
+    """Of a checkout, too, that nobody installed."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert invoke("--version").output.endswith(f", version {fusedopt.__version__}\n")
 
 
 def test_alone_it_prints_its_help():

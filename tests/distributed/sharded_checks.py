@@ -365,6 +365,59 @@ def repeated_steps(ctx):
         pair.assert_same()
 
 
+CHANGES = {
+    "nothing": lambda opt: None,
+    "lr": lambda opt: opt.param_groups[0].update(lr=0.03),
+    "tensor lr": lambda opt: opt.param_groups[0].update(lr=torch.tensor(0.02)),
+    "max_grad_norm": lambda opt: setattr(opt, "max_grad_norm", 0.25),
+    "no norm": lambda opt: setattr(opt, "max_grad_norm", None),
+    "norm_type": lambda opt: setattr(opt, "norm_type", float("inf")),
+    "nonfinite": lambda opt: setattr(opt, "nonfinite", "skip"),
+    "hooks": lambda opt: opt.register_step_post_hook(lambda *_: None),
+    "norm_reduce": lambda opt: setattr(opt, "norm_reduce", lambda sums, op: sums.mul_(1.0)),
+    "none": lambda opt: setattr(opt, "norm_reduce", None),
+}
+"""Between two steps, of which the first one was repeated."""
+
+
+def changes_between_repeated_steps(ctx):
+    """All of them one after the other, in two layouts: one all-reduce in place, and sums over several spreads."""
+    for placements in (all_sharded(), mixed()):
+        pair = Pair(ctx, ctx.mesh(), placements, max_grad_norm=1.0)
+        for number, (name, change) in enumerate(CHANGES.items()):
+            change(pair.opt), change(pair.expected)
+            for step in range(3):
+                pair.step(10 * number + step, skip=(1, 4) if step == 1 and number % 3 == 0 else ())
+                assert_same_bits(pair.opt.grad_norm, pair.expected.grad_norm)
+            pair.set_grads(10 * number + 3)
+            repeated = pair.opt._plan.repetition.run(pair.opt.__dict__)
+            assert repeated is (name == "nothing" or not (pair.opt._optimizer_step_post_hooks or name == "tensor lr"))
+            if not repeated:
+                pair.opt.step()
+            pair.expected.step()
+            pair.opt._optimizer_step_post_hooks.clear()
+            pair.opt.param_groups[0]["lr"] = pair.expected.param_groups[0]["lr"] = 0.1
+        pair.assert_same()
+
+
+def repeated_steps_that_meet_nan(ctx):
+    """In one process: none is updated, by a repeated step, and the next one goes on."""
+    for placements in (all_sharded(), mixed()):
+        pair = Pair(ctx, ctx.mesh(), placements, max_grad_norm=1.0, nonfinite="skip")
+        for step in range(2):
+            pair.step(step)
+        for step, rank in enumerate((0, ctx.world - 1), 2):
+            pair.set_grads(step)
+            if ctx.rank == rank:
+                pair.sharded[4].grad.to_local()[0] = float("nan")
+            assert pair.opt._plan.repetition.run(pair.opt.__dict__)
+            assert pair.opt.step_was_skipped and pair.opt.skipped_steps == step - 1 and pair.opt.grad_norm.isnan()
+        pair.set_grads(5)
+        assert pair.opt._plan.repetition.run(pair.opt.__dict__)
+        pair.expected.step()
+        pair.assert_same()
+
+
 def not_in_place(ctx):
     from fusedopt import _C
 
@@ -464,6 +517,16 @@ OF_FOUR = [
 ]
 """That differ with the number of processes."""
 
+OF_ONE = [
+    "steps_are_those_of_whole_tensors",
+    "maximum_norm",
+    "repeated_steps",
+    "changes_between_repeated_steps",
+    "repeated_steps_that_meet_nan",
+    "versions",
+]
+"""That say something where there is but one process, as on a machine with one GPU."""
+
 CHECKS = [
     *OF_FOUR,
     "every_backend",
@@ -473,6 +536,8 @@ CHECKS = [
     "partial_sums",
     "bad_gradients",
     "repeated_steps",
+    "changes_between_repeated_steps",
+    "repeated_steps_that_meet_nan",
     "released_gradients",
     "versions",
     "checkpoints_of_one_process",

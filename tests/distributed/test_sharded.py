@@ -19,6 +19,12 @@ def test_on_cpus(world, checks, tmp_path):
     assert_all_pass(run_checks("sharded_checks", checks, world, "gloo", tmp_path))
 
 
+@pytest.mark.gpu
+def test_on_one_gpu(tmp_path):
+    """Through NCCL, alone: what is launched before and after the exchange."""
+    assert_all_pass(run_checks("sharded_checks", sharded_checks.OF_ONE, 1, "nccl", tmp_path))
+
+
 @pytest.mark.multigpu
 @pytest.mark.gpu
 def test_on_gpus(tmp_path):

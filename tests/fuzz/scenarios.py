@@ -396,7 +396,18 @@ def _repetition(rng: random.Random, call: Calls, memory: Memory) -> None:
     if rng.random() < 0.2:
         call("RepeatedStep.launch_on", step.launch_on, *_maybe(rng, ((lambda index: 0), 0), 0))
         capacity = rng.choice((0, 3840, 32769, 2**63))
-        call("RepeatedStep.add", step.add, _maybe(rng, table), hypers, _C.PassArgs(), 0, 0, 0, capacity)
+        call(
+            "RepeatedStep.add",
+            step.add,
+            _maybe(rng, table),
+            _maybe(rng, hypers),
+            _C.PassArgs().copy(),
+            0,
+            0,
+            0,
+            capacity,
+        )
+        call("RepeatedStep.exchange", step.exchange, _maybe(rng, lambda: hostile(rng), 0.1))
     del watch, table, hypers
     if rng.random() < 0.05:
         gc.collect()

@@ -8,6 +8,8 @@ import torch
 from cases import parameters, set_gradients, train
 
 import fusedopt
+from fusedopt import _C
+from fusedopt.backends import context_backend
 
 
 @pytest.fixture
@@ -68,6 +70,68 @@ def fail(error):
         raise error
 
 
+def with_launches(params, exchange):
+    """A repeated step of kernels that launch no blocks, on any machine, and an exchange between them."""
+    opt = fusedopt.AdamW(params)
+    train(opt, params, 2)
+    plan, [tables] = opt._plan, opt._plan.tables
+    step = _C.RepeatedStep(
+        watch=plan.watch,
+        hypers=list(tables.hypers.values()),
+        args=[bucket.args for bucket in tables.buckets],
+        finding=(tables.device, tables.control.norm_found_inf),
+        scalars=opt._scalars,
+        hooks=({}, {}),
+        backend=opt._backend,
+        context_backend=context_backend,
+        reports=False,
+        accumulator=None,
+        divisor=None,
+        has_own_grads=True,
+        run_passes=None,
+    )
+    step.launch_on(lambda index: 0, tables.device.index)
+    [bucket] = tables.buckets
+    step.add(bucket.table, bucket.hypers, bucket.args, 0, 0, 0, 3840)
+    step.exchange(exchange)
+    step.add(None, None, bucket.args.copy(), 0, 0, 0, 0)
+    return opt, step, bucket
+
+
+def test_an_exchange(device, monkeypatch):
+    """Once a step; what it raises arrives, and the next step is made."""
+    monkeypatch.delenv("FUSEDOPT_BACKEND", raising=False)
+    calls, failing = [], []
+    opt, step, _ = with_launches(
+        parameters([5, 300], device=device), lambda: calls.append(1) or fail(*failing or [None])
+    )
+    assert step.run(opt.__dict__) and step.run(opt.__dict__) and len(calls) == 2
+    failing.append(RuntimeError("a process ended"))
+    with pytest.raises(RuntimeError, match="a process ended"):
+        step.run(opt.__dict__)
+    failing.clear()
+    assert step.run(opt.__dict__) and len(calls) == 4
+    opt.param_groups[0]["params"].pop()
+    assert not step.run(opt.__dict__) and len(calls) == 4
+
+
+def test_launches_that_do_not_fit(device):
+    _, step, bucket = with_launches(parameters([5, 300], device=device), lambda: None)
+    with pytest.raises(RuntimeError, match="called twice"):
+        step.exchange(lambda: None)
+    for pair in ((bucket.table, None), (None, bucket.hypers)):
+        with pytest.raises(ValueError, match="expected both or neither"):
+            step.add(*pair, bucket.args, 0, 0, 0, 0)
+
+
+def test_copies_of_arguments():
+    args = _C.PassArgs()
+    args.partials, args.num_partials = 64, 3
+    copy = args.copy()
+    copy.partials = 128
+    assert (args.partials, copy.partials, copy.num_partials) == (64, 128, 3)
+
+
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_it_is_freed_with_all_that_it_refers_to(accumulates, device):
     """What a scaler gave last is kept for the device's sake; it may refer to the optimizer."""
@@ -82,5 +146,17 @@ def test_it_is_freed_with_all_that_it_refers_to(accumulates, device):
     opt.found_inf.owner = opt
     gone = weakref.ref(opt)
     del opt, params, scale
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_exchange_that_refers_to_the_optimizer_is_freed(device):
+    kept = []
+    opt, step, _ = with_launches(parameters([5, 300], device=device), lambda: kept)
+    opt.own_step = step
+    kept.append(opt)
+    gone = weakref.ref(opt)
+    del opt, step, _
+    kept = None
     gc.collect()
     assert gone() is None

@@ -337,18 +337,18 @@ def test_model_moved_between_steps():
     params = parameters(SIZES, device=torch.device("cuda"))
     opt = fusedopt.AdamW(params, max_grad_norm=0.5, nonfinite="skip")
     for step, place in enumerate(("cuda", "cpu", "cuda"), 1):
-        move(params, opt, place)
+        move(params, place)
+        opt.load_state_dict(opt.state_dict())  # the state follows
         set_gradients(params, seed=step)
         params[-1].grad[7] = math.inf
         opt.step()
         assert opt.skipped_steps.device.type == place and opt.last_step.skipped_steps == step == opt.last_step.step
     last = opt.last_step
-    move(params, opt, "cpu")
+    move(params, "cpu")
     assert opt.last_step == last and opt.grad_norm.device.type == "cpu" and opt.grad_norm.item() == last.grad_norm
 
 
-def move(params, opt, place):
-    """As ``Module.to`` does; the state follows."""
+def move(params, place):
+    """As ``Module.to`` does."""
     for param in params:
         param.grad, param.data = None, param.data.to(place)
-    opt.load_state_dict(opt.state_dict())

@@ -4,7 +4,8 @@
     fusedopt verify --device cuda --json cuda.json
     python tests/tools/verify_table.py cpu.json cuda.json
 
-Each run and backend becomes a table between the two marks of the page; what stood there is replaced.
+Each run and backend becomes a table between the two marks of the page. It replaces that of the same backend and device;
+those of others stay.
 """
 
 from __future__ import annotations
@@ -37,24 +38,42 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def sections(record: dict[str, Any]) -> list[str]:
-    """Lines: for each backend of a run a heading, where it ran, and its table."""
-    environment, lines = record["environment"], []
+def sections(record: dict[str, Any]) -> dict[str, list[str]]:
+    """By heading, one for each backend of a run, the lines below it: where it ran, and its table."""
+    environment, found = record["environment"], {}
+    unreached = record["summary"]["unreached"]
+    late = f" The time limit left out {unreached:,} cases of the run." if unreached else ""
     for backend in dict.fromkeys(row["backend"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["backend"] == backend and not row["left_out"]]
         failed = sum(not row["passed"] for row in rows)
         where = f"{environment['device']}, torch {environment['torch']}, {environment['date'][:10]}"
         made = f"`{environment['command']}`; {where}."
-        lines += [f"### {backend}, {environment['device']}", ""]
-        lines += [f"{len(rows):,} cases, {failed} failed. {made}", "", *format_table(rows), ""]
-    return lines
+        counts = f"{len(rows):,} cases, {failed} failed.{late} {made}"
+        found[f"### {backend}, {environment['device']}"] = ["", counts, "", *format_table(rows), ""]
+    return found
 
 
-def replaced(page: str, lines: list[str]) -> str:
-    """The page with these lines between its marks. ValueError where it has not both, once each, in order."""
+def sections_of(lines: list[str]) -> dict[str, list[str]]:
+    """The lines below each heading of those that stand between the marks."""
+    found: dict[str, list[str]] = {}
+    below: list[str] = []
+    for line in lines:
+        if line.startswith("### "):
+            below = found[line] = []
+        else:
+            below.append(line)
+    return found
+
+
+def replaced(page: str, new: dict[str, list[str]]) -> str:
+    """The page with these sections between its marks, in the place of those with their headings; others stay.
+    ValueError where it has not both marks, once each, in order."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"expected one {BEGIN} and, after it, one {END}; put them where the tables are to be")
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    before, _, rest = page.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    both = {**sections_of(old.splitlines()), **new}
+    lines = [line for heading, below in both.items() for line in (heading, *below)]
     return before + "\n".join([BEGIN, "", *lines, END]) + after
 
 
@@ -64,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="the page with the marks (default: %(default)s)")
     chosen = parser.parse_args(arguments)
     try:
-        lines = [line for path in chosen.reports for line in sections(read_run(path))]
-        chosen.page.write_text(replaced(chosen.page.read_text(), lines))
+        new = {heading: below for path in chosen.reports for heading, below in sections(read_run(path)).items()}
+        chosen.page.write_text(replaced(chosen.page.read_text(), new))
     except (OSError, ValueError) as error:
         print(f"verify_table: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
-"""The FSDP example: as a user would run it, beside torch's AdamW in one process with the batches of all."""
+"""The examples of several processes: as users would run them, beside torch's AdamW in one with the batches of all."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 
 import fusedopt
 
@@ -25,12 +27,12 @@ def data(monkeypatch):
     return _data
 
 
-def torch_run(data, device) -> tuple[list[float], list[float]]:
+def torch_run(data, device, steps: int = STEPS) -> tuple[list[float], list[float]]:
     """Losses and norms."""
     model = data.new_model(device)
     opt = torch.optim.AdamW(data.parameter_groups(model), lr=1e-3, betas=(0.9, 0.95))
     losses, norms = [], []
-    for batch in data.text_batches(STEPS, device, 2 * data.BATCH_SIZE):
+    for batch in data.text_batches(steps, device, 2 * data.BATCH_SIZE):
         loss = model.loss(batch)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
@@ -78,10 +80,28 @@ def assert_run(out: str, begin: int, end: int, world: int, expected, tolerance: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.multigpu)])
-def test_processes_are_one_with_all_batches(world, data):
+@pytest.mark.parametrize("name", ["train_ddp", "train_fsdp"])
+def test_processes_are_one_with_all_batches(name, world, data):
     """On GPUs matrices are multiplied in another order for other batch sizes."""
-    out = torchrun(world, EXAMPLES / "train_fsdp.py", f"--steps={STEPS}", "--device=cuda")
+    out = torchrun(world, EXAMPLES / f"{name}.py", f"--steps={STEPS}", "--device=cuda")
     assert_run(out, 1, STEPS, world, torch_run(data, torch.device("cuda")), 2e-3)
+
+
+def test_data_parallel_alone(data, monkeypatch, capsys):
+    """Without torchrun, whose processes take seconds to start: in one process, this one."""
+    world = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in world.items():
+        monkeypatch.setenv(name, str(value))
+    losses, norms = torch_run(data, torch.device("cpu"), steps=3)
+    assert importlib.import_module("train_ddp").train(3, torch.device("cpu")) == pytest.approx(losses, abs=1e-4)
+    assert f"gradient norm {norms[0]:.4f} -> {norms[-1]:.4f}, 1 processes" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # 10 s of processors to start the processes
+def test_data_parallel(data):
+    """FSDP on CPUs: the next one."""
+    out = torchrun(2, EXAMPLES / "train_ddp.py", "--steps=3", "--device=cpu")
+    assert_run(out, 1, 3, 2, torch_run(data, torch.device("cpu"), steps=3), 1e-4)
 
 
 KILLED = """
@@ -112,5 +132,6 @@ def test_a_killed_process(data, tmp_path):
     assert_run(torchrun(1, EXAMPLES / "train_fsdp.py", "--steps=7", *options), 6, 7, 1, expected, 1e-4)
 
 
-def test_example_is_small():
-    assert len((EXAMPLES / "train_fsdp.py").read_text().splitlines()) <= 110
+@pytest.mark.parametrize(("name", "lines"), [("train_ddp", 60), ("train_fsdp", 110)])
+def test_examples_are_small(name, lines):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= lines
