@@ -43,7 +43,7 @@ from benchmarks.step import print_result
 from fusedopt.bench import contracts, runner
 from fusedopt.bench.accumulation import AccumulationCase
 from fusedopt.bench.contracts import Case, Tail, reported_name
-from fusedopt.bench.report import Row, environment, write
+from fusedopt.bench.report import Row, environment, load_average, write
 from fusedopt.bench.runner import CACHES, QUICK, Repeats, Runner, add_floor, free_memory, progress_bar
 from fusedopt.bench.workloads import Model
 
@@ -244,7 +244,7 @@ def measure(
     keep: Callable[[Row], None],
 ) -> Row:
     """The whole run, as the JSON file holds it. What there is after each unit is handed to ``keep``."""
-    load_average = os.getloadavg()[0]
+    load = load_average()
     runner = LoopRunner(device, repeats)
     units = Units(runner, quick)
     chosen = list(units.selected(select))
@@ -261,11 +261,11 @@ def measure(
             else:
                 rows += unit.run()
                 seconds[unit.name] = time.monotonic() - start
-                keep(result_of(runner, rows, left_out) | {"load_average": load_average, "seconds": seconds})
+                keep(result_of(runner, rows, left_out) | {"load_average": load, "seconds": seconds})
             progress.advance(task)
     units.drop_model()
     runner.copy_gbps.append(runner.measure_copy())
-    return result_of(runner, rows, left_out) | {"load_average": load_average, "seconds": seconds}
+    return result_of(runner, rows, left_out) | {"load_average": load, "seconds": seconds}
 
 
 def result_of(runner: LoopRunner, rows: list[Row], left_out: list[str]) -> Row:

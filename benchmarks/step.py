@@ -20,7 +20,6 @@ Leave the machine alone meanwhile: torch's threads wait for one another, so on a
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -37,8 +36,9 @@ from benchmarks import first_step as first_step_benchmark
 from benchmarks.goals import judge_goals, print_goals
 from fusedopt.bench import peers
 from fusedopt.bench.contracts import Case
-from fusedopt.bench.report import Row, environment, print_rows, write
+from fusedopt.bench.report import Row, environment, load_average, print_rows, write
 from fusedopt.bench.runner import CACHES, FULL, FULL_CPU, QUICK, Repeats, Runner, add_floor, measure_cases, progress_bar
+from fusedopt.bench.session import print_end
 from fusedopt.bench.workloads import WORKLOADS
 
 DEFAULT_WORKLOADS = {
@@ -93,8 +93,6 @@ RULE_VARIANTS = [
 VARIANTS = {"tail": TAIL_VARIANTS, "formats": FORMAT_VARIANTS, "rules": RULE_VARIANTS}
 """The sets of cases, by name."""
 
-STEADY = 0.9  # copies before and after the rows that differ by more mean that something else was running
-
 
 def select_cases(
     sets: tuple[str, ...], device_type: str, workloads: tuple[str, ...], select: tuple[str, ...]
@@ -120,7 +118,7 @@ def measure(
     libraries: tuple[str, ...] = (),
 ) -> Row:
     """The whole run, as the JSON file holds it."""
-    load_average = os.getloadavg()[0]
+    load = load_average()
     runner = Runner(device, repeats, libraries)
     with progress_bar(console) as progress:
         rows, left_out = measure_cases(runner, cases, deadline, progress)
@@ -130,7 +128,7 @@ def measure(
     return environment(device) | {
         "copy_gbps": max(runner.copy_gbps),
         "copy_gbps_start_end": runner.copy_gbps,
-        "load_average": load_average,
+        "load_average": load,
         "caches": CACHES,
         "rows": rows,
         "first_step": starts,
@@ -195,17 +193,7 @@ def print_result(console: Console, result: Row) -> None:
     print_rows(console, result["rows"])
     if result["goals"]:
         print_goals(console, result["goals"])
-    console.print(f"{result['device']}, torch {result['torch']}, copy {result['copy_gbps']:.1f} GB/s", highlight=False)
-    if min(result["copy_gbps_start_end"]) < STEADY * result["copy_gbps"]:
-        first, last = result["copy_gbps_start_end"]
-        console.print(
-            f"NOT A QUIET MACHINE: copies ran at {first:.1f} GB/s before the rows and at {last:.1f} after them, "
-            f"the load average at the start was {result['load_average']:.1f}; do not quote these figures"
-        )
-    for library, reason in result["missing_libraries"].items():
-        console.print(f"not installed, so not compared with: {library} ({reason})", markup=False)
-    if result["left_out"]:
-        console.print(f"left out by the time limit or an interrupt: {', '.join(result['left_out'])}")
+    print_end(console, result)
     if result["first_step_error"]:
         console.print(f"FAILED first step: {result['first_step_error']}", markup=False)
 

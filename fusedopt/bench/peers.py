@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -293,16 +293,20 @@ def installed(case: Case, device: torch.device) -> list[str]:
     return [library for library in offered(case, device) if why_missing(library) is None]
 
 
-def missing(cases: list[Case], device: torch.device) -> dict[str, str]:
-    """Libraries that some case would be measured with if they were there, and what importing them raised."""
-    wanted = dict.fromkeys(library for case in cases for library in offered(case, device))
+def missing(cases: list[Case], device: torch.device, among: Iterable[str] = tuple(MODULES)) -> dict[str, str]:
+    """Those of ``among`` that some case would be measured with if they were there, and what importing them raised."""
+    wanted = _wanted(cases, device, among)
     return {library: reason for library in wanted if (reason := why_missing(library)) is not None}
 
 
-def versions(cases: list[Case], device: torch.device) -> dict[str, str]:
-    """Of the libraries that the cases are measured with; "unknown" where a library does not say."""
-    there = dict.fromkeys(library for case in cases for library in installed(case, device))
-    return {library: version(library) for library in there}
+def versions(cases: list[Case], device: torch.device, among: Iterable[str] = tuple(MODULES)) -> dict[str, str]:
+    """Of those of ``among`` that the cases are measured with; "unknown" where a library does not say."""
+    return {library: version(library) for library in _wanted(cases, device, among) if why_missing(library) is None}
+
+
+def _wanted(cases: list[Case], device: torch.device, among: Iterable[str]) -> list[str]:
+    can = {library for case in cases for library in offered(case, device)}
+    return sorted(can & set(among))
 
 
 def version(library: str) -> str:

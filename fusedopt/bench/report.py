@@ -43,6 +43,11 @@ def environment(device: torch.device) -> Row:
     }
 
 
+def load_average() -> float | None:
+    """Of the last minute: what else keeps the machine busy."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
+
+
 def _commit() -> str | None:
     """Of the checkout that the package is used from."""
     if not (ROOT / "csrc").is_dir():

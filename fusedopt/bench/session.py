@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from . import accumulation, contracts, graphs, peers, timing
 from .accumulation import AccumulationCase
 from .contracts import Case
-from .report import Row, environment, write
+from .report import Row, environment, load_average, write
 from .runner import (
     CACHES,
     LEAST_STEPS,
@@ -86,10 +85,6 @@ class BenchRunner(Runner):
         return [*contracts.offered(case, self.device), *contracts.other_backends(self.device)]
 
 
-def _load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
-
-
 def measure(
     runner: BenchRunner,
     cases: list[Case],
@@ -100,12 +95,11 @@ def measure(
 ) -> Row:
     """Runs the cases; the JSON file is written after each one, so that what was measured outlives the process."""
     start = time.monotonic()
-    facts = environment(runner.device) | {"command": command, "load_average": _load_average()}
-    wanted = {name for case in cases for name in peers.offered(case, runner.device) if name in runner.against}
-    missing = {name: reason for name in sorted(wanted) if (reason := peers.why_missing(name)) is not None}
-    facts |= {
-        "library_versions": {name: peers.version(name) for name in sorted(wanted - missing.keys())},
-        "missing_libraries": missing,
+    facts = environment(runner.device) | {
+        "command": command,
+        "load_average": load_average(),
+        "library_versions": peers.versions(cases, runner.device, runner.against),
+        "missing_libraries": peers.missing(cases, runner.device, runner.against),
     }
     forget_modules()  # those of the other libraries too
 
@@ -175,11 +169,9 @@ def _samples(repeats: Repeats) -> str:
 
 def print_end(console: Console, result: Row) -> None:
     """What the table does not say."""
-    console.print(
-        f"{result['device']}, torch {result['torch']}, copy {result['copy_gbps']:.1f} GB/s, "
-        f"triad {result['triad_gbps']:.1f} GB/s",
-        highlight=False,
-    )
+    facts = f"{result['device']}, torch {result['torch']}, copy {result['copy_gbps']:.1f} GB/s"
+    facts += f", triad {result['triad_gbps']:.1f} GB/s" if "triad_gbps" in result else ""
+    console.print(facts, highlight=False)
     if min(result["copy_gbps_start_end"]) < STEADY * result["copy_gbps"]:
         first, last = result["copy_gbps_start_end"][0], result["copy_gbps_start_end"][-1]
         console.print(
