@@ -8,8 +8,9 @@ from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw
 
 import fusedopt
 from fusedopt import reference, testing
-from fusedopt.testing import cases, harness
+from fusedopt.testing import cases, harness, parallel, tensors
 from fusedopt.testing.bounds import Bounded
+from fusedopt.testing.trials import FusedTrial
 
 FOREIGN = [getattr(torch.optim, name) for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad")]
 
@@ -191,3 +192,32 @@ def test_bounds_are_those_of_one_rounding():
 def test_bad_input(choice, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         harness.plan(**choice)
+
+
+# ---- what makes a run on a GPU long --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("transform", "transfers"), [("none", 5), ("clip", 6), ("accumulate", 10)])
+def test_transfers_of_a_step(transform, transfers, monkeypatch):
+    """Gradients to the device; all there is back from it before and after the step; and the norm, or what is summed.
+    Two more are of what is on the CPU by then."""
+    case = next(c for c in cases.full_cases("cpu", ["cpu"]) if c.transform == transform and c.variant.rule == "adamw")
+    trial, made = FusedTrial(case), []
+    trial.step(0)
+    monkeypatch.setattr(tensors, "_storages_on", lambda some, wanted: made.append(len(some)) or {})
+    trial.step(1)
+    assert len(made) == transfers
+
+
+def test_pieces_hold_every_case_once_and_what_compiles_alike_together():
+    every = cases.full_cases("cpu", ["cpu", "reference"])
+    pieces = parallel._in_turn(list(parallel._pieces(every, parallel.PIECE)), every)
+    assert sorted(i for piece in pieces for i in piece) == list(range(len(every)))
+    assert max(map(len, pieces)) <= parallel.PIECE
+    first = [every[i] for piece in pieces[:40] for i in piece]
+    assert {case.backend for case in first} == {"cpu", "reference"}
+    assert sum(case.data.heavy for case in first) == sum(case.data.heavy for case in every)
+    places = {
+        (every[i].backend, every[i].variant.rule, str(every[i].format)): n for n, p in enumerate(pieces) for i in p
+    }
+    assert places["cpu", "adam", "bfloat16-fp32-None_states"] == places["cpu", "adam", "bfloat16-fp32-fp32_states"]
