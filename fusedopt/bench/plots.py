@@ -239,7 +239,7 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
         axes.text(total, y, f" {total:.1f}", va="center", fontsize=8)
     axes.figure.set_size_inches(8.6, max(3.0, 1.4 + 0.27 * len(names)))
     axes.tick_params(axis="y", labelsize=8)
-    axes.margins(x=0.08)
+    axes.set_xlim(0, 1.08 * max(left))  # room for the totals
     axes.set_xlabel("bytes per parameter")
     axes.set_title("Memory per parameter", loc="left")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
