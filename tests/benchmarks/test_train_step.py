@@ -79,13 +79,16 @@ def test_time_limit(monkeypatch):
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 def test_goals_are_about_cases_of_the_standard_suite(device_type):
     names = set(map(str, suites.select_cases("standard", device_type)))
-    assert {goal.name.split(":")[0] for goal in goals.GOALS[device_type]["standard"]} <= names
+    of_cases = [goal.name for goal in goals.GOALS[device_type]["standard"] if not goal.name.endswith(", least")]
+    assert {name.split(":")[0] for name in of_cases} <= names
 
 
 def test_goals_of_the_standard_suite():
     def row(case, library, **figures):
         return (
-            dict(zip(("workload", "optimizer", "format", "contract"), case.split("/"))) | {"library": library} | figures
+            dict(zip(("workload", "optimizer", "format", "contract"), case.split("/")))
+            | {"library": library, "params": 1000}  # too few for the goals of large rows
+            | figures
         )
 
     small, step = "1000-small/adamw/fp32/scaler_clip_step", "llama-1.3B/adamw/fp32/step"
