@@ -68,7 +68,10 @@ def arguments(folder, device, **changes):
         "disable_tqdm": True,
         "report_to": [],
     }
-    return transformers.TrainingArguments(**{**settings, **changes})
+    args = transformers.TrainingArguments(**{**settings, **changes})
+    if device.type == "cuda":
+        args._n_gpu = 1  # where there are several, the Trainer would spread the batch over them
+    return args
 
 
 def train(cls, args, resume=None, dtype=torch.float64, **options):
