@@ -503,11 +503,17 @@ def test_versions_agree():
     assert version == fusedopt.__version__
 
 
+def lines_to_read(path):
+    """Without the rows of tables in pages, which are written from results and looked up."""
+    lines = path.read_text().splitlines()
+    return sum(path.suffix != ".md" or not line.startswith("|") for line in lines)
+
+
 def test_files_are_short():
     folders = ("fusedopt", "csrc", "tests", "benchmarks", "examples", "docs", ".ci")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     paths += [path for path in ROOT.iterdir() if path.is_file()]
     texts = [path for path in paths if path.suffix in (".py", ".h", ".cuh", ".cpp", ".md", ".toml")]
     texts += [ROOT / "Makefile", ROOT / ".ci/run"]
-    lengths = {name_of(path): len(path.read_text().splitlines()) for path in texts}
+    lengths = {name_of(path): lines_to_read(path) for path in texts}
     assert not {name: length for name, length in lengths.items() if length >= MAX_LINES}
