@@ -23,6 +23,7 @@ __all__ = [
     "Bucket",
     "DeviceTables",
     "TensorRow",
+    "aligned_like",
     "build_tables",
     "dtype_code",
     "is_dense",
@@ -69,6 +70,19 @@ def same_layout(tensor: torch.Tensor, dense: torch.Tensor) -> bool:
 def like_parameter(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """A copy of ``grad`` in the memory layout of the dense tensor ``param``."""
     return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+
+
+def aligned_like(tensor: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy that begins as many elements behind an aligned address as ``dense``, whose layout it has.
+
+    The vectors of CUDA kernels begin at the parameter's first aligned element (``csrc/cuda/vectors.cuh``).
+    """
+    per_vector = min(8, 16 // min(tensor.itemsize, dense.itemsize))
+    behind, wanted = (each.data_ptr() // each.itemsize % per_vector for each in (tensor, dense))
+    if behind == wanted or not tensor.numel():
+        return tensor
+    memory = torch.empty(wanted + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, tensor.stride(), wanted).copy_(tensor)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

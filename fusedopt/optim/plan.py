@@ -29,7 +29,17 @@ from ..formats import (
     scale_key,
     wanted_state_format,
 )
-from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
+from ..plan import (
+    Bucket,
+    DeviceTables,
+    TensorRow,
+    aligned_like,
+    build_tables,
+    dtype_code,
+    is_dense,
+    like_parameter,
+    same_layout,
+)
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
 from .offload import Arrival, GradientsOnly, Lane, home_of
 
@@ -82,6 +92,12 @@ class _Tracked:
     def keeps_state(self) -> bool:
         """Whether its rule or its format have anything to remember; random bits depend on the step."""
         return bool(self.rule.states or self.param_format.extra or self.param_format.random)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether elements are encoded in groups, so that vectors begin at the first element, aligned or not."""
+        assert self.state_format is not None  # its state is there
+        return self.param_format.random or self.state_format.random or self.state_format.blocked
 
     def row(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> TensorRow:
         state, rule = self.entry(states.get(self.param) or self.scratch), self.rule
@@ -540,6 +556,9 @@ def _complete_entry(stored: dict[str, Any], each: _Tracked, group: dict[str, Any
         for written, value in ((dense, template), (each.local, dense)):
             if written is not value:
                 written.detach().copy_(value)
+    if each.home.type == "cuda" and not each.is_grouped:
+        for key in (*rule.states, *(each.param_format.extra or ())[:1]):
+            state[key] = aligned_like(state[key], dense)
     if sharding.is_sharded(each.param):
         sharding.store_entry(stored, state, each.param)
 

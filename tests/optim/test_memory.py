@@ -6,6 +6,7 @@ from cases import normal, parameter, parameters, set_gradients, train
 from format_cases import BFLOAT16, FLOAT16, FLOAT32
 
 import fusedopt
+from fusedopt.plan import aligned_like
 
 SIZES = [5, 0, 4097, 8192]
 N, BIG = sum(SIZES), 4097 + 8192
@@ -137,3 +138,41 @@ def test_summary_is_what_the_allocator_gave():
     taken = sum(counted[role] for role in ("master", "states", "scales", "steps", "tables"))
     pieces = 6 + len(opt._plan.tables[0].device_memory())
     assert taken <= torch.cuda.memory_allocated() - before <= taken + 512 * pieces
+
+
+@pytest.mark.parametrize("behind", range(9))
+@pytest.mark.parametrize(
+    "dtype, other", [(FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, torch.int8)]
+)
+def test_a_tensor_is_aligned_like_the_parameter(dtype, other, behind, device):
+    param = torch.zeros(64, dtype=dtype, device=device)[behind:].view(1, -1)
+    tensor = torch.arange(64 - behind, device=device).to(other).view(1, -1)
+    moved = aligned_like(tensor, param)
+    assert torch.equal(moved, tensor) and moved.dtype == other and moved.stride() == tensor.stride()
+    vector = 16 // min(param.itemsize, tensor.itemsize) if torch.int8 != other else 8
+    first = -behind % vector  # the parameter's first aligned element
+    assert moved[0, first:].data_ptr() % (vector * moved.itemsize) == 0
+    assert aligned_like(moved, param) is moved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loaded", [False, True])
+def test_states_are_aligned_like_their_parameters(loaded):
+    def optimizer(dtype, **options):
+        param = parameter(normal((8200,), dtype, "cuda")[1:])
+        opt = fusedopt.AdamW([param], **options)
+        if loaded:
+            other = parameter(param.detach().clone())
+            source = fusedopt.AdamW([other], **options)
+            train(source, [other], 1)
+            opt.load_state_dict(source.state_dict())
+        train(opt, [param], 1)
+        return param, opt.state[param]
+
+    param, state = optimizer(FLOAT32)
+    assert {each.data_ptr() % 16 for each in (param, state["exp_avg"], state["exp_avg_sq"])} == {4}
+    param, state = optimizer(BFLOAT16, master_weights="split16")
+    assert [state[key].data_ptr() % 32 for key in ("exp_avg", "exp_avg_sq")] == [4, 4]
+    assert state["param_remainder"].data_ptr() % 16 == param.data_ptr() % 16 == 2
+    param, state = optimizer(BFLOAT16, state_dtype="int8")  # groups of elements begin at the first one
+    assert [state[key].data_ptr() % 16 for key in ("exp_avg", "exp_avg_sq")] == [0, 0]
