@@ -18,7 +18,8 @@ enum class Tuning { kBandwidth, kLatency };
 // and the largest element of parameter, gradient and states. Measured on an H100 (docs/performance.md); macros, so that
 // others can be tried.
 #ifndef FUSEDOPT_ELEMENTS
-#define FUSEDOPT_ELEMENTS(tuning, smallest) ((tuning) == Tuning::kBandwidth && (smallest) == 4 ? 16 : 8)
+#define FUSEDOPT_ELEMENTS(tuning, smallest, largest) \
+  ((tuning) == Tuning::kBandwidth && (smallest) >= 2 && (largest) == 4 ? 16 : 8)
 #endif
 #ifndef FUSEDOPT_UPDATE_BLOCKS
 #define FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest) \

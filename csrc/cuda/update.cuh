@@ -97,7 +97,7 @@ struct Update {
       maximum(maximum(sizeof(typename P::Main::Storage), sizeof(typename P::Extra::Storage)),
               maximum(maximum(sizeof(typename G::Storage), sizeof(typename M::Storage)), sizeof(typename S::Storage)));
   static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
-  static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest) / V;  // per thread and round
+  static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest, kLargest) / V;  // per thread and round
   static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
   // A main gradient, as a third state, takes the registers of a block, where there are more than two.
   static constexpr int kMore = int(GradStream<G, M, V>::kHasMain) + int(kStates > 2);
