@@ -42,7 +42,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic, perf_counter_ns
+from time import monotonic, perf_counter_ns, sleep
 from typing import Any
 
 import click
@@ -70,6 +70,7 @@ from fusedopt.bench.workloads import WORKLOADS, Workload
 from fusedopt.optim.offload import Offload
 
 WARM_UP_STEPS = 2
+PAUSE = 0.01  # seconds before a step, in which the threads of the library before it stop looking for work
 CHECKED = 4096  # elements of each parameter
 WORST_CHECK = 0.5  # of a learning rate: bfloat16 rounds, gradients near zero make Adam's first step a matter of eps
 QUICK = Workload("quick", ((300, 1000), (1000,), (257, 129)))
@@ -284,6 +285,7 @@ class Contender:
             raise AssertionError(f"{case.name} {library}: off by {self.check} learning rates after one step")
 
     def step(self, is_timed: bool) -> None:
+        sleep(PAUSE)
         allocated = start_peak(self.device)
         taken = self.training.timed(self.tail)
         self.device_bytes = max(self.device_bytes, self.held_bytes + peak_bytes(self.device) - allocated)
@@ -454,8 +456,8 @@ def main(device_type, workloads, formats, contracts, libraries, quick: bool, tim
     cases = [
         Case(workload, form, contract)
         for workload in chosen
-        for form in formats or FORMATS
         for contract in contracts or ("step", "clip_step")
+        for form in formats or FORMATS
     ]
     device = torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu")
     measurement = Measurement(device, FAST if quick else FULL, path, time_limit)

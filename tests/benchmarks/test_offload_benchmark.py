@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
-from benchmarks import offload
+from benchmarks import offload, tables
 
 
 def test_rows_and_limits(device, tmp_path):
@@ -33,6 +33,9 @@ def test_rows_and_limits(device, tmp_path):
             assert row["floor_ms"] == max(row["bus_ms"], row["host_ms"])
             assert row["efficiency"] == row["floor_ms"] / row["wall_ms"]
     assert f"{case.workload.name}/{case.format}/{case.contract}" in result.output
+    page = tables.fill("<!-- table: offload.json format=fp32 -->\n<!-- end of table -->", tmp_path)
+    assert page.count("| quick adamw fp32 clip_step |") == len(expected) and "share of the limit" in page
+    assert f"`python benchmarks/offload.py --device {device.type} --workload quick --format fp32 " in page
 
 
 def test_floors_by_hand():
@@ -79,6 +82,8 @@ def test_a_library_that_fails_later(monkeypatch, tmp_path):
     result = measured(tmp_path / "offload.json")
     assert result["failed"] == {f"{CASE.name} torch-host": "ZeroDivisionError: division by zero"}
     assert libraries(result) == ["fusedopt"] and result["rows"][0]["together"] == ["fusedopt"]
+    page = tables.fill("<!-- table: offload.json -->\n<!-- end of table -->", tmp_path)
+    assert f"Failed: {CASE.name} torch-host, ZeroDivisionError: division by zero." in page
 
 
 def test_a_library_that_is_not_there(monkeypatch, tmp_path):
