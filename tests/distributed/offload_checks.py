@@ -182,7 +182,24 @@ def other_layouts(ctx):
         assert_same_bits([whole_of(p) for p in params], [whole.detach() for whole in wholes])
 
 
-def norms_of_tensors_are_refused(ctx):
+def norms_of_whole_tensors(ctx):
+    """Of parameters that every process has all of; LAMB's update takes them on the host."""
+    pair = offloaded_pair(ctx, [[Replicate()]] * 4, opt_class=fusedopt.LAMB, max_grad_norm=1.0)
+    for step in range(2):
+        pair.step(step)
+    pair.assert_same()
+
+
+def processes_that_disagree(ctx):
+    """Which would let copies drift apart."""
+    offload = "cpu" if ctx.rank == 0 else None
+    pair = Pair(ctx, ctx.mesh(), mixed(), offload=offload, max_grad_norm=1.0)
+    pair.set_grads(0)
+    with pytest.raises(ValueError, match=r"processes of .* disagree.*offload="):
+        pair.opt.step()
+
+
+def norms_of_parts_are_refused(ctx):
     param = torch.nn.Parameter(spread(full((4, 4), 1, device=ctx.device), ctx.mesh(), [Shard(0)]))
     param.grad = spread(full((4, 4), 2, device=ctx.device), ctx.mesh(), [Shard(0)])
     before = param.to_local().detach().clone()
@@ -306,12 +323,13 @@ CHECKS = [
     "scalers",
     "accumulated",
     "other_layouts",
-    "norms_of_tensors_are_refused",
+    "norms_of_whole_tensors",
+    "norms_of_parts_are_refused",
     "fully_sharded_models",
     "mixed_precision",
     "state_dicts",
     "saved_checkpoints",
     "memory",
 ]
-OF_TWO = [*CHECKS, "two_dimensions"]
-"""The last one needs an even number of processes."""
+OF_TWO = [*CHECKS, "two_dimensions", "processes_that_disagree"]
+"""The last ones need an even number of processes."""
