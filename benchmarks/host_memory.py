@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -21,8 +22,8 @@ __all__ = [
     "peak_bytes",
     "pinned",
     "release_memory",
-    "resident_bytes",
     "start_peak",
+    "taken_bytes",
 ]
 
 
@@ -106,7 +107,29 @@ def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def resident_bytes() -> int:
+def taken_bytes(device: torch.device) -> int:
+    """Of host memory by this process: what is resident, and pinned memory where the system does not count it there."""
+    return _resident_bytes() + (0 if _is_pinned_memory_resident(device) else _pinned_bytes(device))
+
+
+def _pinned_bytes(device: torch.device) -> int:
+    """That torch has pinned, in use or not; 0 where this torch does not say."""
+    stats = getattr(torch.cuda, "host_memory_stats", dict)() if device.type == "cuda" else {}
+    return int(stats.get("allocated_bytes.current", 0))
+
+
+@functools.cache
+def _is_pinned_memory_resident(device: torch.device) -> bool:
+    """Drivers map it in more than one way."""
+    if device.type != "cuda":
+        return True
+    release_memory(device)
+    before = _resident_bytes()
+    block = pinned(256 << 20, device)
+    return _resident_bytes() - before > block.nbytes // 2
+
+
+def _resident_bytes() -> int:
     """Of this process, in memory; 0 where the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -9,11 +9,11 @@ libraries of a case are all there at once, as far as memory goes, and take turns
 
 ====================  =============================================================================================
 ``fusedopt-offload``  ``AdamW(offload="cpu")``
-``fusedopt``          the same without ``offload``: all on the device
 ``torch-host``        pinned copies of parameters and gradients, ``torch.optim.AdamW(fused=True)`` on the CPU: copy all
                       gradients, step, copy all parameters, one after the other
 ``deepspeed``         the same with ``DeepSpeedCPUAdam``
 ``torchao``           ``CPUOffloadOptimizer`` over ``torch.optim.AdamW(fused=True)``; it cannot clip
+``fusedopt``          ``AdamW`` without ``offload``: all on the device
 ``fusedopt-host``     the model on the CPU too: the CPU engine alone, without copies
 ====================  =============================================================================================
 
@@ -30,8 +30,8 @@ scaling in place. Of each case:
 * ``floor_ms``: the larger one; ``efficiency``: its share of ``wall_ms``, a step's median.
 
 ``device_bytes``: the most that is allocated in a step, beyond parameters and gradients; ``host_bytes``: what the
-process takes more after the library's first step than before (resident set), pinned memory included, parameters and
-gradients of ``fusedopt-host`` not; ``together``: with which libraries it took turns; ``check_params``: largest
+process takes more after the library's first step than before, pinned memory included, parameters and gradients of
+``fusedopt-host`` not; ``together``: with which libraries it took turns; ``check_params``: largest
 difference of a parameter from torch's AdamW after the first step, in units of the learning rate.
 """
 
@@ -60,8 +60,8 @@ from benchmarks.host_memory import (
     peak_bytes,
     pinned,
     release_memory,
-    resident_bytes,
     start_peak,
+    taken_bytes,
 )
 from fusedopt.bench import peers, timing
 from fusedopt.bench.contracts import HYPER, MAX_NORM
@@ -186,10 +186,10 @@ def _torchao(params: Params, case: Case) -> Tail:
 
 LIBRARIES: dict[str, Callable[[Params, Case], Tail]] = {
     "fusedopt-offload": lambda params, case: _fusedopt(params, case, "cpu"),
-    "fusedopt": _fusedopt,
     "torch-host": _torch_host,
     "deepspeed": _deepspeed,
     "torchao": _torchao,
+    "fusedopt": _fusedopt,
     "fusedopt-host": _fusedopt,
 }
 
@@ -202,12 +202,12 @@ MOST_OF_MEMORY = 0.8
 
 def offered(case: Case, device: torch.device) -> list[str]:
     """Peers keep fp32 states beside fp32 parameters; torchao copies gradients before they could be clipped."""
-    names = ["fusedopt-offload", "fusedopt"]
+    names = ["fusedopt-offload"]
     if case.format == "fp32":
         names += ["torch-host", "deepspeed"]
     if case.format == "fp32" and case.max_norm is None and device.type == "cuda":
         names.append("torchao")
-    return [*names, "fusedopt-host"]
+    return [*names, "fusedopt", "fusedopt-host"]
 
 
 def why_missing(library: str) -> str | None:
@@ -273,10 +273,10 @@ class Contender:
         training.backward()
         timing.synchronize(device)
         expected = expected_first_step(training, case)
-        allocated, resident = start_peak(device), resident_bytes()
+        allocated, taken = start_peak(device), taken_bytes(device)
         self.tail = LIBRARIES[library](training.params, case)
         training.timed(self.tail)
-        self.host_bytes = resident_bytes() - resident
+        self.host_bytes = taken_bytes(device) - taken
         self.device_bytes = peak_bytes(device) - allocated
         self.held_bytes = start_peak(device) - allocated
         differences = zip(training.first_elements(training.params), expected)
