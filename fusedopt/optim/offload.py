@@ -8,6 +8,8 @@ tensors would begin: so the bits are those of a step on the CPU, random ones and
 
 What may change between steps, the parameters, stays on the device; what only the step needs, on the host. Only staging
 buffers are pinned: states never cross the bus.
+
+Of DTensors all this is about local tensors. The norm knows of other processes; it is taken on the device, before.
 """
 
 from __future__ import annotations
