@@ -4,17 +4,20 @@
     python benchmarks/offload.py --device cpu --quick
 
 A step is a backward pass that costs next to nothing (each gradient is handed over as it is), then the clip, if any, and
-the optimizer's step, until the device is done: so whatever a library copies while gradients appear counts too.
+the optimizer's step, until the device is done: so whatever a library copies while gradients appear counts too. The
+libraries of a case are all there at once, as far as memory goes, and take turns: a step of each, a step of each.
 
 ====================  =============================================================================================
 ``fusedopt-offload``  ``AdamW(offload="cpu")``
-``fusedopt``          the same without ``offload``: all on the device
-``fusedopt-host``     the model on the CPU too: the CPU engine alone, without copies
 ``torch-host``        pinned copies of parameters and gradients, ``torch.optim.AdamW(fused=True)`` on the CPU: copy all
                       gradients, step, copy all parameters, one after the other
 ``deepspeed``         the same with ``DeepSpeedCPUAdam``
 ``torchao``           ``CPUOffloadOptimizer`` over ``torch.optim.AdamW(fused=True)``; it cannot clip
+``fusedopt``          ``AdamW`` without ``offload``: all on the device
+``fusedopt-host``     the model on the CPU too: the CPU engine alone, without copies
 ====================  =============================================================================================
+
+A library that is missing or fails is named, with its error, and the others go on.
 
 Limits, measured before the rows: ``down_gbps``, ``up_gbps``, copies between pinned memory and the device, each way
 while the other one is busy too; ``host_gbps``, bytes read and written by all threads, the best of a copy, a triad and a
@@ -27,20 +30,20 @@ scaling in place. Of each case:
 * ``floor_ms``: the larger one; ``efficiency``: its share of ``wall_ms``, a step's median.
 
 ``device_bytes``: the most that is allocated in a step, beyond parameters and gradients; ``host_bytes``: what the
-process takes more after the steps than before (resident set); ``check_params``: largest difference of a parameter from
-torch's AdamW after the first step, in units of the learning rate.
+process takes more after the library's first step than before, pinned memory included, parameters and gradients of
+``fusedopt-host`` not; ``together``: with which libraries it took turns; ``check_params``: largest
+difference of a parameter from torch's AdamW after the first step, in units of the learning rate.
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns, sleep
+from typing import Any
 
 import click
 import torch
@@ -50,6 +53,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when 
 
 import fusedopt
 from benchmarks.goals import Goal, Rows
+from benchmarks.host_memory import (
+    Limits,
+    Repeats,
+    free_host_bytes,
+    peak_bytes,
+    pinned,
+    release_memory,
+    start_peak,
+    taken_bytes,
+)
 from fusedopt.bench import peers, timing
 from fusedopt.bench.contracts import HYPER, MAX_NORM
 from fusedopt.bench.report import Row, environment, write
@@ -57,6 +70,7 @@ from fusedopt.bench.workloads import WORKLOADS, Workload
 from fusedopt.optim.offload import Offload
 
 WARM_UP_STEPS = 2
+PAUSE = 0.01  # seconds before a step, in which the threads of the library before it stop looking for work
 CHECKED = 4096  # elements of each parameter
 WORST_CHECK = 0.5  # of a learning rate: bfloat16 rounds, gradients near zero make Adam's first step a matter of eps
 QUICK = Workload("quick", ((300, 1000), (1000,), (257, 129)))
@@ -99,78 +113,8 @@ class Case:
         return f"{self.workload.name}/adamw/{self.format}/{self.contract}"
 
 
-@dataclass(frozen=True)
-class Repeats:
-    steps: int
-    copy_bytes: int
-    copies: int
-
-
 FULL = Repeats(steps=10, copy_bytes=1 << 30, copies=7)
 FAST = Repeats(steps=2, copy_bytes=4 << 20, copies=3)
-
-
-# ------------------------------------------------------------------------------------------------------------- limits
-
-
-@dataclass(frozen=True)
-class Limits:
-    """GB/s, 10^9 bytes."""
-
-    host_gbps: float
-    down_gbps: float
-    up_gbps: float
-    down_alone_gbps: float
-    up_alone_gbps: float
-
-    @classmethod
-    def measure(cls, device: torch.device, repeats: Repeats) -> Limits:
-        host = torch.device("cpu")
-        rates = [timing.copy_gbps(host, repeats.copy_bytes, repeats.copies)]
-        rates.append(timing.triad_gbps(host, repeats.copy_bytes, repeats.copies))
-        rates.append(_scaling_gbps(repeats))
-        return cls(max(rates), *_bus_gbps(device, repeats))
-
-
-def _best_gbps(move: Callable[[], object], nbytes: int, device: torch.device, repeats: Repeats) -> float:
-    times = []
-    for _ in range(1 + repeats.copies):
-        timing.synchronize(device)
-        start = perf_counter_ns()
-        move()
-        timing.synchronize(device)
-        times.append(perf_counter_ns() - start)
-    return nbytes / min(times[1:])
-
-
-def _scaling_gbps(repeats: Repeats) -> float:
-    """Reads and writes the same lines: nothing is fetched only to be overwritten."""
-    values = torch.ones(repeats.copy_bytes // 4)
-    return _best_gbps(lambda: values.mul_(1.0), 2 * values.nbytes, values.device, repeats)
-
-
-def _bus_gbps(device: torch.device, repeats: Repeats) -> tuple[float, float, float, float]:
-    """Down and up at once, and each alone."""
-    pinned = [_pinned(repeats.copy_bytes, device) for _ in range(2)]
-    remote = [torch.zeros(repeats.copy_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-    streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [None, None]
-
-    def copy(way: int) -> None:
-        target, source = (pinned[0], remote[0]) if way == 0 else (remote[1], pinned[1])
-        with torch.cuda.stream(streams[way]):
-            target.copy_(source, non_blocking=True)
-
-    def both() -> None:
-        copy(0)
-        copy(1)
-
-    nbytes = repeats.copy_bytes
-    together = _best_gbps(both, nbytes, device, repeats)
-    return (together, together, *(_best_gbps(lambda way=way: copy(way), nbytes, device, repeats) for way in range(2)))
-
-
-def _pinned(nbytes: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------- libraries
@@ -204,7 +148,7 @@ def _on_host(params: Params, make: Callable[[Params], torch.optim.Optimizer]) ->
     device = params[0].device
     twins = []
     for param in params:
-        flat = [_pinned(param.nbytes, device).view(param.dtype) for _ in range(2)]
+        flat = [pinned(param.nbytes, device).view(param.dtype) for _ in range(2)]
         twin = torch.nn.Parameter(flat[0].view(param.shape).copy_(param.detach()))
         twin.grad = flat[1].view(param.shape)
         twins.append(twin)
@@ -242,22 +186,28 @@ def _torchao(params: Params, case: Case) -> Tail:
 
 LIBRARIES: dict[str, Callable[[Params, Case], Tail]] = {
     "fusedopt-offload": lambda params, case: _fusedopt(params, case, "cpu"),
-    "fusedopt": _fusedopt,
-    "fusedopt-host": _fusedopt,
     "torch-host": _torch_host,
     "deepspeed": _deepspeed,
     "torchao": _torchao,
+    "fusedopt": _fusedopt,
+    "fusedopt-host": _fusedopt,
 }
+
+HOST_BYTES = {"fusedopt-offload": 9, "fusedopt": 0, "fusedopt-host": 20}
+"""Of host memory for each parameter, in float32. Others: 8 of states, 8 pinned, and what torch rounds those up by."""
+DEVICE_BYTES = {"fusedopt": 16, "fusedopt-host": 0}
+"""Of the device's memory; others have parameters and gradients there."""
+MOST_OF_MEMORY = 0.8
 
 
 def offered(case: Case, device: torch.device) -> list[str]:
     """Peers keep fp32 states beside fp32 parameters; torchao copies gradients before they could be clipped."""
-    names = ["fusedopt-offload", "fusedopt", "fusedopt-host"]
+    names = ["fusedopt-offload"]
     if case.format == "fp32":
         names += ["torch-host", "deepspeed"]
     if case.format == "fp32" and case.max_norm is None and device.type == "cuda":
         names.append("torchao")
-    return names
+    return [*names, "fusedopt", "fusedopt-host"]
 
 
 def why_missing(library: str) -> str | None:
@@ -270,12 +220,13 @@ def why_missing(library: str) -> str | None:
 class Training:
     """Parameters, and a backward pass that hands out gradients."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, made_on: torch.device) -> None:
+        """made_on: where random numbers come from: one thread of the host takes seconds for a billion."""
         self.device, dtype = device, FORMATS[case.format].dtype
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(made_on).manual_seed(0)
 
         def normal(shape: tuple[int, ...], scale: float) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(scale)
+            return torch.randn(shape, generator=generator, device=made_on, dtype=dtype).mul_(scale).to(device)
 
         self.params = [torch.nn.Parameter(normal(shape, 0.02)) for shape in case.workload.shapes]
         self.given = [normal(shape, 1e-3) for shape in case.workload.shapes]
@@ -311,29 +262,62 @@ def expected_first_step(training: Training, case: Case) -> list[torch.Tensor]:
     return [param.detach().to(FORMATS[case.format].dtype).float() for param in params]
 
 
-def measure(library: str, case: Case, device: torch.device, repeats: Repeats, limits: Limits) -> Row:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    training = Training(case, torch.device("cpu") if library == "fusedopt-host" else device)
-    training.backward()
-    timing.synchronize(device)
-    before, resident = _start_peak(device), _resident_bytes()
-    expected = expected_first_step(training, case)
-    tail = LIBRARIES[library](training.params, case)
-    training.timed(tail)
-    differences = zip(training.first_elements(training.params), expected)
-    check = max(float((got - want).abs().max()) for got, want in differences) / HYPER["adamw"]["lr"]
-    if not check <= WORST_CHECK:
-        raise AssertionError(f"{case.name} {library}: off by {check} learning rates after one step")
-    with timing.no_garbage_collection():
-        times = [training.timed(tail) for _ in range(WARM_UP_STEPS + repeats.steps)][WARM_UP_STEPS:]
-    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    return _row(library, case, times, limits) | {
-        "device_bytes": peak,
-        "host_bytes": _resident_bytes() - resident,
-        "check_params": check,
-    }
+class Contender:
+    """A library in a case: parameters of its own, its optimizer, which has passed its first step, times."""
+
+    def __init__(self, library: str, case: Case, device: torch.device) -> None:
+        self.library, self.case, self.device = library, case, device
+        self.times: list[float] = []
+        own = torch.device("cpu") if library == "fusedopt-host" else device
+        self.training = training = Training(case, own, device)
+        training.backward()
+        timing.synchronize(device)
+        expected = expected_first_step(training, case)
+        allocated, taken = start_peak(device), taken_bytes(device)
+        self.tail = LIBRARIES[library](training.params, case)
+        training.timed(self.tail)
+        self.host_bytes = taken_bytes(device) - taken
+        self.device_bytes = peak_bytes(device) - allocated
+        self.held_bytes = start_peak(device) - allocated
+        differences = zip(training.first_elements(training.params), expected)
+        self.check = max(float((got - want).abs().max()) for got, want in differences) / HYPER["adamw"]["lr"]
+        if not self.check <= WORST_CHECK:
+            raise AssertionError(f"{case.name} {library}: off by {self.check} learning rates after one step")
+
+    def step(self, is_timed: bool) -> None:
+        sleep(PAUSE)
+        allocated = start_peak(self.device)
+        taken = self.training.timed(self.tail)
+        self.device_bytes = max(self.device_bytes, self.held_bytes + peak_bytes(self.device) - allocated)
+        if is_timed:
+            self.times.append(taken)
+
+    def row(self, limits: Limits, together: list[str]) -> Row:
+        return _row(self.library, self.case, self.times, limits) | {
+            "together": together,
+            "device_bytes": self.device_bytes if self.device.type == "cuda" else None,
+            "host_bytes": self.host_bytes,
+            "check_params": self.check,
+        }
+
+
+def _needs(library: str) -> tuple[int, int]:
+    return HOST_BYTES.get(library, 20), DEVICE_BYTES.get(library, 8)
+
+
+def batches(libraries: list[str], case: Case, device: torch.device, host_bytes: float) -> Iterator[list[str]]:
+    """Libraries that fit into so much host memory, and into the device's, side by side: at least one at a time."""
+    device_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_bytes
+    room = [MOST_OF_MEMORY * free / case.workload.numel for free in (host_bytes, device_bytes)]
+    batch: list[str] = []
+    for library in libraries:
+        taken = [sum(each) for each in zip(*map(_needs, [*batch, library]))]
+        if batch and any(total > most for total, most in zip(taken, room)):
+            yield batch
+            batch = []
+        batch.append(library)
+    if batch:
+        yield batch
 
 
 def _row(library: str, case: Case, times: list[float], limits: Limits) -> Row:
@@ -361,22 +345,6 @@ def _row(library: str, case: Case, times: list[float], limits: Limits) -> Row:
     }
 
 
-def _start_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _resident_bytes() -> int:
-    """Of this process, in memory; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # -------------------------------------------------------------------------------------------------------------- goals
 
 LARGE = "llama-1.3B/adamw"
@@ -399,6 +367,8 @@ def report(console: Console, result: Row) -> None:
         told = "  ".join(f"{key} {row[key]:.4g}" for key in figures if row[key] is not None)
         name = "/".join(str(row[key]) for key in ("workload", "format", "contract"))
         console.print(f"{name:<32} {row['library']:<17} {told}", highlight=False)
+    for name in result["left_out"]:
+        console.print(f"left out by the time limit: {name}", markup=False)
     for library, reason in result["missing_libraries"].items():
         console.print(f"missing, so not compared with: {library} ({reason})", markup=False)
     for name, reason in result["failed"].items():
@@ -407,26 +377,69 @@ def report(console: Console, result: Row) -> None:
         console.print(f"{goal['name']}: {goal['value']:.4g} {goal['relation']} {goal['bound']}")
 
 
-def run(cases: list[Case], device: torch.device, repeats: Repeats, path: Path | None, names: list[str]) -> Row:
-    """The JSON file is written after each row, so that what was measured outlives the process."""
-    limits = Limits.measure(device, repeats)
-    wanted = {name for case in cases for name in offered(case, device) if not names or name in names}
-    missing = {name: reason for name in sorted(wanted) if (reason := why_missing(name)) is not None}
-    result = environment(device) | {"limits": vars(limits), "missing_libraries": missing, "rows": [], "failed": {}}
-    for case in cases:
-        for library in offered(case, device):
-            if library in missing or library not in wanted:
-                continue
-            try:
-                result["rows"].append(measure(library, case, device, repeats, limits))
-            except Exception as error:  # of other libraries, which must not cost our rows
-                if library.startswith("fusedopt"):
-                    raise
-                result["failed"][f"{case.name} {library}"] = f"{type(error).__name__}: {error}"
-            judged = [goal.judge(Rows(result["rows"])) for goal in GOALS]
-            result["goals"] = [goal for goal in judged if goal["value"] is not None]
-            write(path, result)
-    return result
+class Measurement:
+    """What is being written: the JSON file is complete after each turn, so that what was measured outlives us."""
+
+    def __init__(self, device: torch.device, repeats: Repeats, path: Path | None, time_limit: float | None) -> None:
+        self.device, self.repeats, self.path = device, repeats, path
+        self.end = float("inf") if time_limit is None else monotonic() + time_limit
+        self.limits = Limits.measure(device, repeats)
+        told = {"limits": vars(self.limits), "missing_libraries": {}, "rows": [], "failed": {}, "left_out": []}
+        self.result = environment(device) | {"library_versions": {}} | told
+
+    @property
+    def is_over(self) -> bool:
+        return monotonic() > self.end
+
+    def run(self, cases: list[Case], names: list[str]) -> None:
+        wanted = {name for case in cases for name in offered(case, self.device) if not names or name in names}
+        missing = {name: reason for name in sorted(wanted) if (reason := why_missing(name)) is not None}
+        self.result["missing_libraries"] = missing
+        self.result["library_versions"] = {
+            name: peers.version(name) for name in sorted(wanted) if name in peers.MODULES and name not in missing
+        }
+        for case in cases:
+            libraries = [name for name in offered(case, self.device) if name in wanted and name not in missing]
+            release_memory(self.device)
+            for batch in list(batches(libraries, case, self.device, free_host_bytes())):
+                self.take_turns(case, batch)
+                release_memory(self.device)
+
+    def take_turns(self, case: Case, libraries: list[str]) -> None:
+        before = self.result["rows"]
+        contenders = []
+        for library in libraries:
+            if self.is_over:
+                self.result["left_out"].append(f"{case.name} {library}")
+            elif made := self._attempt(case, library, lambda library=library: Contender(library, case, self.device)):
+                contenders.append(made)
+        with timing.no_garbage_collection():
+            for turn in range(WARM_UP_STEPS + self.repeats.steps):
+                if self.is_over and turn > WARM_UP_STEPS:
+                    break
+                contenders = [each for each in contenders if self._steps(each, turn >= WARM_UP_STEPS)]
+                together = [each.library for each in contenders]
+                self.result["rows"] = before + [each.row(self.limits, together) for each in contenders if each.times]
+                self._write()
+
+    def _steps(self, contender: Contender, is_timed: bool) -> bool:
+        """Whether it could make a step."""
+        return self._attempt(contender.case, contender.library, lambda: contender.step(is_timed) or True) is not None
+
+    def _attempt(self, case: Case, library: str, work: Callable[[], Any]) -> Any:
+        """None where it fails; whoever fails must not cost the others their rows."""
+        try:
+            return work()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        self.result["failed"][f"{case.name} {library}"] = reason
+        self._write()
+        return None
+
+    def _write(self) -> None:
+        judged = [goal.judge(Rows(self.result["rows"])) for goal in GOALS]
+        self.result["goals"] = [goal for goal in judged if goal["value"] is not None]
+        write(self.path, self.result)
 
 
 @click.command(help=__doc__.partition("\n")[0], context_settings={"show_default": True})
@@ -436,17 +449,21 @@ def run(cases: list[Case], device: torch.device, repeats: Repeats, path: Path | 
 @click.option("--contract", "contracts", multiple=True, type=click.Choice(["step", "clip_step"]), help="Both if none.")
 @click.option("--library", "libraries", multiple=True, type=click.Choice(list(LIBRARIES)), help="All if none.")
 @click.option("--quick", is_flag=True, help="A small model, few steps.")
+@click.option("--time-limit", type=float, help="Seconds after which nothing new is begun; none if not given.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where every figure is written.")
-def main(device_type, workloads, formats, contracts, libraries, quick: bool, path: Path | None) -> None:
+def main(device_type, workloads, formats, contracts, libraries, quick: bool, time_limit, path: Path | None) -> None:
     chosen = [QUICK] if quick else [WORKLOADS[name] for name in workloads or ("llama-1.3B",)]
     cases = [
         Case(workload, form, contract)
         for workload in chosen
-        for form in formats or FORMATS
         for contract in contracts or ("step", "clip_step")
+        for form in formats or FORMATS
     ]
     device = torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu")
-    report(Console(width=200), run(cases, device, FAST if quick else FULL, path, list(libraries)))
+    measurement = Measurement(device, FAST if quick else FULL, path, time_limit)
+    measurement.run(cases, list(libraries))
+    report(Console(width=200), measurement.result)
+    sys.exit(any(" fusedopt" in name for name in measurement.result["failed"]))
 
 
 if __name__ == "__main__":

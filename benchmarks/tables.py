@@ -1,7 +1,7 @@
-"""Writes the tables of docs/performance.md from the results, between markers, and leaves the rest of the page alone.
+"""Writes tables in pages of docs/ from the results, between markers, and leaves the rest of the pages alone.
 
     python benchmarks/tables.py            # after new results were put into benchmarks/results/
-    python benchmarks/tables.py --check    # exit code 1 if the page is not what this would write
+    python benchmarks/tables.py --check    # exit code 1 if a page is not what this would write
 
 A marker names a file of ``benchmarks/results/`` and may choose rows, by any of their names:
 
@@ -26,7 +26,7 @@ from fusedopt.bench import suites
 from fusedopt.bench.report import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "offload.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 MARKER = re.compile(r"(<!-- table: (?P<file>\S+)(?P<filters>[^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -58,6 +58,14 @@ TRAINING_COLUMNS: list[Column] = [
     ("tail over torch's", "tail_speedup"),
     ("peak GB", "peak_bytes"),
 ]
+OFFLOAD_COLUMNS: list[Column] = [
+    ("ms", "wall_ms"),
+    ("limit ms", "floor_ms"),
+    ("share of the limit", "efficiency"),
+    ("bus alone ms", "bus_ms"),
+    ("GB on the GPU", "device_bytes"),
+    ("GB on the host", "host_bytes"),
+]
 
 
 TRAINING = ("train_step", "trainer_step")
@@ -74,7 +82,7 @@ def fill(page: str, results: Path = RESULTS) -> str:
     def table(match: re.Match[str]) -> str:
         path = results / match["file"]
         if not path.is_file():
-            raise click.ClickException(f"{PAGE.name}: a marker names {match['file']}, which is not in {results}")
+            raise click.ClickException(f"a marker names {match['file']}, which is not in {results}")
         result = json.loads(path.read_text())
         rows = chosen(result["rows"], match["filters"])
         return f"{match[1]}\n{header(result)}\n\n{markdown(rows, result)}\n\n{match[4]}"
@@ -87,7 +95,7 @@ def chosen(rows: list[Row], filters: str) -> list[Row]:
     for part in filters.split():
         key, _, values = part.partition("=")
         if key not in NAMES or not values:
-            raise click.ClickException(f"{PAGE.name}: got {part!r} in a marker, expected {'=..., '.join(NAMES)}=...")
+            raise click.ClickException(f"got {part!r} in a marker, expected {'=..., '.join(NAMES)}=...")
         rows = [row for row in rows if str(row[key]) in values.split(",")]
     return rows
 
@@ -102,7 +110,11 @@ def header(result: Row) -> str:
     facts += [str(result["date"])[:10], f"commit {str(result['commit'])[:7]}"]
     facts += [f"copy {result['copy_gbps']:,.1f} GB/s"] if result.get("copy_gbps") else []
     facts += [f"triad {result['triad_gbps']:,.1f} GB/s"] if result.get("triad_gbps") else []
+    if limits := result.get("limits"):
+        names = {"host_gbps": "host memory", "down_gbps": "bus down", "up_gbps": "bus up at the same time"}
+        facts += [f"{name} {limits[key]:,.1f} GB/s" for key, name in names.items()]
     lines = [", ".join(facts) + "."]
+    lines += [f"Failed: {name}, {_short(reason)}." for name, reason in (result.get("failed") or {}).items()]
     if missing := result.get("missing_libraries"):
         lines.append(f"Missing, so not compared with: {', '.join(missing)}.")
     if result.get("driver_loop") == "stand-in":
@@ -115,7 +127,8 @@ def header(result: Row) -> str:
 def markdown(rows: list[Row], result: Row) -> str:
     """One line a row, columns that no row fills left out."""
     training = any(row["contract"] in TRAINING for row in rows)
-    columns = [one for one in (TRAINING_COLUMNS if training else STEP_COLUMNS) if any(row.get(one[1]) for row in rows)]
+    possible = TRAINING_COLUMNS if training else OFFLOAD_COLUMNS if any(map(_is_offload, rows)) else STEP_COLUMNS
+    columns = [one for one in possible if any(row.get(one[1]) for row in rows)]
     device_type = result.get("device_type") or ("cuda" if result.get("driver") else "cpu")
     titles = ["what", "library", *(title for title, _ in columns), "again"]
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
@@ -126,10 +139,19 @@ def markdown(rows: list[Row], result: Row) -> str:
     return "\n".join(lines)
 
 
+def _is_offload(row: Row) -> bool:
+    """Whether the row is of benchmarks/offload.py."""
+    return "bus_ms" in row
+
+
+def _short(reason: str) -> str:
+    return " ".join(reason.replace("|", "/").split())[:120]
+
+
 def _cells(row: Row, keys: list[str]) -> list[str]:
-    if row["error"] or row.get("skipped"):
+    if row.get("error") or row.get("skipped"):
         reason = f"failed: {row['error']}" if row["error"] else f"skipped: {row['skipped']}"
-        return [" ".join(reason.replace("|", "/").split())[:120]] + [""] * (len(keys) - 1)
+        return [_short(reason)] + [""] * (len(keys) - 1)
     return [_cell(row, key) for key in keys]
 
 
@@ -141,8 +163,8 @@ def _cell(row: Row, key: str) -> str:
         return f"{100 * value:.1f}%"
     if key == "state_bytes":
         return f"{value / row['params']:.2f}"
-    if key == "peak_bytes":
-        return f"{value / 1e9:.2f}"
+    if key in ("peak_bytes", "host_bytes", "device_bytes"):
+        return f"{value / 1e9:.{3 if key == 'device_bytes' else 2}f}"
     if key.endswith("_ms"):
         low, high = row.get(f"{key}_q1"), row.get(f"{key}_q3")
         return f"{value:.3f}" + ("" if low is None else f" ± {(high - low) / 2:.3f}")
@@ -153,6 +175,9 @@ def command(row: Row, device_type: str) -> str:
     """The one command that measures a row again."""
     if row["contract"] in TRAINING:
         return f"python benchmarks/{row['contract'].replace('trainer_step', 'trainer')}.py --device {device_type}"
+    if _is_offload(row):
+        case = " ".join(f"--{name} {row[name]}" for name in ("workload", "format", "contract"))
+        return f"python benchmarks/offload.py --device {device_type} {case}"
     if suites.known(row):
         return suites.command_of(row, device_type)
     script = "step.py" if row["contract"] == "torch_scaler_clip_step" else "loop.py"
@@ -161,14 +186,15 @@ def command(row: Row, device_type: str) -> str:
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--check", is_flag=True, help="Write nothing; exit code 1 if the page is out of date.")
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 if a page is out of date.")
 def main(check: bool) -> None:
-    before = PAGE.read_text()
-    after = fill(before)
-    if check and before != after:
-        raise click.ClickException(f"{PAGE.name} is out of date; run python benchmarks/tables.py")
-    if not check:
-        PAGE.write_text(after)
+    for path in PAGES:
+        before = path.read_text()
+        after = fill(before)
+        if check and before != after:
+            raise click.ClickException(f"{path.name} is out of date; run python benchmarks/tables.py")
+        if not check:
+            path.write_text(after)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ..specs import RULES
 from . import checkpoint, memory, metrics
 from .memory import MemorySummary
 from .metrics import StepMetrics
-from .offload import check_offload, check_offloadable
+from .offload import check_offload
 from .options import STEP_OPTIONS, Options
 from .plan import OptimizerPlan
 from .processes import join_norm, processes_of
@@ -85,7 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             asks for, or else the best for each device. Never saved: a checkpoint runs on any backend.
         offload: "cpu" keeps the states and masters of parameters on other devices in host memory and updates them
             there, while gradients arrive and parameters return; ``step()`` returns when the host has done its part.
-            Not for graph captures, ``release_gradients`` and DTensors on devices. Never saved.
+            Of a DTensor that is this process' part. Not for graph captures and ``release_gradients``. Never saved.
 
     Gradients are only read, from ``.grad``, or from an attribute ``main_grad`` (Megatron's) that is there before the
     first step and not None. They may be of any of the dtypes, float64 only with float64, complex ones only with their
@@ -247,7 +247,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             plain = [params] if isinstance(params, torch.Tensor) else param_group["params"]
             each = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in plain]
             check_params(f"{where}: params", each, sharded=True)
-            check_offloadable(f"{where}: params", self._offload, each)
             check_hyperparameters(where, {**self.defaults, **param_group})
             param_group = self._check_formats({**self.defaults, **param_group}, plain, param_group)
             for device in {p.device for p in plain if isinstance(p, torch.Tensor)}:

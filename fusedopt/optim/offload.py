@@ -8,6 +8,8 @@ tensors would begin: so the bits are those of a step on the CPU, random ones and
 
 What may change between steps, the parameters, stays on the device; what only the step needs, on the host. Only staging
 buffers are pinned: states never cross the bus.
+
+Of DTensors all this is about local tensors. The norm knows of other processes; it is taken on the device, before.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from ..backends import cpu
 from ..control import Control
 from ..formats import in_memory_order
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables
-from ..sharding import is_sharded
-from ..specs import CPU_CHUNK
+from ..specs import CPU_CHUNK, RuleSpec
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from .base import FusedOptimizer
 
 __all__ = ["Arrival", "GradientsOnly", "Lane", "Offload", "check_offload", "check_offloadable", "home_of"]
@@ -62,15 +65,14 @@ def check_offload(where: str, value: str | None) -> Offload | None:
     return None if value is None else Offload()
 
 
-def check_offloadable(where: str, offload: Offload | None, params: Iterable[Any]) -> None:
-    """ValueError for sharded parameters on a device."""
-    for i, param in enumerate(params):
-        if offload is not None and is_sharded(param) and offload.covers(param.device):
-            raise ValueError(
-                f"{where}[{i}] is a DTensor on '{param.device}' beside offload='cpu', expected a plain tensor; leave "
-                "offload out, and give fully_shard an offload_policy=CPUOffloadPolicy() to have parameters and states "
-                "on the CPU"
-            )
+def check_offloadable(where: str, param: DTensor, rule: RuleSpec) -> None:
+    """ValueError where the host would need other processes' parts."""
+    if rule.norms and not all(placement.is_replicate() for placement in param.placements):
+        raise ValueError(
+            f"{where} is a DTensor with placements {param.placements} beside offload='cpu', expected a parameter that "
+            f"each process holds as a whole: the rule '{rule.name}' needs norms over whole tensors in the midst of the "
+            "update; leave offload out, or use AdamW for this model"
+        )
 
 
 def home_of(optimizer: FusedOptimizer, device: torch.device) -> torch.device:

@@ -41,7 +41,7 @@ from ..plan import (
     same_layout,
 )
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
-from .offload import Arrival, GradientsOnly, Lane, home_of
+from .offload import Arrival, GradientsOnly, Lane, check_offloadable, home_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -118,14 +118,20 @@ class _Tracked:
             main_grad=None if self.accumulated is None else self.accumulated.tensor,
             group=self.group,
             id=self.id,
-            spread=sharding.spread_of(self.param),
+            spread=None if self.is_offloaded else sharding.spread_of(self.param),  # of the norm, taken elsewhere then
         )
 
     def gradient_row(self) -> TensorRow:
         """For passes that only read gradients."""
         assert self.grad_dtype is not None
         main_grad = None if self.accumulated is None else self.accumulated.tensor
-        return TensorRow(self.local.numel(), self.local.device, self.grad_dtype, main_grad=main_grad)
+        return TensorRow(
+            numel=self.local.numel(),
+            device=self.local.device,
+            grad_dtype=self.grad_dtype,
+            main_grad=main_grad,
+            spread=sharding.spread_of(self.param),
+        )
 
     def template(self) -> torch.Tensor:
         """A tensor of the layout and dtype of ``dense`` where the state is. Its values say nothing if it is offloaded:
@@ -383,7 +389,9 @@ class OptimizerPlan:
 
     def _arrival(self, each: _Tracked, numbers: dict[int, int]) -> Arrival:
         """What this step has for a parameter that is offloaded."""
-        main, grad = each.accumulated, self.grads.get(numbers.get(id(each), -1), each.grad)
+        main, grad = each.accumulated, self.grads.get(numbers.get(id(each), -1))
+        if grad is None and each.grad is not None:
+            grad = each.local_grad()
         return Arrival(grad, main.tensor if main is not None and main.held.value else None)
 
     def bump_versions(self) -> None:
@@ -440,7 +448,10 @@ def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | Non
             where = f"{type(optimizer).__name__}.step: param_groups[{g}]['params'][{i}]"
             check_param(where, param, sharded=True)
             local = sharding.local_of(param)
+            is_offloaded = optimizer._offload is not None and optimizer._offload.covers(local.device)
             if sharding.is_sharded(param):
+                if is_offloaded:
+                    check_offloadable(where, param, rule)
                 _check_sharded(where, param, rule)
             dense = local if is_dense(local) else torch.empty_like(local, requires_grad=False)
             each = _Tracked(
@@ -455,7 +466,7 @@ def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | Non
                 main_grad=_main_grad(where, param),
                 accumulated=optimizer._accumulated_grad(where, param),
                 home=home_of(optimizer, local.device),
-                is_offloaded=optimizer._offload is not None and optimizer._offload.covers(local.device),
+                is_offloaded=is_offloaded,
             )
             if each.grad is not None:
                 check_grad(f"{where}.{'grad' if each.main_grad is None else 'main_grad'}", each.grad, param)

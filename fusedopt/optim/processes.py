@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["join_norm", "processes_of"]
 
-_ALIKE = ("max_grad_norm", "norm_type", "max_grad_value", "nonfinite")
+_ALIKE = ("max_grad_norm", "norm_type", "max_grad_value", "nonfinite", "offload")
 """Options that the processes of a mesh must have in common."""
 
 

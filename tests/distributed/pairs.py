@@ -26,14 +26,19 @@ def spread(tensor, mesh, placements) -> torch.Tensor:
 
 
 class Pair:
-    """The same parameters twice: spread over a mesh as ``placements`` say (None: plain), and whole."""
+    """The same parameters twice: spread over a mesh as ``placements`` say (None: plain), and whole.
 
-    def __init__(self, ctx: Context, mesh, placements, opt_class=fusedopt.AdamW, dtype=torch.float32, **options):
+    twin: device of the whole ones; by default the mesh's.
+    """
+
+    def __init__(
+        self, ctx: Context, mesh, placements, opt_class=fusedopt.AdamW, dtype=torch.float32, twin=None, **options
+    ):
         self.ctx, self.mesh, self.dtype, self.placements = ctx, mesh, dtype, placements
         self.shapes = SHAPES[: len(placements)]
         values = [full(shape, seed, dtype, ctx.device) for seed, shape in enumerate(self.shapes)]
         self.sharded = [self._spread(value, p).requires_grad_() for value, p in zip(values, placements)]
-        self.whole = [value.clone().requires_grad_() for value in values]
+        self.whole = [value.to(twin or ctx.device, copy=True).requires_grad_() for value in values]
         options = {"lr": 0.1, "weight_decay": 0.01, **options} if opt_class is fusedopt.AdamW else options
         self.opt = opt_class(self.sharded, **options)
         self.expected = opt_class(self.whole, **options)
@@ -45,7 +50,7 @@ class Pair:
         """As FSDP does it: gradients share the object that says where the parts of their parameter are."""
         for i, (param, whole) in enumerate(zip(self.sharded, self.whole)):
             grad = full(whole.shape, 100 + 10 * step + i, self.dtype, self.ctx.device)
-            whole.grad = None if i in skip else grad
+            whole.grad = None if i in skip else grad.to(whole.device)
             part = self._spread(grad, self.placements[i])
             if isinstance(param, DTensor):
                 part = DTensor(part._local_tensor, param._spec, requires_grad=False)
@@ -72,7 +77,8 @@ class Pair:
 def whole_of(tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    wide = tensor.detach().int() if tensor.dtype == torch.int16 else tensor.detach()  # which gloo does not know
+    tensor = tensor.detach().to(tensor.device_mesh.device_type)  # what is offloaded to the host
+    wide = tensor.int() if tensor.dtype == torch.int16 else tensor  # which gloo does not know
     return wide.full_tensor().to(tensor.dtype)
 
 
