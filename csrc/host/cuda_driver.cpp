@@ -121,6 +121,7 @@ void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block
   const CurrentContext current(cuCtxGetCurrent_, cuCtxPushCurrent_, cuCtxPopCurrent_, context);
   check(current.status(), "cuCtxPushCurrent");
   if (overlaps && cuLaunchKernelEx_) {
+    static_assert(sizeof(LaunchConfig) == 56, "as in cuda.h");
     LaunchAttribute attribute = {kProgrammaticStreamSerialization, {}, 1, {}};
     const LaunchConfig config = {{grid, 1, 1}, {block, 1, 1}, shared_bytes, stream, &attribute, 1};
     check(cuLaunchKernelEx_(&config, function, params, nullptr), "cuLaunchKernelEx");
