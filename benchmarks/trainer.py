@@ -58,7 +58,7 @@ from fusedopt.bench import contracts
 from fusedopt.bench.contracts import reported_name
 from fusedopt.bench.report import Row, environment, write
 from fusedopt.bench.runner import free_memory
-from fusedopt.bench.timing import KERNEL, MEMORY_OPERATIONS, US_PER_MS, start_clock, synchronize, trace_events
+from fusedopt.bench.timing import US_PER_MS, device_work, start_clock, synchronize, trace_events
 from fusedopt.integrations.clipping import set_bounds
 
 CONTRACT = "trainer_step"
@@ -154,8 +154,8 @@ class Clocks:
             synchronize(self.device)
             self.profiler.stop()
             events, self.profiler = trace_events(self.profiler), None
-            work = [event for event in events if event.get("cat") in (KERNEL, *MEMORY_OPERATIONS)]
-            self.traces.append((sum(float(event["dur"]) for event in work) / US_PER_MS, len(work)))
+            work = [us for _, us in device_work(events)]
+            self.traces.append((sum(work) / US_PER_MS, len(work)))
 
     def times(self) -> tuple[list[float], list[float]]:
         """Milliseconds of the steps but the first ones and the last, and of their tails."""

@@ -170,12 +170,13 @@ bool pack_step(uint64 to, uint64 previous, const PassArgs& args, Table& table, c
 
 // ---- CUDA passes ----------------------------------------------------------------------------------------
 
-void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, PassArgs& args, Table* table) {
+void cuda_launch(uint64 context, uint64 function, uint32 grid, uint64 stream, PassArgs& args, Table* table,
+                 bool overlaps) {
   if (table && table->packed_size() == 0)
     throw std::invalid_argument("cuda_launch: got a table that was not packed, expected Table.pack before");
   void* params[2] = {&args, table ? table->packed() : nullptr};
   CudaDriver::instance().launch(address<void>(context), address<void>(function), grid, kCudaThreads,
-                                address<void>(stream), params);
+                                address<void>(stream), params, 0, overlaps);
 }
 
 // Writes `bytes` bytes of the packed step table, from `offset` on, to the device address `to`.
@@ -400,8 +401,8 @@ before anything is written. tests/fuzz holds it to that.)";
       .def("launch_on", &RepeatedStep::launch_on)
       .def("add",
            [](RepeatedStep& step, Table* table, Hypers* hypers, PassArgs& args, uint64 context, uint64 function,
-              uint32 grid, size_t capacity) {
-             step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity);
+              uint32 grid, size_t capacity, bool overlaps) {
+             step.add(table, hypers, &args, address<void>(context), address<void>(function), grid, capacity, overlaps);
              if (table) step.own(owner(*table)), step.own(owner(*hypers));
              step.own(owner(args));
            })
@@ -430,9 +431,10 @@ before anything is written. tests/fuzz holds it to that.)";
   m.def("cuda_load", [](uint64 context, const std::string& cubin, const std::string& name) {
     return reinterpret_cast<uint64>(CudaDriver::instance().load(address<void>(context), cubin, name));
   });
-  m.def("cuda_launch", &cuda_launch,
-        "(context, function, grid, stream, args, table or None): handles of the driver; the table packed with as many "
-        "bytes as the kernel takes.");
+  m.def(
+      "cuda_launch", &cuda_launch,
+      "(context, function, grid, stream, args, table or None, overlaps): handles of the driver; the table packed with "
+      "as many bytes as the kernel takes. overlaps: the kernel may begin while the one before it runs.");
   m.def("cuda_launch_words", &cuda_launch_words,
         "(context, function, grid, threads, shared_bytes, stream, words): of a kernel whose parameters are 64-bit "
         "integers.");

@@ -121,6 +121,7 @@ class RepeatedStep:
         function: int,
         grid: int,
         capacity: int,
+        overlaps: bool,
         /,
     ) -> None: ...
     def exchange(self, exchange: Callable[[], object], /) -> None: ...
@@ -187,6 +188,7 @@ def cuda_launch(
     stream: int,
     args: PassArgs,
     table: Table | None,
+    overlaps: bool,
     /,
 ) -> None: ...
 def cuda_launch_words(

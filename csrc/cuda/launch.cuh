@@ -1,4 +1,5 @@
-// What a launch brings with it besides the tables in device memory, and how its blocks find out which one is last.
+// What a launch brings with it besides the tables in device memory, how its blocks find out which one is last, and how
+// a pass begins while the norm pass before it runs.
 #pragma once
 
 #include "../core/gradient.h"
@@ -39,6 +40,31 @@ __device__ __forceinline__ void upload(char* to, int bytes, const StepTable<kByt
 __device__ __forceinline__ bool take_ticket(uint32* ticket, uint32 parties) {
   __threadfence();
   return atomicInc(ticket, parties - 1) == parties - 1;
+}
+
+// Programmatic dependent launch: the host may let the update, or measure, pass behind a norm pass begin as soon as all
+// of that pass's blocks run (fusedopt/backends/cuda.py: _overlaps). Until `wait_for_norm` it may read what was final
+// when the norm pass began (tables, gradients, parameters, states, counters, tensors that users gave), and write
+// nothing at all. Every block must wait, also one that has nothing to do: a pass that has ended, and hence whatever is
+// launched behind it, is ordered after the norm pass only by its wait. In other launches both do nothing.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kOverlaps = true;
+#else
+constexpr bool kOverlaps = false;
+#endif
+
+__device__ __forceinline__ void let_next_pass_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Behind it the norm pass has ended, and what it wrote is visible to the calling thread, and to those that
+// `__syncthreads` orders after it.
+__device__ __forceinline__ void wait_for_norm() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace FUSEDOPT_ISA

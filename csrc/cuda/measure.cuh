@@ -127,7 +127,10 @@ __device__ __forceinline__ void measure_pass(const PassArgs& args, const Table& 
 
   const Chunk chunk = args.chunks[blockIdx.x];
   const GradSource grad = grad_of(args, table, chunk.tensor);
-  if (!grad.any()) return;
+  if (!grad.any()) {
+    wait_for_norm();
+    return;
+  }
   TensorEntry& tensor = args.tensors[chunk.tensor];
   const Split split = Pass::split(tensor, chunk);
   const Pass pass(tensor, grad, split);

@@ -132,6 +132,7 @@ __device__ __forceinline__ void finish_norm(const PassArgs& args) {
 template <class G, class M, NormType kType, Tuning kTuning, class Table>
 __device__ __forceinline__ void norm_pass(const PassArgs& args, const Table& table) {
   __shared__ bool last;
+  let_next_pass_begin();
   // Asked for before the scale, which is read and divided by meanwhile.
   Chunk next = int(blockIdx.x) < args.num_chunks ? args.chunks[blockIdx.x] : Chunk{0, 0, 0};
   Norm<G, M, kType, kTuning> norm(args);

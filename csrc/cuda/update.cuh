@@ -56,11 +56,17 @@ struct BlockPlan {
       coefficients = Rule::template prepare<T>(hyper.value, double(step) + 1.0);
       if constexpr (kNorms<Rule> > 0)
         if (norms) Rule::template scale<T>(coefficients, hyper.value, norms);
-    } else if (threadIdx.x == 32) {
-      skip = must_skip(args);
-      transform = gradient_transform<T>(args.scaling);
-      if (hyper_of(args, table, tensor.group).maximize) transform.clip_coef = -transform.clip_coef;
     }
+  }
+
+  // What depends on the norm, where one was taken.
+  template <class Table>
+  __device__ __forceinline__ void prepare_transform(const PassArgs& args, const Table& table,
+                                                    const TensorEntry& tensor) {
+    if (threadIdx.x != 32) return;
+    skip = must_skip(args);
+    transform = gradient_transform<T>(args.scaling);
+    if (hyper_of(args, table, tensor.group).maximize) transform.clip_coef = -transform.clip_coef;
   }
 };
 
@@ -416,18 +422,24 @@ struct Update {
 };
 
 // Loads a chunk's first round while some threads work out the block's plan, which `__syncthreads` makes known to all.
+// The norm pass has ended when it returns.
 template <bool kNoise, Tuning kTuning, class Pass, class Table>
 __device__ __forceinline__ void begin_chunk(const Pass& pass, typename Pass::Registers& registers, int whole,
                                             typename Pass::Plan& plan, const PassArgs& args, const Table& table,
                                             const TensorEntry& tensor, const double* norms) {
   // Where a block's latency counts, the warps with the plan work it out before they queue for memory with the others.
-  if (kTuning == Tuning::kLatency) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  constexpr bool kEarly = kTuning == Tuning::kLatency;
+  if (kEarly) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  const bool after_norm = kOverlaps && args.norm_found_inf;
+  if (kEarly && !after_norm) plan.prepare_transform(args, table, tensor);
   if (whole > 0)
     pass.load_whole(registers, 0);
   else
     pass.load_part(registers, 0);
   if (Pass::kPipelined && whole > 1) pass.prefetch(1);
-  if (kTuning == Tuning::kBandwidth) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  if (!kEarly) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  wait_for_norm();
+  if (!kEarly || after_norm) plan.prepare_transform(args, table, tensor);
 }
 
 template <class Rule, class P, class G, class S, class M, Tuning kTuning, class Table>
@@ -438,6 +450,7 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
   const Chunk chunk = args.chunks[blockIdx.x];
   const GradSource grad = grad_of(args, table, chunk.tensor);
   if (!grad.any()) {
+    wait_for_norm();
     if (blockIdx.x == 0 && threadIdx.x == 0) record(args, must_skip(args));
     return;
   }

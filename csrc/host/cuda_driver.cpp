@@ -34,7 +34,25 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
+// CUlaunchAttribute of cuda.h, of an attribute that is an int.
+struct LaunchAttribute {
+  int id;
+  char padding[4];
+  int value;
+  char rest[60];
+};
+static_assert(sizeof(LaunchAttribute) == 72, "as in cuda.h");
+constexpr int kProgrammaticStreamSerialization = 6;
+
 }  // namespace
+
+// CUlaunchConfig.
+struct CudaDriver::LaunchConfig {
+  uint32 grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  uint32 num_attributes;
+};
 
 const CudaDriver& CudaDriver::instance() {
   static const CudaDriver driver;
@@ -60,6 +78,7 @@ CudaDriver::CudaDriver() {
   find(cuModuleGetFunction_, "cuModuleGetFunction");
   find(cuLaunchKernel_, "cuLaunchKernel");
   find(cuGetErrorString_, "cuGetErrorString");
+  cuLaunchKernelEx_ = reinterpret_cast<decltype(cuLaunchKernelEx_)>(find_symbol(library, "cuLaunchKernelEx"));
   check(cuInit_(0), "cuInit");
 }
 
@@ -98,9 +117,16 @@ void* CudaDriver::load(void* context, const std::string& cubin, const std::strin
 }
 
 void CudaDriver::launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params,
-                        uint32 shared_bytes) const {
+                        uint32 shared_bytes, bool overlaps) const {
   const CurrentContext current(cuCtxGetCurrent_, cuCtxPushCurrent_, cuCtxPopCurrent_, context);
   check(current.status(), "cuCtxPushCurrent");
+  if (overlaps && cuLaunchKernelEx_) {
+    static_assert(sizeof(LaunchConfig) == 56, "as in cuda.h");
+    LaunchAttribute attribute = {kProgrammaticStreamSerialization, {}, 1, {}};
+    const LaunchConfig config = {{grid, 1, 1}, {block, 1, 1}, shared_bytes, stream, &attribute, 1};
+    check(cuLaunchKernelEx_(&config, function, params, nullptr), "cuLaunchKernelEx");
+    return;
+  }
   check(cuLaunchKernel_(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, params, nullptr), "cuLaunchKernel");
 }
 

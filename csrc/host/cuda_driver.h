@@ -21,11 +21,15 @@ class CudaDriver {
   void* primary_context(int device) const;
   // The kernel `name` of a cubin. Never unloaded: captured graphs may hold it.
   void* load(void* context, const std::string& cubin, const std::string& name) const;
-  // shared_bytes: of shared memory, beside what the kernel declares.
+  // shared_bytes: of shared memory, beside what the kernel declares. overlaps: the kernel may begin while the one
+  // before it in the stream runs, if that allows it (programmatic dependent launch: cuda/launch.cuh). No effect with
+  // drivers before CUDA 11.8; captured into a graph it needs CUDA 12.3.
   void launch(void* context, void* function, uint32 grid, uint32 block, void* stream, void** params,
-              uint32 shared_bytes = 0) const;
+              uint32 shared_bytes = 0, bool overlaps = false) const;
 
  private:
+  struct LaunchConfig;
+
   CudaDriver();
   void check(int status, const char* what) const;
 
@@ -39,6 +43,7 @@ class CudaDriver {
   int (*cuModuleLoadData_)(void**, const void*);
   int (*cuModuleGetFunction_)(void**, void*, const char*);
   int (*cuLaunchKernel_)(void*, uint32, uint32, uint32, uint32, uint32, uint32, uint32, void*, void**, void**);
+  int (*cuLaunchKernelEx_)(const LaunchConfig*, void*, void**, void**);  // null where the driver has none
   int (*cuGetErrorString_)(int, const char**);
 };
 

@@ -75,11 +75,11 @@ void RepeatedStep::launch_on(py::object stream_of, py::object device) {
 }
 
 void RepeatedStep::add(Table* table, Hypers* hypers, void* args, void* context, void* function, uint32 grid,
-                       size_t capacity) {
+                       size_t capacity, bool overlaps) {
   if (!table != !hypers)
     throw std::invalid_argument("RepeatedStep.add: got one of table and hypers, expected both or neither");
   Table::check_capacity(capacity);
-  launches_.push_back({table, hypers, args, context, function, grid, capacity});
+  launches_.push_back({table, hypers, args, context, function, grid, capacity, overlaps});
 }
 
 void RepeatedStep::exchange(py::object exchange) {
@@ -156,7 +156,8 @@ void RepeatedStep::launch_range(size_t begin, size_t end, void* stream) const {
     const Launch& each = launches_[i];
     if (!each.grid) continue;
     void* params[2] = {each.args, each.table ? each.table->packed() : nullptr};
-    CudaDriver::instance().launch(each.context, each.function, each.grid, kCudaThreads, stream, params);
+    CudaDriver::instance().launch(each.context, each.function, each.grid, kCudaThreads, stream, params, 0,
+                                  each.overlaps);
   }
 }
 

@@ -46,8 +46,9 @@ class RepeatedStep {
   void launch_on(pybind11::object stream_of, pybind11::object device);
   // In the order in which the kernels are launched. table, hypers: null for a kernel that takes no step table; else
   // hypers are of the table's rule. args: PassArgs, as they were for the last step. capacity: bytes of step table that
-  // the kernel takes as a parameter.
-  void add(Table* table, Hypers* hypers, void* args, void* context, void* function, uint32 grid, size_t capacity);
+  // the kernel takes as a parameter. overlaps: as CudaDriver::launch.
+  void add(Table* table, Hypers* hypers, void* args, void* context, void* function, uint32 grid, size_t capacity,
+           bool overlaps);
   // exchange: () -> None, what this process does with others on the current stream when all kernels added so far have
   // been launched, and before any added later is. At most one.
   void exchange(pybind11::object exchange);
@@ -75,6 +76,7 @@ class RepeatedStep {
     void* function;
     uint32 grid;
     size_t capacity;
+    bool overlaps;
   };
 
   bool asks_as_before() const;  // for the same backend

@@ -67,6 +67,8 @@ class Device:
         self.table_sizes: tuple[int, ...] = (nvrtc.SMALL_TABLE,)
         if _C.cuda_driver_version() >= 12010 and properties.major >= 7:
             self.table_sizes += (nvrtc.MEDIUM_TABLE, nvrtc.LARGE_TABLE)
+        self.overlaps = _C.cuda_driver_version() >= 12030 and properties.major >= 9
+        """Whether a launch may begin while the one before it runs, in captured graphs too."""
         self.functions: dict[nvrtc.KernelSpec, int] = {}
 
     def function(self, kernel: nvrtc.KernelSpec) -> int:
@@ -190,7 +192,23 @@ def _upload_step_table(bucket: Bucket, tables: DeviceTables) -> None:
 def _launch(name: str, bucket: Bucket, tables: DeviceTables) -> None:
     context, function, grid = bucket.launches[name]
     if grid:
-        _C.cuda_launch(context, function, grid, tables.stream, bucket.args, bucket.table if bucket.capacity else None)
+        table = bucket.table if bucket.capacity else None
+        _C.cuda_launch(context, function, grid, tables.stream, bucket.args, table, _overlaps(name, bucket, tables))
+
+
+def _overlaps(name: str, bucket: Bucket, tables: DeviceTables) -> bool:
+    """Whether this launch of a step may begin while the norm pass runs (programmatic dependent launch).
+
+    Its blocks load what they can, then wait for the end of the norm pass (``cuda/launch.cuh``). So the launch directly
+    before it must be the norm pass's last one, and that one must finish the norm: nothing is exchanged in between. What
+    they load early (tables, gradients, parameters, states, a tensor lr) was final before the norm pass began, which
+    itself is launched in the order of the stream.
+    """
+    last = tables.buckets[-1]
+    if bucket is not tables.buckets[0] or name != bucket.phases(("update",))[0] or "norm" not in last.launches:
+        return False
+    *_, norm_blocks = last.launches["norm"]
+    return bool(norm_blocks and last.args.finalize) and _device(tables.device.index).overlaps
 
 
 def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple[Any, ...]] | None:
@@ -201,7 +219,10 @@ def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple[Any, .
     if not all(bucket.capacity for bucket in tables.buckets):
         return None
     return [
-        (bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
+        (
+            *(bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity),
+            _overlaps(name, bucket, tables),
+        )
         for step in passes
         for bucket in tables.buckets
         for name in bucket.phases((step,))
@@ -215,15 +236,15 @@ def norm(tables: DeviceTables, finalize: bool = True) -> None:
 
 
 def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
-    _, _, args, context, function, grid, _ = finalize_launch(tables)
+    _, _, args, context, function, grid, *_ = finalize_launch(tables)
     args.partials, args.num_partials = gathered.data_ptr(), gathered.shape[0]
-    _C.cuda_launch(context, function, grid, tables.stream, args, None)
+    _C.cuda_launch(context, function, grid, tables.stream, args, None, False)
 
 
 def finalize_launch(tables: DeviceTables) -> tuple[Any, ...]:
     """Of ``finalize_norm``, for ``_C.RepeatedStep.add``; its PassArgs, a copy, lack where what was gathered stands."""
     device = _device(tables.device.index)
-    return None, None, tables.buckets[0].args.copy(), device.context, device.function(nvrtc.FINALIZE), 1, 0
+    return None, None, tables.buckets[0].args.copy(), device.context, device.function(nvrtc.FINALIZE), 1, 0, False
 
 
 def update(tables: DeviceTables) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -139,21 +140,33 @@ def time_stages(
 class DeviceStep:
     """The device work of one step."""
 
-    ms: float = 0.0  # sum over kernels, copies and fills; gaps between them are not in it
+    ms: float = 0.0  # in which kernels, copies and fills ran: gaps are not in it, and where two overlap it counts once
     kernels: int = 0
     memory_operations: int = 0
     names: list[str] = field(default_factory=list)  # of the kernels
 
 
+def device_work(events: list[dict]) -> Iterator[tuple[dict, float]]:
+    """Kernels, copies and fills of a Chrome trace in their order, each with the µs of it that none before it covers.
+
+    A kernel may begin while the one before it runs (programmatic dependent launch), to wait for its end.
+    """
+    work = [event for event in events if event.get("cat") == KERNEL or event.get("cat") in MEMORY_OPERATIONS]
+    end = -math.inf
+    for event in sorted(work, key=lambda event: float(event["ts"])):
+        begin, duration = float(event["ts"]), float(event["dur"])
+        yield event, max(0.0, duration - max(0.0, end - begin))
+        end = max(end, begin + duration)
+
+
 def split_steps(events: list[dict]) -> list[DeviceStep]:
     """Device work between the markers of a Chrome trace; what precedes the first marker belongs to no step."""
-    work = [event for event in events if event.get("cat") == KERNEL or event.get("cat") in MEMORY_OPERATIONS]
     steps: list[DeviceStep] = []
-    for event in sorted(work, key=lambda event: float(event["ts"])):
+    for event, us in device_work(events):
         if MARKER in event["name"]:
             steps.append(DeviceStep())
         elif steps:
-            steps[-1].ms += float(event["dur"]) / US_PER_MS
+            steps[-1].ms += us / US_PER_MS
             if event["cat"] == KERNEL:
                 steps[-1].kernels += 1
                 steps[-1].names.append(event["name"])

@@ -20,7 +20,7 @@ from fusedopt.bench.checks import check
 from fusedopt.bench.contracts import Case, build
 from fusedopt.bench.runner import measure_cases
 from fusedopt.bench.suites import suites
-from fusedopt.bench.timing import split_steps
+from fusedopt.bench.timing import device_work, split_steps
 from fusedopt.bench.workloads import FORMATS, WORKLOADS, Model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,22 +229,30 @@ def test_split_steps_counts_device_work_between_markers_only():
     marker = "void at::native::elementwise_kernel<128, 4, at::native::bitwise_not_kernel_cuda(at::TensorIteratorBase&)>"
     steps = split_steps(
         [
-            event("kernel", "update", 100, 4000),  # out of order, as traces are
+            event("kernel", "update", 1100, 4000),  # out of order, as traces are
             event("kernel", "clone", 0, 10),  # before the first marker
-            event("kernel", marker, 20, 500),
+            event("kernel", marker, 20, 10),
             event("kernel", "norm", 50, 1000),
             event("gpu_memset", "Memset (Device)", 40, 2),
             event("gpu_user_annotation", "Optimizer.step#AdamW.step", 40, 9000),
             event("cuda_runtime", "cudaLaunchKernel", 30, 8),
             {"ph": "M", "name": "process_name"},
-            event("kernel", marker, 5000, 500),
-            event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 5600, 3),
-            event("kernel", "update", 5700, 4100),
+            event("kernel", marker, 6000, 500),
+            event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 6600, 3),
+            event("kernel", "update", 6700, 4100),
         ]
     )
     assert [step.ms for step in steps] == pytest.approx([5.002, 4.103])
     assert [step.kernels for step in steps] == [2, 1]
     assert [step.memory_operations for step in steps] == [1, 1]
+
+
+def test_time_in_which_kernels_overlap_counts_once():
+    """As where the update waits for the norm pass, or ends before it."""
+    begin = 1.7e15  # as traces count, in which half a microsecond is hardly left
+    durations = ((0, 10), (4, 20), (5, 1), (30, 2))
+    work = [event("kernel", f"{i}", begin + start, duration) for i, (start, duration) in enumerate(durations)]
+    assert [us for _, us in device_work(work[::-1])] == [10, 14, 0, 2]
 
 
 @pytest.mark.parametrize("name", FORMATS)

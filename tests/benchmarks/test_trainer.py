@@ -100,7 +100,8 @@ def test_time_limit_ends_training_between_two_steps(make, monkeypatch):
 
 
 def test_device_work_of_the_tails_is_added_up(monkeypatch):
-    work = [{"cat": "kernel", "dur": 20}, {"cat": "gpu_memset", "dur": 5.5}, {"cat": "cpu_op", "dur": 100}, {}]
+    work = [{"cat": "kernel", "ts": 0, "dur": 20}, {"cat": "gpu_memset", "ts": 30, "dur": 5.5}]
+    work += [{"cat": "cpu_op", "ts": 0, "dur": 100}, {}]
     monkeypatch.setattr(trainer, "trace_events", lambda profile: work)
     monkeypatch.setattr(torch.profiler, "profile", MagicMock())  # of a GPU
     entry = trainer.Measured("fusedopt", trainer.StandIn("fusedopt", CASE))

@@ -134,7 +134,7 @@ def _any_call(rng: random.Random, call: Calls, table: _C.Table, hypers: _C.Hyper
             *ints(1), number(rng), *ints(1),
         ),
         "cuda_upload": (_C.cuda_upload, *ints(4), some(table), rng.choice((0, 8, 2**40, -1)), *ints(2)),
-        "cuda_launch": (_C.cuda_launch, *ints(4), some(args), rng.choice((table, None, 5))),
+        "cuda_launch": (_C.cuda_launch, *ints(4), some(args), rng.choice((table, None, 5)), some(True)),
         "cuda_driver_version": (_C.cuda_driver_version,),
         "cuda_primary_context": (_C.cuda_primary_context, *ints(1)),
         "cuda_load": (_C.cuda_load, *ints(1), some("cubin"), some("entry")),
@@ -406,6 +406,7 @@ def _repetition(rng: random.Random, call: Calls, memory: Memory) -> None:
             0,
             0,
             capacity,
+            rng.random() < 0.5,
         )
         call("RepeatedStep.exchange", step.exchange, _maybe(rng, lambda: hostile(rng), 0.1))
     del watch, table, hypers

@@ -92,9 +92,9 @@ def with_launches(params, exchange):
     )
     step.launch_on(lambda index: 0, tables.device.index)
     [bucket] = tables.buckets
-    step.add(bucket.table, bucket.hypers, bucket.args, 0, 0, 0, 3840)
+    step.add(bucket.table, bucket.hypers, bucket.args, 0, 0, 0, 3840, False)
     step.exchange(exchange)
-    step.add(None, None, bucket.args.copy(), 0, 0, 0, 0)
+    step.add(None, None, bucket.args.copy(), 0, 0, 0, 0, False)
     return opt, step, bucket
 
 
@@ -121,7 +121,7 @@ def test_launches_that_do_not_fit(device):
         step.exchange(lambda: None)
     for pair in ((bucket.table, None), (None, bucket.hypers)):
         with pytest.raises(ValueError, match="expected both or neither"):
-            step.add(*pair, bucket.args, 0, 0, 0, 0)
+            step.add(*pair, bucket.args, 0, 0, 0, 0, False)
 
 
 def test_copies_of_arguments():

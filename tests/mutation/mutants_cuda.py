@@ -222,4 +222,15 @@ MUTANTS = [
         "args.first_partial = 0",
         ("tests/optim/test_clip.py::test_norm_covers_all_dtypes_groups_and_layouts[{device}]",),
     ),
+    mutant(
+        "cuda-norm-not-awaited",
+        "the update that begins while the norm pass runs does not wait for its end",
+        "csrc/cuda/launch.cuh",
+        'asm volatile("griddepcontrol.wait;" ::: "memory");',
+        "",
+        tuple(
+            f"tests/backends/test_overlap.py::test_same_bits_as_one_after_the_other[{case}]"
+            for case in ("adamw-captured", "large-repeated")
+        ),
+    ),
 ]
