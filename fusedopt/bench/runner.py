@@ -20,6 +20,7 @@ from . import accumulation, contracts, graphs, peers, timing
 from .accumulation import AccumulationCase, MicroBatches, StagedTail
 from .checks import check
 from .contracts import Case, Tail, reported_name
+from .journal import DeviceLost, Journal
 from .report import Row
 from .workloads import WORKLOADS, Model
 
@@ -98,10 +99,6 @@ class Measured:
     temporary_bytes: int | None = None  # that a step takes for its own time
 
 
-class DeviceLost(RuntimeError):
-    """An error after which no kernel runs any more in this process."""
-
-
 class Runner:
     """Measures cases on one device."""
 
@@ -110,6 +107,7 @@ class Runner:
         self.device = device
         self.repeats = repeats
         self.chosen = chosen
+        self.journal = Journal()
         forget_modules()
         self.copy_gbps = [self.measure_copy()]
         self.caches = timing.Caches(device)
@@ -166,19 +164,27 @@ class Runner:
         return group
 
     def _attempt(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
+        turn = str(case), reported_name(entry.library, self.device)
+        if reason := self.journal.why_not(*turn):
+            return Measured(entry.library, error=reason)
+        with self.journal.running(*turn):
+            return self._turn(stage, entry, case, model)
+
+    def _turn(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
         begin = time.monotonic()
         try:
             stage(entry, case, model)
             entry.seconds.append(time.monotonic() - begin)
             return entry
-        except Exception as error:  # whatever it is, the other libraries' figures still count
+        except (Exception, SystemExit) as error:  # whatever it is, the other libraries' figures still count
             text = f"{type(error).__name__}: {error}"
         entry.tail = None
         try:
             timing.synchronize(self.device)
             free_memory()
         except RuntimeError as error:
-            raise DeviceLost(f"{case}: {reported_name(entry.library, self.device)} failed: {text}") from error
+            library = reported_name(entry.library, self.device)
+            raise DeviceLost(f"the device is lost since {library} raised {text}") from error
         return Measured(entry.library, error=text)
 
     def _is_chosen(self, library: str) -> bool:
@@ -406,7 +412,7 @@ def measure_cases(
                 left_out.append(str(case))
             except DeviceLost as error:
                 deadline = 0.0
-                rows.append(runner.skipped_row(case, "") | {"error": f"the device is lost: {error}", "skipped": None})
+                rows.append(runner.skipped_row(case, "") | {"error": str(error), "skipped": None})
             keep(rows)
         progress.advance(task)
     model = None
