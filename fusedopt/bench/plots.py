@@ -17,6 +17,9 @@ from .suites import make_case
 MIN_ROOFLINE_BYTES = 100_000_000
 """Moved in a step: of smaller ones launches are a part, and the caches."""
 
+MAX_BARS = 36
+"""Of the plot of memory."""
+
 _OURS = {"fusedopt-cuda": "#0b5fa5", "fusedopt-cpu": "#0b5fa5", "fusedopt-triton": "#39a0ed"}
 _COLOURS = _OURS | {
     "fusedopt-captured": "#5e3c99",
@@ -190,10 +193,18 @@ def efficiency_by_size(axes, rows: Rows, result: Row) -> bool:
     axes.set(xscale="log", ylim=(0, max(105, 1.05 * max(y for line in series.values() for _, y in line))))
     axes.set_xlabel("parameters, in one tensor")
     axes.set_ylabel("share of the copy floor, %")
-    formats = sorted({f"{row['optimizer']} {row['format']}" for row in shown})
-    axes.set_title(f"Efficiency by size: {', '.join(formats)}", loc="left")
+    axes.set_title(f"Efficiency by size: {_kinds_by_size(shown)}", loc="left")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return True
+
+
+def _kinds_by_size(rows: Rows) -> str:
+    """The optimizer and format of most sizes, and from which size on it is another one."""
+    smallest: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row["params"]):
+        smallest.setdefault(f"{row['optimizer']} {row['format']}", row["params"])
+    (first, _), *others = smallest.items()
+    return first + "".join(f"; {kind} at {size:.0e}".replace("e+0", "e") for kind, size in others)
 
 
 def host_time_by_tensors(axes, rows: Rows, result: Row) -> bool:
@@ -222,6 +233,12 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
     bars = bars or {
         f"{row['optimizer']} {row['format']}: {row['library']}": row for row in rows if row.get("state_bytes")
     }
+    if len(bars) > MAX_BARS:  # captured steps keep what others keep, and other rules have other numbers of states
+        bars = {
+            name: row
+            for name, row in bars.items()
+            if row["optimizer"] == "adamw" and not str(row["library"]).endswith("-captured")
+        }
     if not bars:
         return False
     names = sorted(bars, key=lambda name: (_bytes(bars[name])["total"], name), reverse=True)
@@ -240,6 +257,7 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
     axes.figure.set_size_inches(8.6, max(3.0, 1.4 + 0.27 * len(names)))
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlim(0, 1.08 * max(left))  # room for the totals
+    axes.margins(y=0.01)
     axes.set_xlabel("bytes per parameter")
     axes.set_title("Memory per parameter", loc="left")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -247,7 +265,7 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
 
 
 def time_by_library(axes, rows: Rows, result: Row) -> bool:
-    """Time of a step in each library, of the largest workload with cases that several libraries ran."""
+    """Time of a step in each library, of the workload with most cases that several libraries ran, and the largest."""
     time = _time(result)
     cases: dict[tuple[int, str, str, str], Rows] = {}
     for row in rows:
@@ -257,7 +275,8 @@ def time_by_library(axes, rows: Rows, result: Row) -> bool:
     compared = {key: one for key, one in cases.items() if len({row["library"] for row in one}) > 1}
     if not compared:
         return False
-    largest = max(params for params, *_ in compared)
+    sizes = [params for params, *_ in compared]
+    largest = max(sizes, key=lambda params: (sizes.count(params), params))
     shown = [one for (params, *_), one in compared.items() if params == largest]
     heights = _grouped_bars(axes, shown, time)
     axes.figure.set_size_inches(8.6, 1.6 + 0.19 * heights)

@@ -85,6 +85,10 @@ class BenchRunner(Runner):
         wanted = [name for name in peers.offered(case, self.device) if name in self.against]
         return [name for name in wanted if peers.why_missing(name) is None]
 
+    def _is_traced(self, case: Case) -> bool:
+        """Not where the number of tensors varies: that is about the host, and traces of 10,000 tensors take long."""
+        return not case.workload.startswith("tensors-")
+
     def _own(self, case: Case) -> list[str]:
         return [*contracts.offered(case, self.device), *contracts.other_backends(self.device)]
 

@@ -177,6 +177,12 @@ def test_foreach_stands_in_where_torch_has_no_fused_step():
     assert "torch-foreach" not in bench.libraries(make_case("tiny", "adamw", "fp32", "step"))
 
 
+def test_steps_of_many_tensors_are_not_traced():
+    bench = BenchRunner(CPU, SHORT, (), ())
+    traced = [bench._is_traced(make_case(name, "adamw", "fp32", "step")) for name in ("tensors-1000", "size-1e3")]
+    assert traced == [False, True]
+
+
 def test_speedups_are_over_the_fastest_other_library():
     names = {"workload": "tiny", "optimizer": "adamw", "format": "fp32", "contract": "step"}
     times = {"fusedopt-cuda": 2.0, "torch-fused": 5.0, "apex": 3.0, "optimi": None}
