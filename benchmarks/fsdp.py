@@ -293,7 +293,7 @@ def measure(
     caches = timing.Caches(device)
     if device.type == "cuda":
         timing.start_profiler(caches)
-    gbps = timing.copy_gbps(device, repeats.copy_bytes, 15)
+    gbps = timing.copy_gbps(device, repeats.copy_bytes, 15, sharing(device))
     entries = [LIBRARIES[library](params) for library in libraries]
     progress(f"{workload.name}: one step of each library, to compare them")
     check(entries, model, device)
@@ -311,6 +311,11 @@ def measure(
         rows[entry.library] = row_of(entry, workload, params, gbps, device)
         tell(rows[entry.library])
     return list(rows.values())
+
+
+def sharing(device: torch.device) -> int:
+    """Processes that share this one's memory: those of its host, but GPUs belong to one each."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
 
 
 def warm_up(entry: Entry, model: Chain, device: torch.device) -> None:

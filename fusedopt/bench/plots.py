@@ -20,6 +20,9 @@ MIN_ROOFLINE_BYTES = 100_000_000
 MAX_BARS = 36
 """Of the plot of memory."""
 
+MAX_CASES = 12
+"""Of the plot of times: the first ones of the results."""
+
 _OURS = {"fusedopt-cuda": "#0b5fa5", "fusedopt-cpu": "#0b5fa5", "fusedopt-triton": "#39a0ed"}
 _COLOURS = _OURS | {
     "fusedopt-captured": "#5e3c99",
@@ -278,7 +281,7 @@ def time_by_library(axes, rows: Rows, result: Row) -> bool:
     sizes = [params for params, *_ in compared]
     largest = max(sizes, key=lambda params: (sizes.count(params), params))
     shown = [one for (params, *_), one in compared.items() if params == largest]
-    heights = _grouped_bars(axes, shown, time)
+    heights = _grouped_bars(axes, shown[:MAX_CASES], time)
     axes.figure.set_size_inches(8.6, 1.6 + 0.19 * heights)
     axes.set_xlabel(
         f"{'GPU' if time == 'gpu_ms' else 'wall'} time of a step, ms; black: what a copy of the bytes takes"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -353,11 +351,7 @@ def total_bytes(device: torch.device) -> int:
     """Memory of the device; of the host's, what is free."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return timing.free_bytes(device)
 
 
 def _median(values: list[float]) -> float | None:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter_ns
 
 import numpy as np
@@ -23,6 +24,9 @@ BYTES_PER_MIB = 1 << 20
 DEVICE_EVICTION_BYTES = 256 * BYTES_PER_MIB
 HOST_EVICTION_BYTES = 64 * BYTES_PER_MIB
 CACHE_LINE_BYTES = {"cuda": 128, "cpu": 64}
+
+# Of the free memory, for the arrays of all processes that measure its bandwidth at once.
+COPY_SHARE = 0.25
 
 # Name of the kernel that goes before each step of a trace and tells steps apart. No optimizer uses it.
 MARKER = "bitwise_not"
@@ -218,20 +222,35 @@ def span_ms(step: Step, prepare: Step, repeats: int) -> float:
     return begin.elapsed_time(end) / repeats
 
 
-def copy_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
-    """Copy bandwidth in GB/s (10^9 bytes), bytes read plus bytes written, median of ``repeats`` timings."""
-    source, target = _arrays(device, nbytes, 2)
+def copy_gbps(device: torch.device, nbytes: int, repeats: int, processes: int = 1) -> float:
+    """Copy bandwidth in GB/s (10^9 bytes), bytes read plus bytes written, median of ``repeats`` timings.
+
+    nbytes: of one array, less where ``processes`` that share the memory would take more of it than ``COPY_SHARE``.
+    """
+    source, target = _arrays(device, nbytes, 2, processes)
     return _bandwidth(lambda: target.copy_(source), 2 * source.nbytes, device, repeats)
 
 
 def triad_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
     """Bandwidth of a = b + s c in GB/s as STREAM counts it: two arrays of ``nbytes`` read, one written."""
-    first, second, target = _arrays(device, nbytes, 3)
+    first, second, target = _arrays(device, nbytes, 3, 1)
     return _bandwidth(lambda: torch.add(first, second, alpha=3.0, out=target), 3 * first.nbytes, device, repeats)
 
 
-def _arrays(device: torch.device, nbytes: int, count: int) -> list[torch.Tensor]:
+def _arrays(device: torch.device, nbytes: int, count: int, processes: int) -> list[torch.Tensor]:
+    nbytes = min(nbytes, int(COPY_SHARE * free_bytes(device)) // (count * processes))
     return [torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_() for _ in range(count)]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody has taken yet."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _bandwidth(move: Step, nbytes: int, device: torch.device, repeats: int) -> float:
