@@ -217,9 +217,9 @@ def _lion_pytorch_step(case: Case, params: Params) -> Tail:
 
 def _clipped(library: str, tail: Tail, params: Params) -> Tail:
     """Clipping before the step: apex's own, torch's for the others."""
-    clip = clip_grad_norm_
+    clip: Callable[[Params, float], object] = clip_grad_norm_
     if library == "apex":
-        from apex.contrib.clip_grad import clip_grad_norm_ as clip
+        clip = importlib.import_module("apex.contrib.clip_grad").clip_grad_norm_
 
     def run() -> None:
         clip(params, MAX_NORM)
@@ -333,8 +333,8 @@ def version(library: str) -> str:
 def refuse_beyond_limit(library: str, params: Params) -> None:
     """Raises: RuntimeError: a parameter is larger than the library can take without ending the process."""
     limit = LIMITS.get(library)
-    for i, param in enumerate(params if limit else ()):
-        if param.numel() > limit.elements:
+    for i, param in enumerate(params):
+        if limit and param.numel() > limit.elements:
             raise RuntimeError(
                 f"not run: {library} would end the process: params[{i}] has {param.numel():,} elements, expected at "
                 f"most {limit.elements:,}; {limit.reason}"

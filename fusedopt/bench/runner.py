@@ -197,6 +197,7 @@ class Runner:
 
     def build(self, library: str, case: Case, model: Model) -> Tail:
         if isinstance(case, AccumulationCase):
+            assert isinstance(model, MicroBatches)
             return accumulation.build(library, case, model)
         if library in graphs.LIBRARIES:
             return graphs.build(library, case, model.params)
@@ -209,6 +210,7 @@ class Runner:
 
     def check(self, case: Case, tail: Tail, model: Model) -> float:
         if isinstance(case, AccumulationCase):
+            assert isinstance(model, MicroBatches) and isinstance(tail, StagedTail)
             return accumulation.check(case, tail, model)
         return check(case, tail, model)
 
@@ -253,36 +255,37 @@ class Runner:
         for param in model.params:
             param.grad = None
         before = self._memory()
-        entry.tail = self.build(entry.library, case, model)
-        entry.error_ratio = self.check(case, entry.tail, model)
+        tail = entry.tail = self.build(entry.library, case, model)
+        entry.error_ratio = self.check(case, tail, model)
         for _ in range(WARM_UP_STEPS):
             timing.synchronize(self.device)
             begin = time.monotonic()
-            entry.tail.backward(model)
-            entry.tail()
+            tail.backward(model)
+            tail()
             timing.synchronize(self.device)
             entry.step_seconds = time.monotonic() - begin
-        if entry.tail.optimizer is not None:
-            self._measure_memory(entry, model, before)
+        if tail.optimizer is not None:
+            self._measure_memory(entry, tail, model, before)
 
-    def _measure_memory(self, entry: Measured, model: Model, before: int) -> None:
+    def _measure_memory(self, entry: Measured, tail: Tail, model: Model, before: int) -> None:
         if self.device.type != "cuda":
-            entry.state_bytes = contracts.state_bytes(entry.tail.optimizer)
+            entry.state_bytes = contracts.state_bytes(tail.optimizer)
             return
-        entry.tail.backward(model)
+        tail.backward(model)
         timing.synchronize(self.device)
         given = [] if isinstance(model, MicroBatches) else model.params  # whose gradients were there before
         gradients = sum(param.grad.nbytes for param in given if param.grad is not None)
-        static = sum(gradient.nbytes for gradient in entry.tail.gradients or ())
+        static = sum(gradient.nbytes for gradient in tail.gradients or ())
         begin = self._memory()
         torch.cuda.reset_peak_memory_stats(self.device)
-        entry.tail()
+        tail()
         timing.synchronize(self.device)
         entry.temporary_bytes = torch.cuda.max_memory_allocated(self.device) - begin
         entry.state_bytes = max(0, begin - before - max(gradients, static))
 
     def _measure(self, entry: Measured, case: Case, model: Model) -> None:
         tail, caches, repeats = entry.tail, self.caches, self.repeats.within_time(entry.step_seconds)
+        assert tail is not None, "a turn before the preparation"
 
         def backward() -> None:
             tail.backward(model)
@@ -383,7 +386,8 @@ def measure_cases(
     """
     rows: list[Row] = []
     left_out: list[str] = []
-    model, subject = None, None
+    model: Model | None = None
+    subject: object = None
     task = progress.add_task("", total=len(cases))
     for case in cases:
         progress.update(task, description=str(case))
@@ -393,7 +397,7 @@ def measure_cases(
             rows.append(runner.skipped_row(case, reason))
         else:
             try:
-                if subject != runner.model_key(case):
+                if model is None or subject != runner.model_key(case):
                     subject, model = runner.model_key(case), None  # two models might not fit into memory
                     free_memory()
                     model = runner.make_model(case)

@@ -146,7 +146,7 @@ def resumed(path: Path, device: torch.device) -> Row:
     Raises:
         ValueError: there is no such file, or it is of another device, torch or commit.
     """
-    result = {"copy_gbps_start_end": [], "ended_the_process": [], "seconds": 0.0} | load(path)
+    result: Row = {"copy_gbps_start_end": [], "ended_the_process": [], "seconds": 0.0} | load(path)
     here = environment(device)
     for key in ("device", "torch", "commit", "fusedopt"):
         if result.get(key) != here[key]:

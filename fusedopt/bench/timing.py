@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,28 +37,33 @@ KERNEL, MEMORY_OPERATIONS = "kernel", ("gpu_memcpy", "gpu_memset")
 
 Step = Callable[[], object]
 
+Event = dict[str, Any]
+"""Of a Chrome trace."""
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def start_clock(device: torch.device) -> Callable[[Callable], float]:
+def start_clock(device: torch.device) -> Moment:
     """A point in the device's time; called with a later one it returns milliseconds, once the device is done."""
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        return _Moment(event.elapsed_time, event)
+        return Moment(event.elapsed_time, event)
     now = perf_counter_ns()
-    return _Moment(lambda later: (later - now) / NS_PER_MS, now)
+    return Moment(lambda later: (later - now) / NS_PER_MS, now)
 
 
 @dataclass(frozen=True)
-class _Moment:
-    until: Callable[[object], float]
-    at: object
+class Moment:
+    """Of one device, in its own units."""
 
-    def __call__(self, later: _Moment) -> float:
+    until: Callable[[Any], float]
+    at: Any
+
+    def __call__(self, later: Moment) -> float:
         return self.until(later.at)
 
 
@@ -149,7 +155,7 @@ class DeviceStep:
     names: list[str] = field(default_factory=list)  # of the kernels
 
 
-def split_steps(events: list[dict]) -> list[DeviceStep]:
+def split_steps(events: list[Event]) -> list[DeviceStep]:
     """Device work between the markers of a Chrome trace; what precedes the first marker belongs to no step."""
     work = [event for event in events if event.get("cat") == KERNEL or event.get("cat") in MEMORY_OPERATIONS]
     steps: list[DeviceStep] = []
@@ -165,13 +171,14 @@ def split_steps(events: list[dict]) -> list[DeviceStep]:
     return steps
 
 
-def trace_events(prof: torch.profiler.profile) -> list[dict]:
+def trace_events(prof: torch.profiler.profile) -> list[Event]:
     """The events of a finished profile, by way of its Chrome trace: a form that is alike in all torch versions."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trace.json")
         prof.export_chrome_trace(path)
         with open(path, encoding="utf-8", errors="replace") as file:
-            return json.loads(file.read(), strict=False)["traceEvents"]  # kernel names may hold control characters
+            events: list[Event] = json.loads(file.read(), strict=False)["traceEvents"]
+            return events  # kernel names may hold control characters
 
 
 @dataclass
@@ -219,7 +226,7 @@ def span_ms(step: Step, prepare: Step, repeats: int) -> float:
         step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / repeats
+    return float(begin.elapsed_time(end)) / repeats
 
 
 def copy_gbps(device: torch.device, nbytes: int, repeats: int, processes: int = 1) -> float:
@@ -267,7 +274,7 @@ def _device_ms(move: Step) -> float:
         move()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / moves
+    return float(begin.elapsed_time(end)) / moves
 
 
 def _host_ms(move: Step) -> float:
