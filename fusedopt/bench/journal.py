@@ -103,6 +103,9 @@ def supervise(arguments: Sequence[str], path: Path, deadline: float, resume: boo
         resume: whether the first process goes on from an earlier run's file.
     """
     interrupts: list[int] = []
+    ended: list[tuple[str, str]] = []
+    if resume and (last := Journal(path).read()):
+        ended.append((last.case, last.library))  # by an earlier run: a child that leaves the entry refuses that file
 
     def stop(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
@@ -119,8 +122,9 @@ def supervise(arguments: Sequence[str], path: Path, deadline: float, resume: boo
             )
             code = child.wait()
             turn = Journal(path).read()
-            if turn is None or interrupts:
+            if turn is None or interrupts or (turn.case, turn.library) in ended:
                 return _own_exit_code(code)
+            ended.append((turn.case, turn.library))
             if turn.how == Turn.how:
                 turn = replace(turn, how=_how(code))
                 Journal(path).write(turn)

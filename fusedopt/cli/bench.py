@@ -68,7 +68,7 @@ def bench(context: click.Context, /, listing: bool, **options: Any) -> None:
         _run(plan, deadline, path, options)
     if options["against"]:
         _name_those_without_a_case(plan)
-    if not _supervise(context, plan, deadline, path):
+    if not _supervise(context, plan, deadline, path, options["resume"]):
         _run(plan, deadline, path, options)
 
 
@@ -94,8 +94,6 @@ class _Plan:
     repeats: Repeats
     against: tuple[str, ...]
     backends: tuple[str, ...]
-    earlier: Row | None
-    """Of the run that this one goes on with."""
 
 
 def _planned(options: dict[str, Any]) -> _Plan:
@@ -127,24 +125,24 @@ def _planned(options: dict[str, Any]) -> _Plan:
     repeats = QUICK if options["quick"] else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
     if options["rounds"]:
         repeats = replace(repeats, rounds=options["rounds"])
-    earlier = _earlier(options["json_path"], device_type) if options["resume"] else None
-    return _Plan(cases, device_type, repeats, against, options["backends"], earlier)
+    if options["resume"] and options["json_path"] is None:
+        raise click.UsageError("--resume goes on from a file; name it with --json")
+    return _Plan(cases, device_type, repeats, against, options["backends"])
 
 
-def _earlier(path: str | None, device_type: str) -> Row:
+def _earlier(path: Path, device_type: str) -> Row:
+    """The run to go on with. Asking for the device's name takes memory there: where there is a child, that does it."""
     import torch
 
     from ..bench.session import resumed
 
-    if path is None:
-        raise click.UsageError("--resume goes on from a file; name it with --json")
     try:
-        return resumed(Path(path), torch.device(device_type))
+        return resumed(path, torch.device(device_type))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--resume") from error
 
 
-def _supervise(context: click.Context, plan: _Plan, deadline: float, path: Path | None) -> bool:
+def _supervise(context: click.Context, plan: _Plan, deadline: float, path: Path | None, resume: bool) -> bool:
     """Runs all in a child process if libraries take part that might end it; False if there are none."""
     import torch
 
@@ -160,7 +158,7 @@ def _supervise(context: click.Context, plan: _Plan, deadline: float, path: Path 
         arguments = ["bench", *_as_arguments(context, replaced)]
         if context.color is not None:
             arguments += ["--color", "always" if context.color else "never"]
-        code = supervise(arguments, path, deadline, plan.earlier is not None)
+        code = supervise(arguments, path, deadline, resume)
     sys.exit(code)
 
 
@@ -255,8 +253,9 @@ def _run(plan: _Plan, deadline: float, path: Path | None, options: dict[str, Any
     command = options["supervised"]
     if command is not None:
         end_with_parent()
+    earlier = _earlier(path, plan.device_type) if path and options["resume"] else None
     runner = BenchRunner(torch.device(plan.device_type), plan.repeats, plan.against, plan.backends)
-    result = measure(runner, plan.cases, deadline, out, command or _command(), path, plan.earlier)
+    result = measure(runner, plan.cases, deadline, out, command or _command(), path, earlier)
     if options["supervised"] is not None and runner.journal.read():
         finish(failed=True)  # the device is lost: another process goes on
     print_rows(out, result["rows"])

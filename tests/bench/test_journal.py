@@ -210,6 +210,12 @@ def test_an_end_outside_of_every_turn_is_the_end(monkeypatch, path, capsys):
     assert "ended (SIGSEGV) outside of every library's turn" in capsys.readouterr().err
 
 
+def test_a_child_that_refuses_what_it_is_to_go_on_from_is_not_started_again(monkeypatch, path):
+    killed(path)()
+    code, commands = start(monkeypatch, path, lambda: 2, resume=True)
+    assert (code, commands) == (2, [["bench", "--resume"]])
+
+
 def test_an_interrupt_starts_nothing_anew_and_leaves_handlers_as_they_were(monkeypatch, path):
     def interrupted():
         os.kill(os.getpid(), signal.SIGINT)
