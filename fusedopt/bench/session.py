@@ -162,8 +162,11 @@ def _case_of(row: Row) -> str:
 
 
 def of_others(cases: list[Case], device: torch.device, against: Iterable[str]) -> list[str]:
-    """Those libraries of other projects than torch that are to be run and look installed, none of them imported."""
-    wanted = set(without_case(cases, device, against)) ^ set(against)
+    """Those libraries of other projects than torch that are to be run and look installed.
+
+    None is imported, and the device not touched: that is for the process that measures.
+    """
+    wanted = {name for case in cases for name in peers.offered(case, device)} & set(against)
     modules = {name: peers.MODULES[name][0].partition(".")[0] for name in peers.MODULES if name in wanted}
     return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 

@@ -66,8 +66,6 @@ def bench(context: click.Context, /, listing: bool, **options: Any) -> None:
     path = Path(options["json_path"]) if options["json_path"] else None
     if options["supervised"] is not None:
         _run(plan, deadline, path, options)
-    if options["against"]:
-        _name_those_without_a_case(plan)
     if not _supervise(context, plan, deadline, path, options["resume"]):
         _run(plan, deadline, path, options)
 
@@ -253,6 +251,8 @@ def _run(plan: _Plan, deadline: float, path: Path | None, options: dict[str, Any
     command = options["supervised"]
     if command is not None:
         end_with_parent()
+    if options["against"] and not options["resume"]:
+        _name_those_without_a_case(plan)
     earlier = _earlier(path, plan.device_type) if path and options["resume"] else None
     runner = BenchRunner(torch.device(plan.device_type), plan.repeats, plan.against, plan.backends)
     result = measure(runner, plan.cases, deadline, out, command or _command(), path, earlier)

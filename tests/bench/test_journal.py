@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusedopt.bench import journal, runner
+from fusedopt.bench import journal, peers, runner
 from fusedopt.bench.journal import DeviceLost, Journal, Turn, supervise
-from fusedopt.bench.session import BenchRunner, measure, resumed
+from fusedopt.bench.session import BenchRunner, measure, of_others, resolve_peers, resumed
 from fusedopt.bench.suites import make_case
 from fusedopt.bench.timing import synchronize
 
@@ -62,6 +62,19 @@ def test_a_run_goes_on_after_abort(tmp_path):
     assert result["ended_the_process"] == [{"case": case, "library": "lion-pytorch", "how": "SIGABRT"}]
     assert result["command"].endswith(f"--json {path} --color never")  # as it was given
     assert not list(tmp_path.glob("*.running"))
+
+
+def test_the_parent_neither_imports_libraries_nor_touches_the_device(monkeypatch):
+    def touched(*_):
+        raise AssertionError("the device was touched")
+
+    monkeypatch.setattr("fusedopt.bench.contracts.torch_fuses", touched)
+    monkeypatch.setitem(peers.MODULES, "lion-pytorch", ("antigravity",))  # which opens a browser
+    monkeypatch.setitem(peers.MODULES, "optimi", ("no_such_module",))
+    cases = [*CASES, make_case("tiny", "none", "bf16", "accumulate")]
+    assert of_others(cases, CPU, resolve_peers(("lion-pytorch,optimi,torch",))) == ["lion-pytorch"]
+    assert of_others(cases, CPU, resolve_peers(("torch",))) == []
+    assert "antigravity" not in sys.modules
 
 
 # ---- what is noted --------------------------------------------------------------------------------------------------
