@@ -72,6 +72,10 @@ class Workload:
     layers: int
     width: int
 
+    @property
+    def numel(self) -> int:
+        return self.layers * self.width * (self.width + 1)
+
 
 WORKLOADS = {
     each.name: each
@@ -293,7 +297,7 @@ def measure(
     caches = timing.Caches(device)
     if device.type == "cuda":
         timing.start_profiler(caches)
-    gbps = timing.copy_gbps(device, repeats.copy_bytes, 15)
+    gbps = timing.copy_gbps(device, repeats.copy_bytes, 15, sharing(device))
     entries = [LIBRARIES[library](params) for library in libraries]
     progress(f"{workload.name}: one step of each library, to compare them")
     check(entries, model, device)
@@ -311,6 +315,26 @@ def measure(
         rows[entry.library] = row_of(entry, workload, params, gbps, device)
         tell(rows[entry.library])
     return list(rows.values())
+
+
+def sharing(device: torch.device) -> int:
+    """Processes that share this one's memory: those of its host, but GPUs belong to one each."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
+
+
+def too_large(workload: Workload, device: torch.device, libraries: int) -> str | None:
+    """Why a workload cannot be measured, the same in all processes: the memory that those of a host need; None if it
+    fits.
+
+    Each has the whole model before it is sharded; then parts of parameters and gradients and, of each library, two
+    moments and a copy of the parameters.
+    """
+    parts = torch.float32.itemsize * workload.numel * sharing(device) // distributed.get_world_size()
+    whole = torch.float32.itemsize * workload.numel * sharing(device)
+    needed, there = max(whole, (3 + 3 * libraries) * parts), timing.free_bytes(device)
+    answer = [f"needs {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are free" if needed > there else None]
+    distributed.broadcast_object_list(answer, device=device)
+    return answer[0]
 
 
 def warm_up(entry: Entry, model: Chain, device: torch.device) -> None:
@@ -415,7 +439,11 @@ def main(
     report = Report(start(device), path)
     for i, name in enumerate(names, 1):
         deadline = begin + time_limit * i / len(names)  # each workload its share, and what those before it have left
-        if not is_over(deadline, report.device):
+        if is_over(deadline, report.device):
+            continue
+        if reason := too_large(WORKLOADS[name], report.device, len(libraries)):
+            report.skip(name, reason)
+        else:
             measure(WORKLOADS[name], report.device, QUICK if quick else FULL, report.add, deadline, libraries)
         gc.collect()
     report.finish(completely=monotonic() < begin + time_limit)
@@ -429,6 +457,7 @@ class Report:
     def __init__(self, device: torch.device, path: Path | None) -> None:
         self.device, self.path = device, path
         self._rows: dict[tuple, Row] = {}
+        self._skipped: dict[str, str] = {}
         self._console = Console()
         self._is_first = distributed.get_rank() == 0
 
@@ -439,6 +468,11 @@ class Report:
             figures = {key: row[key] for key in ("host_ms", "wall_ms", "gpu_ms", "nccl_ms", "floor_ms", "launches")}
             told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
             self._print(f"{row['workload']}  rank {row['rank']}  {row['library']:<14} {told}, {row['samples']} samples")
+        self._write(finished=False)
+
+    def skip(self, workload: str, reason: str) -> None:
+        self._skipped[workload] = reason
+        self._print(f"skipped {workload}: {reason}")
         self._write(finished=False)
 
     def finish(self, completely: bool) -> None:
@@ -459,7 +493,7 @@ class Report:
         if not self._is_first or self.path is None:
             return
         content = environment(self.device) | {"world_size": distributed.get_world_size(), "finished": finished}
-        content |= {"goals": self._goals(), "rows": list(self._rows.values())}
+        content |= {"skipped": self._skipped, "goals": self._goals(), "rows": list(self._rows.values())}
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(content, indent=2) + "\n")
         new.replace(self.path)

@@ -8,7 +8,8 @@ A marker names a file of ``benchmarks/results/`` and may choose rows, by any of 
     <!-- table: step-h100.json workload=llama-1.3B,gpt2-124M contract=clip_step -->
     <!-- end of table -->
 
-Every row is given the command that measures it again.
+The word ``if-there`` in a marker allows for a file that does not exist yet. Every row is given the command that
+measures it again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ PAGES = [ROOT / "docs" / name for name in ("performance.md", "offload.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 MARKER = re.compile(r"(<!-- table: (?P<file>\S+)(?P<filters>[^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+IF_THERE = "if-there"
 
 NAMES = ("workload", "optimizer", "format", "contract", "library")
 
@@ -56,6 +59,7 @@ TRAINING_COLUMNS: list[Column] = [
     ("tokens/s", "tokens_per_s"),
     ("over torch's best", "speedup"),
     ("tail over torch's", "tail_speedup"),
+    ("state B/param", "state_bytes"),
     ("peak GB", "peak_bytes"),
 ]
 OFFLOAD_COLUMNS: list[Column] = [
@@ -81,18 +85,21 @@ def fill(page: str, results: Path = RESULTS) -> str:
 
     def table(match: re.Match[str]) -> str:
         path = results / match["file"]
+        filters = [word for word in match["filters"].split() if word != IF_THERE]
         if not path.is_file():
+            if IF_THERE in match["filters"].split():
+                return f"{match[1]}\nNot measured yet.\n\n{match[4]}"
             raise click.ClickException(f"a marker names {match['file']}, which is not in {results}")
         result = json.loads(path.read_text())
-        rows = chosen(result["rows"], match["filters"])
+        rows = chosen(result["rows"], filters)
         return f"{match[1]}\n{header(result)}\n\n{markdown(rows, result)}\n\n{match[4]}"
 
     return MARKER.sub(table, page)
 
 
-def chosen(rows: list[Row], filters: str) -> list[Row]:
+def chosen(rows: list[Row], filters: list[str]) -> list[Row]:
     """The rows that a marker chooses."""
-    for part in filters.split():
+    for part in filters:
         key, _, values = part.partition("=")
         if key not in NAMES or not values:
             raise click.ClickException(f"got {part!r} in a marker, expected {'=..., '.join(NAMES)}=...")
@@ -133,7 +140,7 @@ def markdown(rows: list[Row], result: Row) -> str:
     titles = ["what", "library", *(title for title, _ in columns), "again"]
     lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
     for row in rows:
-        what = str(row["workload"]) if training else " ".join(str(row[name]) for name in NAMES[:-1])
+        what = _trained(row) if training else " ".join(str(row[name]) for name in NAMES[:-1])
         cells = _cells(row, [key for _, key in columns])
         lines.append(f"| {' | '.join([what, str(row['library']), *cells, f'`{command(row, device_type)}`'])} |")
     return "\n".join(lines)
@@ -146,6 +153,10 @@ def _is_offload(row: Row) -> bool:
 
 def _short(reason: str) -> str:
     return " ".join(reason.replace("|", "/").split())[:120]
+
+
+def _trained(row: Row) -> str:
+    return str(row["workload"]) + ("" if row["format"] == "fp32" else f", {row['format']}")
 
 
 def _cells(row: Row, keys: list[str]) -> list[str]:

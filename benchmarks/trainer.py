@@ -34,7 +34,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import math
-import signal
 import statistics
 import sys
 import tempfile
@@ -52,11 +51,25 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 import fusedopt
-from benchmarks.training import STEP_CELLS, Size, exit_code, gpt, number, print_table, step_columns
+from benchmarks.training import (
+    STEP_CELLS,
+    Size,
+    Tell,
+    case_name,
+    compare_losses,
+    exit_code,
+    gpt,
+    number,
+    prepare_device,
+    print_table,
+    run_cases,
+    step_columns,
+    training_options,
+)
 from examples import _gpt
 from fusedopt.bench import contracts
 from fusedopt.bench.contracts import reported_name
-from fusedopt.bench.report import Row, environment, write
+from fusedopt.bench.report import Row, environment
 from fusedopt.bench.runner import free_memory
 from fusedopt.bench.timing import US_PER_MS, device_work, start_clock, synchronize, trace_events
 from fusedopt.integrations.clipping import set_bounds
@@ -67,7 +80,6 @@ LR, MAX_NORM = 5e-5, 1.0  # the Trainer's defaults
 NEEDED = ("transformers", "accelerate")
 
 WARM_UP_STEPS = 3  # of each turn: a train() of its own
-SAME_LOSS = 0.02  # relative; autocast to bfloat16 and unordered sums in the backward pass make a thousandth
 
 CELLS = [
     *STEP_CELLS[:3],
@@ -95,9 +107,7 @@ class Case:
     """As ``time.monotonic``: no step begins after it."""
 
     def __str__(self) -> str:
-        return f"{self.size.name}, batch {self.batch} x {self.size.context}" + (
-            "" if self.nan_filter else ", no loss filter"
-        )
+        return case_name(self) + ("" if self.nan_filter else ", no loss filter")
 
     @property
     def steps(self) -> int:
@@ -384,7 +394,7 @@ class Measured:
             self.tail_gpu_ms, self.tail_launches = (statistics.median(values) for values in zip(*traces))
 
 
-def measure_case(case: Case) -> tuple[list[Row], bool]:
+def measure_case(case: Case, tell: Tell = lambda rows: None) -> tuple[list[Row], bool]:
     """Rows of both libraries, and whether an interrupt cut them short."""
     with contextlib.suppress(RuntimeError):  # of a device that an earlier case has lost
         free_memory()
@@ -395,11 +405,16 @@ def measure_case(case: Case) -> tuple[list[Row], bool]:
         for is_timed in timed + [False] * (case.device.type == "cuda"):
             for entry in entries:
                 entry.attempt(case, is_timed)
+            tell(_rows(entries, case))
     except KeyboardInterrupt:
         interrupted = True
+    return _rows(entries, case), interrupted
+
+
+def _rows(entries: list[Measured], case: Case) -> list[Row]:
     rows = [_row(entry, case) for entry in entries]
     _compare(rows, entries)
-    return rows, interrupted
+    return rows
 
 
 def _row(entry: Measured, case: Case) -> Row:
@@ -437,10 +452,8 @@ def _compare(rows: list[Row], entries: list[Measured]) -> None:
     turns = min(len(entry.losses) for entry in entries)
     if turns:
         torchs["loss"], ours["loss"] = (entry.losses[turns - 1] for entry in entries)
-        if not abs(torchs["loss"] - ours["loss"]) <= SAME_LOSS * abs(torchs["loss"]):
-            ours["error"] = (
-                f"the loss is {ours['loss']}, expected that of torch-fused, {torchs['loss']}, to within {SAME_LOSS:.0%}"
-            )
+        compare_losses(ours, torchs)
+        if ours["error"]:
             return
     ours["speedup"] = torchs["step_ms"] / ours["step_ms"]
     ours["tail_speedup"] = torchs["tail_ms"] / ours["tail_ms"]
@@ -458,21 +471,11 @@ def cases(size: Size, device: torch.device, stand_in: bool, deadline: float) -> 
 def measure(
     device: torch.device, size: Size, stand_in: bool, deadline: float, console: Console, path: Path | None = None
 ) -> Row:
-    """All cases. The JSON file is written after each, so that what was measured outlives the process."""
+    """All cases."""
     versions = {} if stand_in else {name: importlib.metadata.version(name) for name in NEEDED}
     loop = "stand-in" if stand_in else "transformers.Trainer"
-    result = environment(device) | {"driver_loop": loop, "library_versions": versions, "rows": [], "left_out": []}
-    interrupted = False
-    for case in cases(size, device, stand_in, deadline):
-        if interrupted or case.is_over():
-            result["left_out"].append(str(case))
-            continue
-        console.print(f"measuring {case}", markup=False, highlight=False)
-        rows, interrupted = measure_case(case)
-        result["rows"] += rows
-        write(path, result)
-    write(path, result)
-    return result
+    result = environment(device) | {"driver_loop": loop, "library_versions": versions}
+    return run_cases(result, cases(size, device, stand_in, deadline), measure_case, console, path)
 
 
 def missing_library() -> str | None:
@@ -484,13 +487,9 @@ def missing_library() -> str | None:
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
-@click.option("--quick", is_flag=True, help="A smoke run: a tiny model, few steps.")
+@training_options("Begin no step after so many seconds.")
 @click.option("--stand-in", is_flag=True, help="The loop that stands in for the Trainer, though that is installed.")
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Sequences; may be repeated.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
-@click.option("--time-limit", type=float, default=240, show_default=True, help="Begin no step after so many seconds.")
-@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(
     device_type: str,
     quick: bool,
@@ -501,18 +500,14 @@ def main(
     path: Path | None,
 ) -> None:
     deadline = time.monotonic() + time_limit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if device_type == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("got cuda, and torch finds no CUDA device here", param_hint="--device")
-    if threads:
-        torch.set_num_threads(threads)
+    device = prepare_device(device_type, threads)
     reason = missing_library()
     if reason and not stand_in:
         console.print(f"{reason}: measuring a loop that stands in for the Trainer")
     size = TINY if quick else GPT2
     size = replace(size, batches=batches) if batches else size
-    result = measure(torch.device(device_type), size, bool(stand_in or reason), deadline, console, path)
+    result = measure(device, size, bool(stand_in or reason), deadline, console, path)
     title = f"one fine-tuning step ({result['driver_loop']}), {result['device']}, medians"
     print_table(console, title, CELLS, result)
     sys.exit(exit_code(result))

@@ -1,13 +1,17 @@
-"""What the benchmarks of whole training steps have in common: sizes, the model, columns of a row, the table."""
+"""What the benchmarks of whole training steps have in common: sizes, the model, running all cases, rows, a table."""
 
 from __future__ import annotations
 
+import signal
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
+import click
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +19,13 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 from examples._gpt import GPT
-from fusedopt.bench.report import Row
+from fusedopt.bench.report import Row, write
 from fusedopt.bench.runner import spread
+
+SAME_LOSS = 0.02  # relative; autocast to bfloat16 and unordered sums in the backward pass make a thousandth
+
+Tell = Callable[[list[Row]], object]
+"""Is given the rows of a case as far as they are known."""
 
 Column = tuple[str, Callable[[Row], str]]
 """Title, and what a row has there."""
@@ -44,6 +53,93 @@ def gpt(size: Size) -> GPT:
     model.token = torch.nn.Embedding(size.vocabulary, size.width)
     torch.nn.init.normal_(model.token.weight, std=0.02)
     return model
+
+
+class TrainedCase(Protocol):
+    """What all libraries train, in the same way."""
+
+    size: Size
+    batch: int
+    deadline: float
+
+
+AnyCase = TypeVar("AnyCase", bound=TrainedCase)
+
+
+def case_name(case: TrainedCase) -> str:
+    return f"{case.size.name}, batch {case.batch} x {case.size.context}"
+
+
+def run_cases(
+    result: Row,
+    cases: Iterable[AnyCase],
+    measure_case: Callable[[AnyCase, Tell], tuple[list[Row], bool]],
+    console: Console,
+    path: Path | None,
+) -> Row:
+    """Adds the rows of all cases to a result, which is written whenever some are new: they outlive the process.
+
+    measure_case: rows of a case, and whether an interrupt cut them short: then, and after a case's deadline
+    (``time.monotonic``), the others are left out.
+    """
+    result |= {"rows": [], "left_out": []}
+    interrupted = False
+    for case in cases:
+        if interrupted or time.monotonic() > case.deadline:
+            result["left_out"].append(str(case))
+            continue
+        console.print(f"measuring {case}", markup=False, highlight=False)
+        done = result["rows"]
+
+        def tell(rows: list[Row], done: list[Row] = done) -> None:
+            result["rows"] = done + rows
+            write(path, result)
+
+        rows, interrupted = measure_case(case, tell)
+        tell(rows)
+    write(path, result)
+    return result
+
+
+def compare_losses(row: Row, expected: Row) -> None:
+    """Puts an error in the place of a row's figures where it did not train as another one has done."""
+    if not abs(row["loss"] - expected["loss"]) <= SAME_LOSS * abs(expected["loss"]):
+        row["error"] = (
+            f"the loss is {row['loss']}, expected that of {expected['library']}, {expected['loss']}, "
+            f"to within {SAME_LOSS:.0%}"
+        )
+
+
+Options = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def training_options(text: str) -> Options:
+    """--device, --quick, --threads, --time-limit, --json. text: of the help of --time-limit."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    options = [
+        click.option("--device", "device_type", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True),
+        click.option("--quick", is_flag=True, help="A smoke run: a tiny model, few steps."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise."),
+        click.option("--time-limit", type=float, default=240, show_default=True, help=text),
+        click.option("--json", "path", type=path, help="Write the results here."),
+    ]
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def prepare_device(device_type: str, threads: int | None) -> torch.device:
+    """The device that the command line names; an interrupt and SIGTERM let what has been measured be written."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("got cuda, and torch finds no CUDA device here", param_hint="--device")
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device(device_type)
 
 
 def step_columns(tokens: int, step_ms: list[float], tail_ms: list[float]) -> Row:
@@ -86,14 +182,20 @@ def print_table(console: Console, title: str, columns: list[Column], result: Row
         if row["workload"] != workload:
             workload = row["workload"]
             table.add_row(workload, style="bold")
-        cells = ["failed"] if row["error"] else [cell(row) for _, cell in columns]
-        table.add_row(f"  {row['library']}", *cells)
+        reason = "failed" if row["error"] else "skipped" if row.get("skipped") else None
+        cells = [reason] if reason else [cell(row) for _, cell in columns]
+        table.add_row(f"  {_who(row)}", *cells)
     console.print(table)
     for row in result["rows"]:
-        if row["error"]:
-            console.print(f"FAILED {row['workload']} {row['library']}: {row['error']}", markup=False)
+        if reason := row["error"] or row.get("skipped"):
+            kind = "FAILED" if row["error"] else "skipped"
+            console.print(f"{kind} {row['workload']} {_who(row)}: {reason}", markup=False)
     if result["left_out"]:
         console.print(f"left out by the time limit or an interrupt: {'; '.join(result['left_out'])}", markup=False)
+
+
+def _who(row: Row) -> str:
+    return str(row["library"]) + ("" if row["format"] == "fp32" else f", {row['format']}")
 
 
 def exit_code(result: Row) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import click
 import torch
-from _data import BATCH_SIZE, new_model, parameter_groups, run, text_batches
+from _data import new_model, parameter_groups, run, text_batches
+from _processes import ROWS, join, leave
 from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -30,8 +31,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import fusedopt
 
 MAX_GRAD_NORM = 1.0
-ROWS = 2 * BATCH_SIZE
-"""Of a batch, of which every process takes as many: the run is the same for any number of processes."""
 
 
 def shard(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -61,10 +60,7 @@ def resume(model: torch.nn.Module, opt: torch.optim.Optimizer, directory: Path) 
 
 def train(steps: int, device: torch.device, checkpoints: Path | None, every: int) -> list[float]:
     """Train a tiny GPT, sharded over the processes of torchrun. Returns the losses of all, in nats per byte."""
-    if device.type == "cuda":
-        device = torch.device("cuda", distributed.get_node_local_rank())
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = join(device)
     rank, world = distributed.get_rank(), distributed.get_world_size()
     model = shard(new_model(device), device)
     opt = fusedopt.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), max_grad_norm=MAX_GRAD_NORM)
@@ -81,12 +77,7 @@ def train(steps: int, device: torch.device, checkpoints: Path | None, every: int
         norms.append(opt.grad_norm)  # of the whole gradient, the same in every process
         if checkpoints and (step % every == 0 or step == steps):
             checkpoint.save(state_of(model, opt), checkpoint_id=checkpoints / str(step))
-    total = torch.stack(losses)
-    distributed.all_reduce(total)
-    if rank == 0:
-        print(f"steps {start + 1} to {steps}: gradient norm {norms[0]:.4f} -> {norms[-1]:.4f}, {world} processes")
-    distributed.destroy_process_group()
-    return (total / world).tolist()
+    return leave(losses, norms, steps)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ does: the first micro-batch's ``.grad`` is the buffer, there is neither master n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 import fusedopt
 
 from . import checks
-from .contracts import MAX_NORM, STATES, Case, Kept, Params, Tail, clone, cut, fusedopt_tail, torch_optimizer
+from .contracts import MAX_NORM, STATES, Case, Kept, Params, Tail, clone, cut, fusedopt_tail, gradients, torch_optimizer
 from .workloads import GRAD_STD, Model, Workload
 
 MICRO_BATCHES = 4
@@ -93,11 +94,15 @@ class MicroBatches(Model):
             param.grad = gradient
 
     def used_gradient(self, i: int, part: slice) -> torch.Tensor:
-        return sum(cut(batch[i], part).double() for batch in self.batches)
+        return functools.reduce(torch.add, (cut(batch[i], part).double() for batch in self.batches))
 
     def gradient_error(self, i: int, part: slice) -> torch.Tensor:
         """Each of K - 1 additions rounds a partial sum by half an ulp at most."""
-        return (len(self.batches) - 1) * HALF_ULP * sum(cut(batch[i], part).double().abs() for batch in self.batches)
+        sizes = functools.reduce(torch.add, (cut(batch[i], part).double().abs() for batch in self.batches))
+        return sizes * ((len(self.batches) - 1) * HALF_ULP)
+
+
+Mains = Callable[[], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class StagedTail(Tail):
     stages: tuple[Callable[[], object], ...] = ()
     before: Callable[[int], object] = lambda stage: None
     """Called with a stage's number before it: gives the gradients of its micro-batch."""
-    mains: Callable[[], list[torch.Tensor]] | None = None
+    mains: Mains = lambda: []
     """The main gradients, by parameter, of a contract without a step."""
 
 
@@ -115,15 +120,19 @@ def staged(
     before: Callable[[int], object],
     stages: tuple[Callable[[], object], ...],
     tail: Tail | None = None,
-    mains: Callable[[], list[torch.Tensor]] | None = None,
+    mains: Mains = lambda: [],
 ) -> StagedTail:
     def run() -> None:
         for number, stage in enumerate(stages):
             before(number)
             stage()
 
-    optimizer, read = (tail.optimizer, tail.read) if tail else (None, None)
+    optimizer, read = (tail.optimizer, tail.read) if tail else (None, _nothing_kept)
     return StagedTail(optimizer, run, read, stages=stages, before=before, mains=mains)
+
+
+def _nothing_kept(param: torch.nn.Parameter, part: slice) -> Kept:
+    raise TypeError("a contract without a step keeps nothing of a parameter")
 
 
 def build(library: str, case: AccumulationCase, model: MicroBatches) -> StagedTail:
@@ -150,7 +159,8 @@ def _fusedopt_fold(case: AccumulationCase, model: MicroBatches) -> StagedTail:
 
 
 def _main_grads(accumulator: fusedopt.GradAccumulator, model: MicroBatches) -> list[torch.Tensor]:
-    return [accumulator.main_grad("benchmark", param).tensor for param in model.params]
+    mains = [accumulator.main_grad("benchmark", param) for param in model.params]
+    return [main.tensor for main in mains if main is not None]
 
 
 def _fusedopt_step(case: AccumulationCase, model: MicroBatches) -> StagedTail:
@@ -165,10 +175,10 @@ def _fusedopt_step(case: AccumulationCase, model: MicroBatches) -> StagedTail:
 
 def _taken(params: Params) -> list[torch.Tensor]:
     """The gradients, which the parameters give up."""
-    gradients = [param.grad for param in params]
+    given = gradients(params)
     for param in params:
         param.grad = None
-    return gradients
+    return given
 
 
 def _torch_fold(case: AccumulationCase, model: MicroBatches) -> StagedTail:
@@ -208,7 +218,7 @@ class _TorchAccumulation:
         clip_grad_norm_(self.masters, MAX_NORM)
         self.optimizer.step()
         if self.has_masters:
-            torch._foreach_copy_(self.params, self.masters)
+            torch._foreach_copy_(self.params, self.masters)  # type: ignore[arg-type]  # lists of Parameter
         self.optimizer.zero_grad()
 
     def read(self, param: torch.nn.Parameter, part: slice) -> Kept:
@@ -245,8 +255,8 @@ def _check_folds(case: AccumulationCase, tail: StagedTail, model: MicroBatches) 
     worst = 0.0
     sample = {part.index for part in checks.sampled_parts(model.params, whole=False)}
     for fold in range(checks.STEPS):
-        mains = tail.mains() if case.contract == "accumulate" else [None] * len(model.params)
-        held = {i: 0.0 if mains[i] is None else mains[i].double() for i in sample}
+        adds = case.contract == "accumulate"
+        held = {i: tail.mains()[i].double() if adds else 0.0 for i in sample}
         model.backward()
         tail()
         mains = tail.mains()

@@ -7,6 +7,7 @@ each tensor and, for libraries that clip in place, the rounding of the clipped g
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ def check(case: Case, tail: Tail, model: Model) -> float:
         AssertionError: an element is wrong, or not finite.
     """
     model.reset()
-    sample = sampled_parts(model.params, whole=case.rule.norms)
+    sample = sampled_parts(model.params, whole=bool(case.rule.norms))
     gradients = clipped_gradients(case, tail, model, sample)
     before = [tail.read(model.params[part.index], part.elements) for part in sample]
     worst = 0.0
@@ -174,9 +175,10 @@ def _term_size(case: Case, before: Kept, gradient: torch.Tensor, expected: Value
     """
     hyper = HYPER[case.optimizer]
     if "second" in case.rule.moments or case.optimizer == "lion":
-        return hyper["lr"]
+        return float(hyper["lr"])
     terms = [gradient, hyper["weight_decay"] * before.master.double(), *(expected[key] for key in case.rule.states)]
-    return hyper["lr"] * sum(term.abs() for term in terms)
+    size: torch.Tensor = functools.reduce(torch.add, (term.abs() for term in terms))
+    return size * float(hyper["lr"])
 
 
 def _check_dtypes(case: Case, tail: Tail, param: torch.nn.Parameter, where: str) -> None:
@@ -223,10 +225,12 @@ def _rounding(case: Case, name: str, param: torch.Tensor, target: torch.Tensor) 
     """Error of keeping ``target`` in the format of a master or state."""
     if name != "master":
         return _state_rounding(case, name, param, target)
-    key, dtype = case.param_spec.extra or (None, None)
+    if case.param_spec.extra is None:
+        return _float_rounding(target, param.dtype)
+    key, dtype = case.param_spec.extra
     if key == "master_param":
         return _float_rounding(target, getattr(torch, dtype))
-    return _float_rounding(target, param.dtype, 8 * getattr(torch, dtype).itemsize if key else 0)
+    return _float_rounding(target, param.dtype, 8 * getattr(torch, dtype).itemsize)
 
 
 def _state_rounding(case: Case, name: str, param: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

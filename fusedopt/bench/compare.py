@@ -110,8 +110,8 @@ def _changes(key: Key, before: Row, after: Row, tolerance: float | None) -> list
 
 def _scatter(row: Row, figure: str) -> float:
     low, high = ("q1", "q3") if row.get(f"{figure}_q3") is not None else ("min", "max")
-    ends = row.get(f"{figure}_{low}"), row.get(f"{figure}_{high}")
-    return 0.0 if None in ends else ends[1] - ends[0]
+    least, most = row.get(f"{figure}_{low}"), row.get(f"{figure}_{high}")
+    return 0.0 if least is None or most is None else float(most - least)
 
 
 def _judge(name: str, figure: str, before: float, after: float, threshold: float) -> Change:
@@ -130,7 +130,7 @@ def print_changes(console: Console, changes: list[Change], every: bool) -> None:
     colours = {"slower": "red", "failed": "red", "faster": "green", "same": "white"}
     for one in shown:
         cells = ["", "", "", ""]
-        if one.before is not None:
+        if one.before is not None and one.after is not None:
             change = f"{100 * (one.after / one.before - 1):+.1f}%" if one.before else "-"
             cells = [f"{one.before:.4g}", f"{one.after:.4g}", change, f"{100 * one.threshold:.1f}%"]
         verdict = {"slower": "REGRESSION", "failed": "FAILS NOW"}.get(one.verdict, one.verdict)

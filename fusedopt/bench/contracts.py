@@ -25,6 +25,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -41,7 +42,7 @@ MAX_NORM = 1.0
 # each time, and they must stay far from underflow.
 GRAD_SCALE = 2.0
 
-HYPER = {
+HYPER: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
     "lion": {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 1e-2},
     "adamw_amsgrad": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
@@ -76,7 +77,7 @@ CLASSES = {
 }
 """Of fusedopt and, but for Lion and LAMB, of torch."""
 
-CHOSEN = {"adamw_amsgrad": {"amsgrad": True}}
+CHOSEN: dict[str, dict[str, Any]] = {"adamw_amsgrad": {"amsgrad": True}}
 """Arguments that choose the rule, where hyper-parameters do not."""
 
 COUPLED = ("sgd", "sgd_momentum", "rmsprop", "adagrad")
@@ -175,7 +176,8 @@ class Kept:
 class Tail:
     """One library's way to do a case: calling it does one step tail."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
+    """Of torch.optim.Optimizer's interface, with attributes of its own; None where a contract has no step."""
     run: Callable[[], object]
     read: Callable[[torch.nn.Parameter, slice], Kept]
     """What is known of a range of a parameter's elements, whose ends are multiples of 256 or the tensor's."""
@@ -208,9 +210,14 @@ def param_groups(case: Case, params: Params) -> list[dict[str, Params]]:
     return [{"params": params[start : start + size]} for start in range(0, len(params), size)]
 
 
-def arguments(case: Case) -> dict[str, object]:
+def arguments(case: Case) -> dict[str, Any]:
     """Of the optimizer's class, here or in torch."""
     return HYPER[case.optimizer] | CHOSEN.get(case.optimizer, {})
+
+
+def gradients(params: Params) -> list[torch.Tensor]:
+    """Which all have; asking each whether it has one would count in the time of torch's steps."""
+    return [param.grad for param in params]  # type: ignore[misc]
 
 
 def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -222,7 +229,7 @@ def cut(tensor: torch.Tensor, part: slice) -> torch.Tensor:
     return tensor.detach().view(-1)[part]
 
 
-def cut_entry(entry: dict[str, object], param: torch.Tensor, part: slice) -> dict[str, object]:
+def cut_entry(entry: dict[str, Any], param: torch.Tensor, part: slice) -> dict[str, Any]:
     """The state of a range of a parameter's elements: of scales of blocks, those of its blocks."""
     blocks = slice(part.start // STATE_BLOCK, -(-part.stop // STATE_BLOCK))
     by_size = {param.numel(): part, -(-param.numel() // STATE_BLOCK): blocks}
@@ -236,7 +243,9 @@ def cut_entry(entry: dict[str, object], param: torch.Tensor, part: slice) -> dic
 # ---------------------------------------------------------------------------------------------------------- fusedopt
 
 
-def fusedopt_tail(case: Case, params: Params, run: Callable | None = None, **transform: object) -> Tail:
+def fusedopt_tail(
+    case: Case, params: Params, run: Callable[[Any], Callable[[], object]] | None = None, **transform: object
+) -> Tail:
     """``run(optimizer)`` makes what does the step; its ``step`` method if it is None."""
     cls = getattr(fusedopt, CLASSES[case.optimizer])
     opt = cls(param_groups(case, params), **arguments(case), **case.layout.options, **transform)
@@ -266,7 +275,7 @@ def _fusedopt_clip_step(case: Case, params: Params) -> Tail:
 def _fusedopt_scaler_clip_step(case: Case, params: Params) -> Tail:
     scale = torch.full((), GRAD_SCALE, device=params[0].device)
 
-    def unscaling(opt: torch.optim.Optimizer) -> Callable[[], None]:
+    def unscaling(opt: Any) -> Callable[[], None]:
         def run() -> None:
             opt.grad_scale = scale
             opt.step()
@@ -298,8 +307,8 @@ def _fusedopt_own_scaler_clip_step(case: Case, params: Params) -> Tail:
 # ------------------------------------------------------------------------------------------------------------- torch
 
 
-def torch_optimizer(case: Case, params: Params, **options: object) -> torch.optim.Optimizer:
-    cls = getattr(torch.optim, CLASSES[case.optimizer])
+def torch_optimizer(case: Case, params: Params, **options: Any) -> torch.optim.Optimizer:
+    cls: type[torch.optim.Optimizer] = getattr(torch.optim, CLASSES[case.optimizer])
     return cls(param_groups(case, params), **arguments(case), **(options or {"fused": True}))
 
 
@@ -389,10 +398,10 @@ def scaled(opt: torch.optim.Optimizer, params: Params) -> Tail:
 
 
 def _grad_scale_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_optimizer(case, params)
+    opt: Any = torch_optimizer(case, params)
 
     def run() -> None:
-        norm = get_total_norm([param.grad for param in params])
+        norm = get_total_norm(gradients(params))
         opt.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0).float()
         opt.step()
 
@@ -400,11 +409,11 @@ def _grad_scale_clip_step(case: Case, params: Params) -> Tail:
 
 
 def _grad_scale_scaler_clip_step(case: Case, params: Params) -> Tail:
-    opt = torch_optimizer(case, params)
+    opt: Any = torch_optimizer(case, params)
     scale = torch.full((), GRAD_SCALE, device=params[0].device)
 
     def run() -> None:
-        norm = get_total_norm([param.grad for param in params]) / scale
+        norm = get_total_norm(gradients(params)) / scale
         opt.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0).float() * scale
         opt.found_inf = norm.isfinite().logical_not().float()
         opt.step()

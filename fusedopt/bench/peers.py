@@ -21,7 +21,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -43,6 +43,21 @@ MODULES = {
 
 DEVICES = {"apex": ("cuda",), "transformer-engine": ("cuda",), "flashoptim": ("cuda",)}
 """Of libraries that are not for both kinds."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Beyond it a library ends the process: nobody can catch that, so it is not run there."""
+
+    elements: int
+    """Most that one tensor may have."""
+    reason: str
+
+
+LIMITS = {
+    "bitsandbytes": Limit(2**31 - 1, 'it counts them in 32 bits, and exits on CUDA\'s "invalid argument"'),
+}
+"""Known ones, by library."""
 
 
 def _reader(
@@ -202,9 +217,9 @@ def _lion_pytorch_step(case: Case, params: Params) -> Tail:
 
 def _clipped(library: str, tail: Tail, params: Params) -> Tail:
     """Clipping before the step: apex's own, torch's for the others."""
-    clip = clip_grad_norm_
+    clip: Callable[[Params, float], object] = clip_grad_norm_
     if library == "apex":
-        from apex.contrib.clip_grad import clip_grad_norm_ as clip
+        clip = importlib.import_module("apex.contrib.clip_grad").clip_grad_norm_
 
     def run() -> None:
         clip(params, MAX_NORM)
@@ -315,8 +330,24 @@ def version(library: str) -> str:
     return getattr(module, "__version__", "unknown")
 
 
+def refuse_beyond_limit(library: str, params: Params) -> None:
+    """Raises: RuntimeError: a parameter is larger than the library can take without ending the process."""
+    limit = LIMITS.get(library)
+    for i, param in enumerate(params):
+        if limit and param.numel() > limit.elements:
+            raise RuntimeError(
+                f"not run: {library} would end the process: params[{i}] has {param.numel():,} elements, expected at "
+                f"most {limit.elements:,}; {limit.reason}"
+            )
+
+
 def build(library: str, case: Case, params: Params) -> Tail:
-    """The tail of one of ``installed(case)`` over ``params``; its optimizer has no state yet."""
+    """The tail of one of ``installed(case)`` over ``params``; its optimizer has no state yet.
+
+    Raises:
+        RuntimeError: the library would end the process.
+    """
+    refuse_beyond_limit(library, params)
     if case.contract == "scaler_clip_step":
         return SCALED[library, f"{case.optimizer}/{case.format}"](case, params)
     tail = STEPS[library][0](case, params)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,12 @@ from .suites import make_case
 
 MIN_ROOFLINE_BYTES = 100_000_000
 """Moved in a step: of smaller ones launches are a part, and the caches."""
+
+MAX_BARS = 36
+"""Of the plot of memory."""
+
+MAX_CASES = 12
+"""Of the plot of times: the first ones of the results."""
 
 _OURS = {"fusedopt-cuda": "#0b5fa5", "fusedopt-cpu": "#0b5fa5", "fusedopt-triton": "#39a0ed"}
 _COLOURS = _OURS | {
@@ -38,6 +45,8 @@ _LONGEST_NAME = 36
 _MARKERS = "osD^vP*X<>hdp"
 
 Rows = list[Row]
+Axes = Any  # matplotlib's, which is optional
+Series = dict[str, list[tuple[float, float]]]
 
 
 _PARTS = {"addcmul": 3, "addcdiv": 3, "lerp": 3}
@@ -48,10 +57,10 @@ class _Counting(TorchDispatchMode):
     """Counts elementwise operations of floats; fused ones as what they are made of."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         name = function.overloadpacket.__name__.rstrip("_")
         if not any(name.startswith(none) for none in _NO_OPERATION):
             self.count += _PARTS.get(name, 1)
@@ -65,7 +74,7 @@ def operations(optimizer: str, clips: bool) -> int:
     with _Counting() as counted:
         states = {name: zero for name in STATES[optimizer]}
         reference_step(optimizer, zero, zero, states, step=2, **HYPER[optimizer])
-    return counted.count + 3 * clips
+    return int(counted.count) + 3 * clips
 
 
 def draw(results: Sequence[Row], folder: Path) -> list[Path]:
@@ -111,14 +120,14 @@ def _case(row: Row) -> Case:
 # ---- the plots: each draws what it finds into the axes, and says whether there was anything ------------------------
 
 
-def roofline(axes, rows: Rows, result: Row) -> bool:
+def roofline(axes: Axes, rows: Rows, result: Row) -> bool:
     """Operations a second over operations a byte, below the line that the copy's bandwidth draws."""
     time = _time(result)
     shown = [row for row in rows if row.get(time) and _moved(row) >= MIN_ROOFLINE_BYTES]
     shown = [row for row in shown if row["contract"] in ("step", "clip_step", "scaler_clip_step")]
     if not shown:
         return False
-    points = {}
+    points: dict[str, list[tuple[float, float, Row]]] = {}
     for row in shown:
         count = operations(str(row["optimizer"]), _case(row).clips)
         x, y = count / row["bytes_per_param"], count * row["params"] / row[time] / 1e6
@@ -146,7 +155,7 @@ def roofline(axes, rows: Rows, result: Row) -> bool:
     return True
 
 
-def _name_intensities(axes, points: dict[str, list]) -> None:
+def _name_intensities(axes: Axes, points: dict[str, list[tuple[float, float, Row]]]) -> None:
     """What the points at each intensity are about, upright above the roof; neighbours share a line."""
     names: dict[str, float] = {}
     for one in points.values():
@@ -164,7 +173,7 @@ def _name_intensities(axes, points: dict[str, list]) -> None:
         axes.text(x, 0.99, text, transform=axes.get_xaxis_transform(), rotation=90, ha="right", va="top", fontsize=7)
 
 
-def _plain_ticks(axis, values: list[float]) -> None:
+def _plain_ticks(axis: Any, values: list[float]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     spaced = [value for i, value in enumerate(values) if i == 0 or value > 1.1 * values[i - 1]]
@@ -174,13 +183,13 @@ def _plain_ticks(axis, values: list[float]) -> None:
 
 
 def _moved(row: Row) -> float:
-    return (row["bytes_per_param"] or 0) * row["params"]
+    return float((row["bytes_per_param"] or 0) * row["params"])
 
 
-def efficiency_by_size(axes, rows: Rows, result: Row) -> bool:
+def efficiency_by_size(axes: Axes, rows: Rows, result: Row) -> bool:
     """Share of the copy floor over parameters: the workloads ``size-…`` of one tensor."""
     shown = [row for row in rows if str(row["workload"]).startswith("size-") and row["efficiency"]]
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: Series = {}
     for row in shown:
         series.setdefault(str(row["library"]), []).append((row["params"], 100 * row["efficiency"]))
     if not _has_lines(series):
@@ -190,16 +199,24 @@ def efficiency_by_size(axes, rows: Rows, result: Row) -> bool:
     axes.set(xscale="log", ylim=(0, max(105, 1.05 * max(y for line in series.values() for _, y in line))))
     axes.set_xlabel("parameters, in one tensor")
     axes.set_ylabel("share of the copy floor, %")
-    formats = sorted({f"{row['optimizer']} {row['format']}" for row in shown})
-    axes.set_title(f"Efficiency by size: {', '.join(formats)}", loc="left")
+    axes.set_title(f"Efficiency by size: {_kinds_by_size(shown)}", loc="left")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return True
 
 
-def host_time_by_tensors(axes, rows: Rows, result: Row) -> bool:
+def _kinds_by_size(rows: Rows) -> str:
+    """The optimizer and format of most sizes, and from which size on it is another one."""
+    smallest: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row["params"]):
+        smallest.setdefault(f"{row['optimizer']} {row['format']}", row["params"])
+    (first, _), *others = smallest.items()
+    return first + "".join(f"; {kind} at {size:.0e}".replace("e+0", "e") for kind, size in others)
+
+
+def host_time_by_tensors(axes: Axes, rows: Rows, result: Row) -> bool:
     """Host time of a step with cold caches over the number of tensors: the workloads ``tensors-…``."""
     shown = [row for row in rows if str(row["workload"]).startswith("tensors-") and row.get("host_ms")]
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: Series = {}
     for row in shown:
         series.setdefault(str(row["library"]), []).append((row["tensors"], row["host_ms"]))
     if not _has_lines(series):
@@ -213,7 +230,7 @@ def host_time_by_tensors(axes, rows: Rows, result: Row) -> bool:
     return True
 
 
-def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
+def memory_per_parameter(axes: Axes, rows: Rows, result: Row) -> bool:
     """Bytes an element: parameter, gradient, what the optimizer keeps, what a step takes for a while."""
     bars: dict[str, Row] = {}
     for row in rows:
@@ -222,6 +239,12 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
     bars = bars or {
         f"{row['optimizer']} {row['format']}: {row['library']}": row for row in rows if row.get("state_bytes")
     }
+    if len(bars) > MAX_BARS:  # captured steps keep what others keep, and other rules have other numbers of states
+        bars = {
+            name: row
+            for name, row in bars.items()
+            if row["optimizer"] == "adamw" and not str(row["library"]).endswith("-captured")
+        }
     if not bars:
         return False
     names = sorted(bars, key=lambda name: (_bytes(bars[name])["total"], name), reverse=True)
@@ -240,14 +263,15 @@ def memory_per_parameter(axes, rows: Rows, result: Row) -> bool:
     axes.figure.set_size_inches(8.6, max(3.0, 1.4 + 0.27 * len(names)))
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlim(0, 1.08 * max(left))  # room for the totals
+    axes.margins(y=0.01)
     axes.set_xlabel("bytes per parameter")
     axes.set_title("Memory per parameter", loc="left")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return True
 
 
-def time_by_library(axes, rows: Rows, result: Row) -> bool:
-    """Time of a step in each library, of the largest workload with cases that several libraries ran."""
+def time_by_library(axes: Axes, rows: Rows, result: Row) -> bool:
+    """Time of a step in each library, of the workload with most cases that several libraries ran, and the largest."""
     time = _time(result)
     cases: dict[tuple[int, str, str, str], Rows] = {}
     for row in rows:
@@ -257,9 +281,10 @@ def time_by_library(axes, rows: Rows, result: Row) -> bool:
     compared = {key: one for key, one in cases.items() if len({row["library"] for row in one}) > 1}
     if not compared:
         return False
-    largest = max(params for params, *_ in compared)
+    sizes = [params for params, *_ in compared]
+    largest = max(sizes, key=lambda params: (sizes.count(params), params))
     shown = [one for (params, *_), one in compared.items() if params == largest]
-    heights = _grouped_bars(axes, shown, time)
+    heights = _grouped_bars(axes, shown[:MAX_CASES], time)
     axes.figure.set_size_inches(8.6, 1.6 + 0.19 * heights)
     axes.set_xlabel(
         f"{'GPU' if time == 'gpu_ms' else 'wall'} time of a step, ms; black: what a copy of the bytes takes"
@@ -278,7 +303,7 @@ _WORK = {
 """What contracts are about, with the optimizer put in."""
 
 
-def _grouped_bars(axes, cases: Sequence[Rows], time: str) -> float:
+def _grouped_bars(axes: Axes, cases: Sequence[Rows], time: str) -> float:
     """A group of bars for each case, the first at the top, and the floor as a line. Returns their number, with gaps."""
     top, ticks, names, labelled = 0.0, [], [], set()
     for case in cases:
@@ -314,11 +339,11 @@ def _bytes(row: Row) -> dict[str, float]:
     return parts | {"total": sum(parts.values())}
 
 
-def _has_lines(series: dict[str, list]) -> bool:
+def _has_lines(series: Series) -> bool:
     return any(len(points) > 1 for points in series.values())
 
 
-def _lines(axes, series: dict[str, list[tuple[float, float]]]) -> None:
+def _lines(axes: Axes, series: Series) -> None:
     for library, marker in zip(_ordered(series), _MARKERS * 2):
         x, y = zip(*sorted(series[library]))
         style = {"color": _COLOURS.get(library, "#999"), "linewidth": 2.2 if library in _OURS else 1.2}
@@ -331,7 +356,7 @@ def _ordered(libraries: Iterable[str]) -> list[str]:
     return sorted(libraries, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
-PLOTS: dict[str, Callable] = {
+PLOTS: dict[str, Callable[[Axes, Rows, Row], bool]] = {
     "roofline": roofline,
     "efficiency-by-size": efficiency_by_size,
     "host-time-by-tensors": host_time_by_tensors,

@@ -142,5 +142,5 @@ def _cells(row: Row) -> list[str]:
 def _with_spread(row: Row, key: str) -> tuple[str, str]:
     if row[key] is None:
         return "-", ""
-    ends = row.get(f"{key}_q1"), row.get(f"{key}_q3")
-    return f"{row[key]:.3f}", "" if None in ends else f"±{(ends[1] - ends[0]) / 2:.3f}"
+    low, high = row.get(f"{key}_q1"), row.get(f"{key}_q3")
+    return f"{row[key]:.3f}", "" if low is None or high is None else f"±{(high - low) / 2:.3f}"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,6 +18,7 @@ from . import accumulation, contracts, graphs, peers, timing
 from .accumulation import AccumulationCase, MicroBatches, StagedTail
 from .checks import check
 from .contracts import Case, Tail, reported_name
+from .journal import DeviceLost, Journal
 from .report import Row
 from .workloads import WORKLOADS, Model
 
@@ -98,10 +97,6 @@ class Measured:
     temporary_bytes: int | None = None  # that a step takes for its own time
 
 
-class DeviceLost(RuntimeError):
-    """An error after which no kernel runs any more in this process."""
-
-
 class Runner:
     """Measures cases on one device."""
 
@@ -110,6 +105,7 @@ class Runner:
         self.device = device
         self.repeats = repeats
         self.chosen = chosen
+        self.journal = Journal()
         forget_modules()
         self.copy_gbps = [self.measure_copy()]
         self.caches = timing.Caches(device)
@@ -166,19 +162,27 @@ class Runner:
         return group
 
     def _attempt(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
+        turn = str(case), reported_name(entry.library, self.device)
+        if reason := self.journal.why_not(*turn):
+            return Measured(entry.library, error=reason)
+        with self.journal.running(*turn):
+            return self._turn(stage, entry, case, model)
+
+    def _turn(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
         begin = time.monotonic()
         try:
             stage(entry, case, model)
             entry.seconds.append(time.monotonic() - begin)
             return entry
-        except Exception as error:  # whatever it is, the other libraries' figures still count
+        except (Exception, SystemExit) as error:  # whatever it is, the other libraries' figures still count
             text = f"{type(error).__name__}: {error}"
         entry.tail = None
         try:
             timing.synchronize(self.device)
             free_memory()
         except RuntimeError as error:
-            raise DeviceLost(f"{case}: {reported_name(entry.library, self.device)} failed: {text}") from error
+            library = reported_name(entry.library, self.device)
+            raise DeviceLost(f"the device is lost since {library} raised {text}") from error
         return Measured(entry.library, error=text)
 
     def _is_chosen(self, library: str) -> bool:
@@ -193,6 +197,7 @@ class Runner:
 
     def build(self, library: str, case: Case, model: Model) -> Tail:
         if isinstance(case, AccumulationCase):
+            assert isinstance(model, MicroBatches)
             return accumulation.build(library, case, model)
         if library in graphs.LIBRARIES:
             return graphs.build(library, case, model.params)
@@ -205,6 +210,7 @@ class Runner:
 
     def check(self, case: Case, tail: Tail, model: Model) -> float:
         if isinstance(case, AccumulationCase):
+            assert isinstance(model, MicroBatches) and isinstance(tail, StagedTail)
             return accumulation.check(case, tail, model)
         return check(case, tail, model)
 
@@ -249,36 +255,37 @@ class Runner:
         for param in model.params:
             param.grad = None
         before = self._memory()
-        entry.tail = self.build(entry.library, case, model)
-        entry.error_ratio = self.check(case, entry.tail, model)
+        tail = entry.tail = self.build(entry.library, case, model)
+        entry.error_ratio = self.check(case, tail, model)
         for _ in range(WARM_UP_STEPS):
             timing.synchronize(self.device)
             begin = time.monotonic()
-            entry.tail.backward(model)
-            entry.tail()
+            tail.backward(model)
+            tail()
             timing.synchronize(self.device)
             entry.step_seconds = time.monotonic() - begin
-        if entry.tail.optimizer is not None:
-            self._measure_memory(entry, model, before)
+        if tail.optimizer is not None:
+            self._measure_memory(entry, tail, model, before)
 
-    def _measure_memory(self, entry: Measured, model: Model, before: int) -> None:
+    def _measure_memory(self, entry: Measured, tail: Tail, model: Model, before: int) -> None:
         if self.device.type != "cuda":
-            entry.state_bytes = contracts.state_bytes(entry.tail.optimizer)
+            entry.state_bytes = contracts.state_bytes(tail.optimizer)
             return
-        entry.tail.backward(model)
+        tail.backward(model)
         timing.synchronize(self.device)
         given = [] if isinstance(model, MicroBatches) else model.params  # whose gradients were there before
         gradients = sum(param.grad.nbytes for param in given if param.grad is not None)
-        static = sum(gradient.nbytes for gradient in entry.tail.gradients or ())
+        static = sum(gradient.nbytes for gradient in tail.gradients or ())
         begin = self._memory()
         torch.cuda.reset_peak_memory_stats(self.device)
-        entry.tail()
+        tail()
         timing.synchronize(self.device)
         entry.temporary_bytes = torch.cuda.max_memory_allocated(self.device) - begin
         entry.state_bytes = max(0, begin - before - max(gradients, static))
 
     def _measure(self, entry: Measured, case: Case, model: Model) -> None:
         tail, caches, repeats = entry.tail, self.caches, self.repeats.within_time(entry.step_seconds)
+        assert tail is not None, "a turn before the preparation"
 
         def backward() -> None:
             tail.backward(model)
@@ -347,11 +354,7 @@ def total_bytes(device: torch.device) -> int:
     """Memory of the device; of the host's, what is free."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return timing.free_bytes(device)
 
 
 def _median(values: list[float]) -> float | None:
@@ -383,7 +386,8 @@ def measure_cases(
     """
     rows: list[Row] = []
     left_out: list[str] = []
-    model, subject = None, None
+    model: Model | None = None
+    subject: object = None
     task = progress.add_task("", total=len(cases))
     for case in cases:
         progress.update(task, description=str(case))
@@ -393,7 +397,7 @@ def measure_cases(
             rows.append(runner.skipped_row(case, reason))
         else:
             try:
-                if subject != runner.model_key(case):
+                if model is None or subject != runner.model_key(case):
                     subject, model = runner.model_key(case), None  # two models might not fit into memory
                     free_memory()
                     model = runner.make_model(case)
@@ -406,7 +410,7 @@ def measure_cases(
                 left_out.append(str(case))
             except DeviceLost as error:
                 deadline = 0.0
-                rows.append(runner.skipped_row(case, "") | {"error": f"the device is lost: {error}", "skipped": None})
+                rows.append(runner.skipped_row(case, "") | {"error": str(error), "skipped": None})
             keep(rows)
         progress.advance(task)
     model = None

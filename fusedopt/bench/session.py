@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +14,9 @@ from rich.console import Console
 
 from . import accumulation, contracts, graphs, peers, timing
 from .accumulation import AccumulationCase
+from .compare import load
 from .contracts import Case
+from .journal import Journal, Turn
 from .report import Row, environment, load_average, write
 from .runner import (
     CACHES,
@@ -81,6 +85,10 @@ class BenchRunner(Runner):
         wanted = [name for name in peers.offered(case, self.device) if name in self.against]
         return [name for name in wanted if peers.why_missing(name) is None]
 
+    def _is_traced(self, case: Case) -> bool:
+        """Not where the number of tensors varies: that is about the host, and traces of 10,000 tensors take long."""
+        return not case.workload.startswith("tensors-")
+
     def _own(self, case: Case) -> list[str]:
         return [*contracts.offered(case, self.device), *contracts.other_backends(self.device)]
 
@@ -92,22 +100,37 @@ def measure(
     console: Console,
     command: str,
     path: Path | None = None,
+    earlier: Row | None = None,
 ) -> Row:
-    """Runs the cases; the JSON file is written after each one, so that what was measured outlives the process."""
+    """Runs the cases; the JSON file is written after each one, so that what was measured outlives the process.
+
+    earlier: the result of ``resumed``, whose rows are taken over and whose cases are not run again.
+    """
     start = time.monotonic()
+    earlier = earlier or {"rows": [], "copy_gbps_start_end": [], "ended_the_process": [], "seconds": 0.0}
+    done = {_case_of(row) for row in earlier["rows"]}
+    cases = [case for case in cases if str(case) not in done]
+    runner.copy_gbps[:0] = earlier["copy_gbps_start_end"]
+    runner.journal = Journal(path, [Turn(**turn) for turn in earlier["ended_the_process"]])
     facts = environment(runner.device) | {
         "command": command,
         "load_average": load_average(),
         "library_versions": peers.versions(cases, runner.device, runner.against),
         "missing_libraries": peers.missing(cases, runner.device, runner.against),
+        "ended_the_process": earlier["ended_the_process"],
     }
+    for key in ("library_versions", "missing_libraries"):
+        facts[key] = earlier.get(key, {}) | facts[key]
     forget_modules()  # those of the other libraries too
 
     def keep(rows: list[Row], left_out: Iterable[str] = ()) -> Row:
-        result = facts | _result(runner, rows, list(left_out)) | {"seconds": time.monotonic() - start}
+        result = facts | _result(runner, earlier["rows"] + rows, list(left_out))
+        result["seconds"] = earlier["seconds"] + time.monotonic() - start
         write(path, result)
         return result
 
+    keep([])  # nobody is to go on from what an older run has left there
+    runner.journal.clear()  # its entry is in the file now
     with progress_bar(console) as progress:
         rows, left_out = measure_cases(runner, cases, deadline, progress, keep)
     try:
@@ -115,6 +138,37 @@ def measure(
     except RuntimeError as error:  # the device was lost, or is too full: what was measured counts
         console.print(f"no copy could be timed at the end: {error}", markup=False)
     return keep(rows, left_out)
+
+
+def resumed(path: Path, device: torch.device) -> Row:
+    """What a run has left that ended before its end, to go on from. Who ended its process is in "ended_the_process".
+
+    Raises:
+        ValueError: there is no such file, or it is of another device, torch or commit.
+    """
+    result: Row = {"copy_gbps_start_end": [], "ended_the_process": [], "seconds": 0.0} | load(path)
+    here = environment(device)
+    for key in ("device", "torch", "commit", "fusedopt"):
+        if result.get(key) != here[key]:
+            raise ValueError(f"{path} is of {key} {result.get(key)}, expected {here[key]}; leave out --resume")
+    if turn := Journal(path).read():
+        result["ended_the_process"].append(asdict(turn))
+        result["rows"] = [row for row in result["rows"] if _case_of(row) != turn.case]
+    return result
+
+
+def _case_of(row: Row) -> str:
+    return "/".join(str(row[key]) for key in ("workload", "optimizer", "format", "contract"))
+
+
+def of_others(cases: list[Case], device: torch.device, against: Iterable[str]) -> list[str]:
+    """Those libraries of other projects than torch that are to be run and look installed.
+
+    None is imported, and the device not touched: that is for the process that measures.
+    """
+    wanted = {name for case in cases for name in peers.offered(case, device)} & set(against)
+    modules = {name: peers.MODULES[name][0].partition(".")[0] for name in peers.MODULES if name in wanted}
+    return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
 def _result(runner: BenchRunner, rows: list[Row], left_out: list[str]) -> Row:

@@ -78,7 +78,9 @@ def suites(device_type: str) -> dict[str, list[Variant]]:
     sizes = [size for size in SIZES if cuda or size <= 10**8]
     return {
         "standard": STANDARD if cuda else STANDARD_CPU,
-        "formats": [(model, "adamw", format_, contract) for contract in ("step", "clip_step") for format_ in FORMATS],
+        "formats": [
+            (model, "adamw", format_, contract) for contract in ("step", "clip_step") for format_ in _formats()
+        ],
         "rules": [(model, rule, "fp32", contract) for contract in ("step", "clip_step") for rule in _RULES],
         # 4e9 elements fit into 80 GB in bfloat16 alone
         "sizes": [(sized(size).name, "adamw", "fp32" if size < 2e9 else "bf16", "step") for size in sizes],
@@ -86,6 +88,12 @@ def suites(device_type: str) -> dict[str, list[Variant]]:
         "full": list(full()),
         "quick": QUICK,
     }
+
+
+def _formats() -> list[str]:
+    """Those of one dtype follow one another: they share a model."""
+    dtypes = [layout.dtype for layout in FORMATS.values()]
+    return sorted(FORMATS, key=lambda name: dtypes.index(FORMATS[name].dtype))
 
 
 def full() -> Iterable[Variant]:

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,9 @@ DEVICE_EVICTION_BYTES = 256 * BYTES_PER_MIB
 HOST_EVICTION_BYTES = 64 * BYTES_PER_MIB
 CACHE_LINE_BYTES = {"cuda": 128, "cpu": 64}
 
+# Of the free memory, for the arrays of all processes that measure its bandwidth at once.
+COPY_SHARE = 0.25
+
 # Name of the kernel that goes before each step of a trace and tells steps apart. No optimizer uses it.
 MARKER = "bitwise_not"
 
@@ -33,28 +38,33 @@ KERNEL, MEMORY_OPERATIONS = "kernel", ("gpu_memcpy", "gpu_memset")
 
 Step = Callable[[], object]
 
+Event = dict[str, Any]
+"""Of a Chrome trace."""
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def start_clock(device: torch.device) -> Callable[[Callable], float]:
+def start_clock(device: torch.device) -> Moment:
     """A point in the device's time; called with a later one it returns milliseconds, once the device is done."""
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        return _Moment(event.elapsed_time, event)
+        return Moment(event.elapsed_time, event)
     now = perf_counter_ns()
-    return _Moment(lambda later: (later - now) / NS_PER_MS, now)
+    return Moment(lambda later: (later - now) / NS_PER_MS, now)
 
 
 @dataclass(frozen=True)
-class _Moment:
-    until: Callable[[object], float]
-    at: object
+class Moment:
+    """Of one device, in its own units."""
 
-    def __call__(self, later: _Moment) -> float:
+    until: Callable[[Any], float]
+    at: Any
+
+    def __call__(self, later: Moment) -> float:
         return self.until(later.at)
 
 
@@ -146,7 +156,7 @@ class DeviceStep:
     names: list[str] = field(default_factory=list)  # of the kernels
 
 
-def device_work(events: list[dict]) -> Iterator[tuple[dict, float]]:
+def device_work(events: list[Event]) -> Iterator[tuple[Event, float]]:
     """Kernels, copies and fills of a Chrome trace in their order, each with the µs of it that none before it covers.
 
     A kernel may begin while the one before it runs (programmatic dependent launch), to wait for its end.
@@ -159,7 +169,7 @@ def device_work(events: list[dict]) -> Iterator[tuple[dict, float]]:
         end = max(end, begin + duration)
 
 
-def split_steps(events: list[dict]) -> list[DeviceStep]:
+def split_steps(events: list[Event]) -> list[DeviceStep]:
     """Device work between the markers of a Chrome trace; what precedes the first marker belongs to no step."""
     steps: list[DeviceStep] = []
     for event, us in device_work(events):
@@ -174,13 +184,14 @@ def split_steps(events: list[dict]) -> list[DeviceStep]:
     return steps
 
 
-def trace_events(prof: torch.profiler.profile) -> list[dict]:
+def trace_events(prof: torch.profiler.profile) -> list[Event]:
     """The events of a finished profile, by way of its Chrome trace: a form that is alike in all torch versions."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trace.json")
         prof.export_chrome_trace(path)
         with open(path, encoding="utf-8", errors="replace") as file:
-            return json.loads(file.read(), strict=False)["traceEvents"]  # kernel names may hold control characters
+            events: list[Event] = json.loads(file.read(), strict=False)["traceEvents"]
+            return events  # kernel names may hold control characters
 
 
 @dataclass
@@ -228,23 +239,38 @@ def span_ms(step: Step, prepare: Step, repeats: int) -> float:
         step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / repeats
+    return float(begin.elapsed_time(end)) / repeats
 
 
-def copy_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
-    """Copy bandwidth in GB/s (10^9 bytes), bytes read plus bytes written, median of ``repeats`` timings."""
-    source, target = _arrays(device, nbytes, 2)
+def copy_gbps(device: torch.device, nbytes: int, repeats: int, processes: int = 1) -> float:
+    """Copy bandwidth in GB/s (10^9 bytes), bytes read plus bytes written, median of ``repeats`` timings.
+
+    nbytes: of one array, less where ``processes`` that share the memory would take more of it than ``COPY_SHARE``.
+    """
+    source, target = _arrays(device, nbytes, 2, processes)
     return _bandwidth(lambda: target.copy_(source), 2 * source.nbytes, device, repeats)
 
 
 def triad_gbps(device: torch.device, nbytes: int, repeats: int) -> float:
     """Bandwidth of a = b + s c in GB/s as STREAM counts it: two arrays of ``nbytes`` read, one written."""
-    first, second, target = _arrays(device, nbytes, 3)
+    first, second, target = _arrays(device, nbytes, 3, 1)
     return _bandwidth(lambda: torch.add(first, second, alpha=3.0, out=target), 3 * first.nbytes, device, repeats)
 
 
-def _arrays(device: torch.device, nbytes: int, count: int) -> list[torch.Tensor]:
+def _arrays(device: torch.device, nbytes: int, count: int, processes: int) -> list[torch.Tensor]:
+    nbytes = min(nbytes, int(COPY_SHARE * free_bytes(device)) // (count * processes))
     return [torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_() for _ in range(count)]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody has taken yet."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _bandwidth(move: Step, nbytes: int, device: torch.device, repeats: int) -> float:
@@ -261,7 +287,7 @@ def _device_ms(move: Step) -> float:
         move()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / moves
+    return float(begin.elapsed_time(end)) / moves
 
 
 def _host_ms(move: Step) -> float:

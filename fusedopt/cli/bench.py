@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..bench.contracts import Case
     from ..bench.report import Row
-    from ..bench.session import BenchRunner
+    from ..bench.runner import Repeats
 
 __all__ = ["bench"]
 
@@ -46,6 +47,8 @@ _SUITES = ("standard", "formats", "rules", "sizes", "host", "full", "quick")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Start no case after so long.")
 @shared_options("Write the results here, after each case.")
+@click.option("--resume", is_flag=True, help="Go on from the file of --json, with the cases that it has no rows of.")
+@click.option("--supervised", hidden=True, metavar="COMMAND", help="The command of the process that started this one.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw plots into this folder.")
 @click.option("--list", "listing", is_flag=True, help="Name workloads, formats, ... and libraries, and run nothing.")
 def bench(context: click.Context, /, listing: bool, **options: Any) -> None:
@@ -57,13 +60,14 @@ def bench(context: click.Context, /, listing: bool, **options: Any) -> None:
         _show_names(options["device_type"] or _default_device())
         return
     started = time.monotonic()
-    cases, runner = _planned(options)
-    if options["against"]:
-        _name_those_without_a_case(cases, runner)
+    plan = _planned(options)
     limit = options["time_limit"]
     deadline = float("inf") if limit is None else started + limit
     path = Path(options["json_path"]) if options["json_path"] else None
-    _run(cases, runner, deadline, path, options["plots"])
+    if options["supervised"] is not None:
+        _run(plan, deadline, path, options)
+    if not _supervise(context, plan, deadline, path, options["resume"]):
+        _run(plan, deadline, path, options)
 
 
 def _require_numpy() -> None:
@@ -79,12 +83,23 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _planned(options: dict[str, Any]) -> tuple[list[Case], BenchRunner]:
-    """Cases and a runner for them; all that may be wrong with the options is noticed here."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be measured."""
+
+    cases: list[Case]
+    device_type: str
+    repeats: Repeats
+    against: tuple[str, ...]
+    backends: tuple[str, ...]
+
+
+def _planned(options: dict[str, Any]) -> _Plan:
+    """All that may be wrong with the options is noticed here."""
     import torch
 
     from ..bench.runner import FULL, FULL_CPU, QUICK
-    from ..bench.session import BenchRunner, resolve_peers
+    from ..bench.session import resolve_peers
     from ..bench.suites import select_cases
 
     device_type = options["device_type"] or _default_device()
@@ -108,14 +123,68 @@ def _planned(options: dict[str, Any]) -> tuple[list[Case], BenchRunner]:
     repeats = QUICK if options["quick"] else {"cuda": FULL, "cpu": FULL_CPU}[device_type]
     if options["rounds"]:
         repeats = replace(repeats, rounds=options["rounds"])
-    return cases, BenchRunner(torch.device(device_type), repeats, against, options["backends"])
+    if options["resume"] and options["json_path"] is None:
+        raise click.UsageError("--resume goes on from a file; name it with --json")
+    return _Plan(cases, device_type, repeats, against, options["backends"])
 
 
-def _name_those_without_a_case(cases: list[Case], runner: BenchRunner) -> None:
+def _earlier(path: Path, device_type: str) -> Row:
+    """The run to go on with. Asking for the device's name takes memory there: where there is a child, that does it."""
+    import torch
+
+    from ..bench.session import resumed
+
+    try:
+        return resumed(path, torch.device(device_type))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--resume") from error
+
+
+def _supervise(context: click.Context, plan: _Plan, deadline: float, path: Path | None, resume: bool) -> bool:
+    """Runs all in a child process if libraries take part that might end it; False if there are none."""
+    import torch
+
+    from ..bench.journal import supervise
+    from ..bench.session import of_others
+
+    if not of_others(plan.cases, torch.device(plan.device_type), plan.against):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        path = path or Path(folder, "result.json")
+        replaced: dict[str, Any] = {"json_path": path, "time_limit": None, "resume": False}
+        replaced["supervised"] = _command()
+        arguments = ["bench", *_as_arguments(context, replaced)]
+        if context.color is not None:
+            arguments += ["--color", "always" if context.color else "never"]
+        code = supervise(arguments, path, deadline, resume)
+    sys.exit(code)
+
+
+def _command() -> str:
+    return " ".join(["fusedopt", *sys.argv[1:]])
+
+
+def _as_arguments(context: click.Context, replaced: dict[str, Any]) -> list[str]:
+    """The options of a command as one would type them; those of ``replaced`` with other values."""
+    words: list[str] = []
+    values = {**context.params, **replaced}
+    for option in context.command.params:
+        value = values.get(option.name or "")
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is True:
+                words.append(option.opts[0])
+            elif one not in (None, False):
+                words += [option.opts[0], str(one)]
+    return words
+
+
+def _name_those_without_a_case(plan: _Plan) -> None:
+    import torch
+
     from ..bench.session import without_case
 
-    for name in without_case(cases, runner.device, runner.against):
-        click.echo(f"{name} has nothing to compare with these cases on {runner.device.type}", err=True)
+    for name in without_case(plan.cases, torch.device(plan.device_type), plan.against):
+        click.echo(f"{name} has nothing to compare with these cases on {plan.device_type}", err=True)
 
 
 def _check_names(chosen: dict[str, tuple[str, ...]]) -> None:
@@ -170,18 +239,29 @@ def _show_names(device_type: str) -> None:
         )
 
 
-def _run(cases: list[Case], runner: BenchRunner, deadline: float, path: Path | None, plots: Path | None) -> None:
+def _run(plan: _Plan, deadline: float, path: Path | None, options: dict[str, Any]) -> NoReturn:
+    import torch
+
+    from ..bench.journal import end_with_parent
     from ..bench.report import print_rows
-    from ..bench.session import failed_rows, measure, print_end
+    from ..bench.session import BenchRunner, failed_rows, measure, print_end
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been measured is written then
     out = console()
-    command = " ".join(["fusedopt", *sys.argv[1:]])
-    result = measure(runner, cases, deadline, out, command, path)
+    command = options["supervised"]
+    if command is not None:
+        end_with_parent()
+    if options["against"] and not options["resume"]:
+        _name_those_without_a_case(plan)
+    earlier = _earlier(path, plan.device_type) if path and options["resume"] else None
+    runner = BenchRunner(torch.device(plan.device_type), plan.repeats, plan.against, plan.backends)
+    result = measure(runner, plan.cases, deadline, out, command or _command(), path, earlier)
+    if options["supervised"] is not None and runner.journal.read():
+        finish(failed=True)  # the device is lost: another process goes on
     print_rows(out, result["rows"])
     print_end(out, result)
-    if plots:
-        _draw([result], plots, out)
+    if options["plots"]:
+        _draw([result], options["plots"], out)
     finish(failed=failed_rows(result, own=True))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fusedopt.bench.contracts import HYPER
 from fusedopt.bench.plots import PLOTS, draw, operations
 from fusedopt.bench.workloads import WORKLOADS
 
@@ -60,6 +61,26 @@ def test_time_by_library_needs_two_libraries(tmp_path):
     ours, theirs = row("gpt2-124M"), row("gpt2-124M", "torch-fused", 2.0, floor_ms=0.9)
     assert "time-by-library.png" not in {path.name for path in draw([result(ours)], tmp_path)}
     assert "time-by-library.png" in {path.name for path in draw([result(ours, theirs)], tmp_path)}
+
+
+def test_efficiency_by_size_says_where_the_format_changes(tmp_path):
+    sizes = [row("size-1e3"), row("size-1e9"), row("size-4e9", format="bf16")]
+    draw([result(*sizes)], tmp_path)
+    assert "Efficiency by size: adamw fp32; adamw bf16 at 4e9" in (tmp_path / "efficiency-by-size.svg").read_text()
+
+
+def test_time_by_library_is_of_the_workload_with_most_cases(tmp_path):
+    cases = [("gpt2-124M", "step"), ("gpt2-124M", "clip_step"), ("size-4e9", "step")]
+    rows = [row(name, library, contract=contract) for name, contract in cases for library in ("torch-fused", "apex")]
+    draw([result(*rows)], tmp_path)
+    assert "The step tail of gpt2-124M" in (tmp_path / "time-by-library.svg").read_text()
+
+
+def test_many_bars_of_memory_are_those_of_adamw(tmp_path):
+    rules = [row("gpt2-124M", library, optimizer=rule) for rule in HYPER for library in ("torch-fused", "apex", *"abc")]
+    draw([result(*rules, row("gpt2-124M", "torch-captured"))], tmp_path)
+    text = (tmp_path / "memory-per-parameter.svg").read_text()
+    assert "adamw fp32: apex" in text and "sgd fp32: apex" not in text and "torch-captured" not in text
 
 
 def test_operations_are_counted():

@@ -81,6 +81,29 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     assert "rounding explains" in rows[1]["error"] or "step counter" in rows[1]["error"]
 
 
+def test_a_peer_that_would_end_the_process_is_not_run(monkeypatch):
+    def fatal(case, params):
+        raise SystemExit("the peer was run")
+
+    plant(monkeypatch, fatal)
+    monkeypatch.setitem(peers.LIMITS, "lion-pytorch", peers.Limit(4 * 64 * 64 - 1, "it says so"))
+    ours, theirs = run(CASES[:1], ("lion-pytorch",))["rows"]
+    assert ours["error"] is None and ours["wall_ms"] > 0
+    assert theirs["wall_ms"] is None
+    assert theirs["error"] == (
+        "RuntimeError: not run: lion-pytorch would end the process: params[0] has 16,384 elements, expected at most "
+        "16,383; it says so"
+    )
+
+
+def test_bitsandbytes_is_not_run_on_one_huge_tensor():
+    huge, fitting = (torch.empty(size, device="meta") for size in (2_200_000_000, 2**31 - 1))
+    peers.refuse_beyond_limit("bitsandbytes", [fitting])
+    peers.refuse_beyond_limit("apex", [huge])
+    with pytest.raises(RuntimeError, match=r"not run: bitsandbytes .*params\[1\] has 2,200,000,000 elements"):
+        peers.refuse_beyond_limit("bitsandbytes", [fitting, huge])
+
+
 def test_a_slow_library_has_fewer_repetitions_and_the_result_says_so(monkeypatch):
     def slow(case, params):
         tail = contracts.build("fusedopt", case, params)
@@ -152,6 +175,12 @@ def test_foreach_stands_in_where_torch_has_no_fused_step():
     bench = BenchRunner(CPU, SHORT, resolve_peers(("default",)), ())
     assert "torch-foreach" in bench.libraries(make_case("tiny", "rmsprop", "fp32", "step"))
     assert "torch-foreach" not in bench.libraries(make_case("tiny", "adamw", "fp32", "step"))
+
+
+def test_steps_of_many_tensors_are_not_traced():
+    bench = BenchRunner(CPU, SHORT, (), ())
+    traced = [bench._is_traced(make_case(name, "adamw", "fp32", "step")) for name in ("tensors-1000", "size-1e3")]
+    assert traced == [False, True]
 
 
 def test_speedups_are_over_the_fastest_other_library():

@@ -1,5 +1,8 @@
 """Figures of ``benchmarks/fsdp.py``: what its rows come to. Runs of it: tests/distributed/fsdp_checks.py."""
 
+import torch
+
+from benchmarks import fsdp
 from benchmarks.goals import FSDP_CASE, FSDP_GOALS, judge_ranks
 
 
@@ -30,3 +33,21 @@ def test_goals_are_judged_for_each_process():
         f"rank 1: 1000-dtensors/{FSDP_CASE}: host ms": (0.3, True),
     }
     assert judge_ranks(FSDP_GOALS, rows[-1:]) == []
+
+
+def test_a_model_too_large_for_all_processes_of_a_host_says_what_it_needs(monkeypatch):
+    """1.34e9 parameters of 4 bytes: eight times whole at first, or once in parts, 9 tensors of that size."""
+    free = {"bytes": 42 * 10**9}
+    monkeypatch.setattr(fsdp.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setattr(fsdp.distributed, "broadcast_object_list", lambda answer, device: None)
+    monkeypatch.setattr(fsdp.timing, "free_bytes", lambda device: free["bytes"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    model, cpu = fsdp.WORKLOADS["1.3B"], torch.device("cpu")
+    assert model.numel == 20 * (8192**2 + 8192)
+    assert fsdp.too_large(model, cpu, 2) == "needs 48.3 GB of memory, 42.0 GB are free"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a host each
+    assert fsdp.too_large(model, cpu, 2) is None
+    free["bytes"] = 6 * 10**9
+    assert fsdp.too_large(model, cpu, 2) == "needs 6.0 GB of memory, 6.0 GB are free"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert fsdp.sharing(cpu) == 8 and fsdp.sharing(torch.device("cuda")) == 1

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -25,47 +26,94 @@ def result(device):
 
 def test_share_of_the_tail_is_measured_for_every_library_and_batch(result, device):
     (size,) = train_step.TINY
-    assert len(result["rows"]) == len(size.batches) * len(train_step.LIBRARIES)
-    assert {row["library"] for row in result["rows"]} == {reported_name(name, device) for name in train_step.LIBRARIES}
+    ways = [(reported_name(library, device), format_) for library, format_ in train_step.WAYS]
+    assert [(row["library"], row["format"]) for row in result["rows"]] == ways * len(size.batches)
     for row in result["rows"]:
-        assert row["error"] is None and row["check_error_ratio"] <= 1
+        assert row["error"] is None and row["skipped"] is None and row["check_error_ratio"] <= 1
+        assert row["state_bytes"] >= (8 if row["format"] == "fp32" else 10) * row["params"]
+        assert row["loss"] == pytest.approx(result["rows"][0 if row["tokens"] == 16 else 4]["loss"], rel=0.01)
         assert row["samples"] == size.rounds * size.steps
         assert 0 < row["tail_ms"] <= row["step_ms"] and row["tail_share"] == row["tail_ms"] / row["step_ms"]
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_ms"] * 1e3)
-        assert (row["speedup"] is not None) == row["library"].startswith("fusedopt")
+        for key in ("speedup", "tail_speedup"):
+            assert (row[key] is not None) == row["library"].startswith("fusedopt")
         assert (row["peak_bytes"] is None) == (device.type == "cpu")
 
 
-def test_a_library_that_fails_costs_its_row(monkeypatch):
+ONE_BATCH = replace(train_step.TINY[0], batches=(1,), rounds=1)
+SMALL_CASE = train_step.Case(ONE_BATCH, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("error", "key", "text"),
+    [
+        (MemoryError("no room"), "error", "MemoryError: no room"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nand more"), "skipped", "out of memory: CUDA out of memory."),
+    ],
+)
+def test_a_library_that_fails_costs_its_row(monkeypatch, error, key, text):
     build = train_step.contracts.build
 
     def failing(library, case, params):
         if library == "torch-fused":
-            raise MemoryError("no room")
+            raise error
         return build(library, case, params)
 
     monkeypatch.setattr(train_step.contracts, "build", failing)
-    size = train_step.TINY[0]
-    rows = train_step.measure(torch.device("cpu"), (size,), math.inf, Console(file=io.StringIO()))["rows"]
-    failed = [row for row in rows if row["error"]]
-    assert [row["library"] for row in failed] == ["torch-fused"] * len(size.batches)
-    assert failed[0]["error"] == "MemoryError: no room" and failed[0]["tokens_per_s"] is None
-    text = io.StringIO()
-    train_step.print_table(Console(file=text, width=160), "", train_step.STEP_CELLS, {"rows": rows, "left_out": []})
-    assert "FAILED tiny, batch 1 x 16 torch-fused: MemoryError: no room" in text.getvalue()
+    rows, interrupted = train_step.measure_case(SMALL_CASE)
+    failed = [row for row in rows if row[key]]
+    assert [row["library"] for row in failed] == ["torch-fused"] and not interrupted
+    assert failed[0][key] == text and failed[0]["tokens_per_s"] is None
+    assert all(row["tokens_per_s"] for row in rows if row is not failed[0])
+    out = io.StringIO()
+    train_step.print_table(Console(file=out, width=160), "", train_step.CELLS, {"rows": rows, "left_out": []})
+    assert (
+        f"tiny, batch 1 x 16 torch-fused: {text}" in out.getvalue() and "fusedopt-cpu, bf16+split16" in out.getvalue()
+    )
+
+
+def test_a_model_that_cannot_fit_is_skipped_with_the_memory_it_needs(monkeypatch):
+    monkeypatch.setattr(train_step, "total_bytes", lambda device: 15 * 10**9)
+    large = train_step.SIZES[-1]
+    entries = [train_step.Measured(*way) for way in train_step.WAYS]
+    for entry in entries:
+        entry.attempt(train_step.Case(large, 1, torch.device("cpu")), 0)
+    params = sum(param.numel() for param in train_step.params_of(large))
+    assert 1.30e9 < params < 1.32e9
+    needed = [train_step.least_bytes(large, format_) / params for _, format_ in train_step.WAYS]
+    assert needed == [16, 16, 16, 14]  # parameters, gradients and states
+    assert entries[0].skipped == f"needs more than {16 * params / 1e9:.1f} GB of memory, cpu has 15.0 GB"
+    assert all(entry.skipped and not entry.error for entry in entries)
+
+
+def test_another_training_is_an_error(monkeypatch):
+    def without_update(library, case, params):
+        tail = build(library, case, params)
+        return replace(tail, run=int) if (library, case.format) == train_step.WAYS[0] else tail
+
+    build = train_step.contracts.build
+    monkeypatch.setattr(train_step, "LR", 1e-2)
+    monkeypatch.setattr(train_step, "check", lambda *_: 0.0)
+    monkeypatch.setattr(train_step.contracts, "build", without_update)
+    (ours, *_, in_bf16), _ = train_step.measure_case(SMALL_CASE)
+    assert "expected that of torch-fused" in ours["error"] and ours["speedup"] is None
+    assert in_bf16["error"] is None
 
 
 def test_what_was_measured_before_an_interrupt_counts(monkeypatch, tmp_path):
-    def interrupted(self, batch, deadline):
-        if batch == train_step.TINY[0].batches[-1]:
+    def interrupted(self, case, turn):
+        if turns.append(self) or len(turns) == 2 * len(train_step.WAYS):
             raise KeyboardInterrupt
-        return [{"library": "fusedopt", "error": None}]
+        attempt(self, case, turn)
 
-    monkeypatch.setattr(train_step.Training, "measure", interrupted)
+    turns, attempt = [], train_step.Measured.attempt
+    monkeypatch.setattr(train_step.Measured, "attempt", interrupted)
     path, quiet = tmp_path / "train.json", Console(file=io.StringIO())
     result = train_step.measure(torch.device("cpu"), train_step.TINY, math.inf, quiet, path)
     assert json.loads(path.read_text()) == result
-    assert len(result["rows"]) == 1 and result["left_out"] == ["tiny, batch 2 x 16"]
+    steps = train_step.TINY[0].steps
+    assert [row["samples"] for row in result["rows"]] == [2 * steps] * 3 + [steps]
+    assert result["left_out"] == ["tiny, batch 2 x 16"]
 
 
 def test_time_limit(monkeypatch):
@@ -157,3 +205,11 @@ def test_markers_are_checked(tmp_path, marker, message):
     (tmp_path / "one.json").write_text(json.dumps({"rows": []}))
     with pytest.raises(click.ClickException, match=message):
         tables.fill(f"{marker}\n<!-- end of table -->\n", tmp_path)
+
+
+def test_a_marker_may_name_a_file_that_is_not_there_yet(tmp_path):
+    page = tables.fill("<!-- table: none.json if-there -->\n<!-- end of table -->\n", tmp_path)
+    assert "Not measured yet." in page and tables.fill(page, tmp_path) == page
+    (tmp_path / "none.json").write_text(json.dumps({"device": "a", "torch": "2", "threads": 1, "date": "", "rows": []}))
+    (tmp_path / "none.json").write_text((tmp_path / "none.json").read_text().replace("}", ', "commit": "c"}'))
+    assert "Not measured yet." not in tables.fill(page, tmp_path)

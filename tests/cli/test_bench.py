@@ -49,6 +49,20 @@ def test_a_time_limit_leaves_out_every_case(tmp_path):
     assert len(json.loads(path.read_text())["left_out"]) == 3
 
 
+def test_a_run_goes_on_with_what_an_earlier_one_has_left_out(tmp_path):
+    path = tmp_path / "result.json"
+    case = [*QUICK, "--against", "none", "--workload", "tiny", "--contract", "step"]
+    done = invoke(*case, "--resume")
+    assert done.exit_code == 2 and "name it with --json" in done.output
+    done = invoke(*case, "--resume", "--json", path)
+    assert done.exit_code == 2 and "cannot be read" in done.output
+    assert invoke(*case, "--json", path).exit_code == 0
+    first = json.loads(path.read_text())["rows"]
+    assert invoke(*case, "--format", "bf16", "--format", "fp32", "--resume", "--json", path).exit_code == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["format"] for row in rows] == ["fp32", "bf16"] and rows[0]["wall_ms"] == first[0]["wall_ms"]
+
+
 def test_names_are_listed():
     output = "".join(invoke("bench", "--list", "--device", "cpu").output.split())
     for name in ("gpt2-124M", "bf16+split16", "accumulate", "torch-captured", "apex"):
