@@ -18,6 +18,7 @@ __all__ = [
     "can_compile",
     "chunk",
     "finalize_norm",
+    "measure",
     "norm",
     "prepare",
     "require_available",
@@ -202,9 +203,9 @@ def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple[Any, .
         return None
     return [
         (bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity)
-        for step in passes
+        for name in passes
         for bucket in tables.buckets
-        for name in bucket.phases((step,))
+        if name in bucket.launches
     ]
 
 
@@ -226,10 +227,15 @@ def finalize_launch(tables: DeviceTables) -> tuple[Any, ...]:
     return None, None, tables.buckets[0].args.copy(), device.context, device.function(nvrtc.FINALIZE), 1, 0
 
 
+def measure(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        if bucket.norms:
+            _launch("measure", bucket, tables)
+
+
 def update(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
-        for name in bucket.phases(("update",)):
-            _launch(name, bucket, tables)
+        _launch("update", bucket, tables)
 
 
 def accumulate(tables: DeviceTables) -> None:

@@ -31,6 +31,7 @@ from ..formats import (
 )
 from ..plan import Bucket, DeviceTables, TensorRow, build_tables, dtype_code, is_dense, like_parameter, same_layout
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
+from ..tensor_norms import TensorNorms
 from .offload import Arrival, GradientsOnly, Lane, home_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class _Tracked:
     grad_dtype: torch.dtype | None = None
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
+    norms: torch.Tensor | None = None
+    """Where its sums of squares are added up with other processes'; None where its rule needs none, or has all here."""
     place: tuple[Bucket, int] | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     """Holds the step counter of a parameter that keeps no state: nobody asks for it, but kernels count."""
@@ -103,6 +106,7 @@ class _Tracked:
             group=self.group,
             id=self.id,
             spread=sharding.spread_of(self.param),
+            norms=self.norms,
         )
 
     def gradient_row(self) -> TensorRow:
@@ -175,6 +179,8 @@ class OptimizerPlan:
     """Parameters whose state is new, until a pass writes to it."""
     peers: list[sharding.Peers] = field(default_factory=list)
     """Of the meshes on which DTensors among the parameters lie."""
+    norms: list[TensorNorms] = field(default_factory=list)
+    """Of the DTensors whose rule needs norms over all their parts."""
 
     @classmethod
     def make(
@@ -235,6 +241,7 @@ class OptimizerPlan:
     ) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
         _complete_state(optimizer, active)
+        norms = _tensor_norms(tracked)
         rows = [each.gradient_row() if each.is_offloaded else each.row(optimizer.state) for each in active]
         alone = None
         if only is not None:
@@ -252,7 +259,7 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch(), backend, alone=alone)
+        plan = cls(tracked, tables, _C.Watch(), backend, alone=alone, norms=norms)
         for each in tracked:
             table, slot = (each.place[0].table, each.place[1]) if each.place else (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
@@ -325,7 +332,8 @@ class OptimizerPlan:
             param = each.param
             if sharding.is_sharded(param):
                 where, spread = each.where.partition(": ")[2], sharding.spread_of(param)
-                text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, rule {each.rule.name}"
+                text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, on {each.local.device.type}"
+                text += f", rule {each.rule.name}"
                 # Copies of the same elements are rounded alike only with the same random bits.
                 seed = groups[each.group].get("seed") if spread and spread.replicated else None
                 text += f", format {each.param_format.name}" + ("" if seed is None else f", seed {seed}")
@@ -342,7 +350,7 @@ class OptimizerPlan:
 
     def update(self) -> None:
         """The update pass, on devices and, for what is offloaded, on the host."""
-        passes.run_update(self.tables)
+        passes.run_update(self.tables, self.norms)
         if not self.lanes:
             return
         numbers = {id(each): i for i, each in enumerate(self.tracked)} if self.grads else {}
@@ -425,7 +433,7 @@ def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | Non
             check_param(where, param, sharded=True)
             local = sharding.local_of(param)
             if sharding.is_sharded(param):
-                _check_sharded(where, param, rule)
+                _check_sharded(where, param)
             dense = local if is_dense(local) else torch.empty_like(local, requires_grad=False)
             each = _Tracked(
                 param=param,
@@ -455,13 +463,27 @@ def _backend_of(backend: str | None, offloaded: set[torch.device], device: torch
     return GradientsOnly(found) if device in offloaded else found
 
 
-def _check_sharded(where: str, param: DTensor, rule: RuleSpec) -> None:
-    """ValueError for what needs a whole tensor, or keeps gradients elsewhere than in ``.grad``."""
-    if rule.norms and not all(placement.is_replicate() for placement in param.placements):
-        raise ValueError(
-            f"{where} is a DTensor with placements {param.placements}, expected a parameter that each process holds as "
-            f"a whole: the rule '{rule.name}' needs norms over whole tensors; use AdamW for this model"
-        )
+def _tensor_norms(tracked: list[_Tracked]) -> list[TensorNorms]:
+    """Of those that have parts in other processes and a rule that needs their norms: with a gradient or without, for
+    the rows must be the same in all processes. Tells each where its row is."""
+    alike: dict[tuple[sharding.Spread, torch.device], list[_Tracked]] = {}
+    for each in tracked:
+        spread = sharding.spread_of(each.param) if each.rule.norms else None
+        if spread is not None and spread.is_split:
+            alike.setdefault((spread, each.home), []).append(each)
+    made = []
+    for (spread, home), own in alike.items():
+        most = max(each.rule.norms for each in own)
+        sums = torch.zeros(len(own), most, dtype=torch.float64, device=home)
+        for each, row in zip(own, sums):
+            each.norms = row
+        absent = [i for i, each in enumerate(own) if each.grad_dtype is None]
+        made.append(TensorNorms.of(spread, sums, absent))
+    return made
+
+
+def _check_sharded(where: str, param: DTensor) -> None:
+    """ValueError for one that keeps gradients elsewhere than in ``.grad``."""
     if getattr(param, "main_grad", None) is not None:
         raise ValueError(f"{where} is a DTensor with a main_grad, expected its gradient in .grad; remove the attribute")
 
