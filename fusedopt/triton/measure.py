@@ -207,7 +207,8 @@ def measure_pass(
     tensor, number, numel = read_chunk(chunks, tl.program_id(0))
     word = field(grads + tensor * 8, 0, tl.int64)
     if (word == 0) & (number == 0):  # other processes may have a gradient
-        put_sums(tensors + tensor * TENSOR_SIZE, 0.0, 0.0, NORMS)
+        zero = tl.full((), 0.0, tl.float64)
+        put_sums(tensors + tensor * TENSOR_SIZE, zero, zero, NORMS)
     if (word != 0) & (must_skip(args) == 0):
         own, main_grad = own_of(word), main_of(tensors, tensor, word, M)
         entry = tensors + tensor * TENSOR_SIZE

@@ -418,7 +418,7 @@ def test_sharded_parameter():
         param.grad = grad
         with pytest.raises(TypeError) as error:
             fusedopt.functional.adamw_([param], [grad.to_local()], [grad], [grad], [torch.zeros(())], lr=0.1)
-        assert_message(error, "grads[0] is a plain tensor beside a parameter that is a DTensor", ".to_local()")
+        assert_message(error, r"grads\[0\] is a plain tensor beside a parameter that is a DTensor", ".to_local()")
         assert_same_bits([param.to_local().detach(), param.grad.to_local()], [torch.ones(4, 4)] * 2)
     finally:
         distributed.destroy_process_group()
