@@ -113,7 +113,7 @@ void bind_cpu_measure(Table& table, const Hypers& hypers, int32 rule, int32 para
   check_measure(rule);
   const UpdateJob job =
       update_job("cpu_measure", table, hypers, rule, param_format, grad_dtype, main_dtype, state_format, args);
-  cpu_measure(job, table.chunks(), part, must_skip(args), threads);
+  if (!must_skip(args)) cpu_measure(job, table.chunks(), part, threads);
 }
 
 void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,

@@ -72,8 +72,7 @@ const CpuEngine& cpu_engine() {
   return engine;
 }
 
-void cpu_measure(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, bool skip, int threads) {
-  if (skip) return;
+void cpu_measure(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, int threads) {
   const CpuEngine& engine = cpu_engine();
   std::vector<TensorNorms> sums(static_cast<size_t>(part.end - part.begin));
   parallel_for(threads, part.end - part.begin, [&](int64 i) { sums[i] = engine.measure(job, chunks[part.begin + i]); });
