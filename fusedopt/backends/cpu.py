@@ -79,7 +79,7 @@ def measure(tables: DeviceTables) -> None:
 def measure_chunks(bucket: Bucket, begin: int, end: int) -> None:
     """The first phase of what ``update_chunks`` does, if its rule has two: whole tensors."""
     if bucket.norms:
-        _C.cpu_measure(*_update_arguments(bucket), begin, end)
+        _C.cpu_measure(*_update_arguments(bucket, begin, end))
 
 
 def update(tables: DeviceTables) -> None:
@@ -93,10 +93,10 @@ def update_chunks(bucket: Bucket, begin: int, end: int) -> None:
 
     The host may do something else in other threads of Python in the meantime.
     """
-    _C.cpu_update(*_update_arguments(bucket), begin, end)
+    _C.cpu_update(*_update_arguments(bucket, begin, end))
 
 
-def _update_arguments(bucket: Bucket) -> tuple[Any, ...]:
+def _update_arguments(bucket: Bucket, begin: int, end: int) -> tuple[Any, ...]:
     rule, param_format, state_format = bucket.formats
     return (
         bucket.table,
@@ -107,6 +107,8 @@ def _update_arguments(bucket: Bucket) -> tuple[Any, ...]:
         state_format.code,
         bucket.args,
         torch.get_num_threads(),
+        begin,
+        end,
     )
 
 
