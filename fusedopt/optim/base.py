@@ -431,8 +431,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             A handle: ``remove()`` undoes it, ``paused()`` is a context manager.
 
         Raises:
-            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients; LAMB of DTensors, which needs
-                other processes; no parameter in common.
+            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients; LAMB of DTensors, which
+                needs other processes; no parameter in common.
             RuntimeError: gradients are being released already.
         """
         self._release = GradientRelease(self, releasable(self, module))
