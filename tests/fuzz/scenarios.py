@@ -31,6 +31,7 @@ _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _EXTRA_SIZES = {"float32": 4, "int16": 2, "int8": 1}
 _DTYPES = tuple(_SIZES)
 _RULES = tuple(RULES.values())
+_TWO_PHASES = tuple(i for i, rule in enumerate(_RULES) if rule.norms)
 _PARAMS = tuple(PARAM_FORMATS.values())
 _STATES = tuple(STATE_FORMATS.values())
 _NUMEL = (0, 1, 2, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 255, 256, 257, 511, 513, 1000, 1023, 1024, 1025, 2049)
@@ -189,7 +190,7 @@ class _Codes:
         wanted = lambda name: (name == "float64") == wide  # noqa: E731
         pick = lambda names: rng.choice([i for i, name in enumerate(names) if wanted(name)])  # noqa: E731
         kept = lambda code, count: _code(rng, count, 1.0) if rng.random() < 0.02 else code  # noqa: E731
-        self.rule = _code(rng, len(_RULES))
+        self.rule = rng.choice(_TWO_PHASES) if rng.random() < 0.2 else _code(rng, len(_RULES))
         self.grad = kept(pick(_DTYPES), 4)
         self.main = kept(pick(_DTYPES), 4)
         self.param = kept(pick([spec.dtype for spec in _PARAMS]), len(_PARAMS))
