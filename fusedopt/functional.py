@@ -18,7 +18,8 @@ Common arguments:
 DTensors (FSDP2, tensor parallelism) are updated where their parts are, beside plain tensors or alone. The gradient and
 the moments of one must lie on its mesh, placed as it is; ``steps`` are plain. ``get_total_norm`` and ``unscale_grads_``
 make a ``clip_coef`` and a ``found_inf`` that are those of the whole tensors. ``lamb_`` takes norms over all parts, so
-all processes of the mesh must call it with the same tensors in the same order; the others send nothing.
+all processes of the mesh must call it with the same tensors in the same order and the same ``found_inf``; the others
+send nothing.
 
 Raises:
     ValueError: lists of different lengths, shapes, devices or placements that do not fit, bad hyper-parameters.
