@@ -3,7 +3,9 @@
 Beside the float64 reference, with bounds that hold for sums in any order: sums of parts are added up in another one.
 """
 
+import contextlib
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -122,9 +124,17 @@ def lamb_in_two_dimensions(ctx):
     mesh = ctx.mesh(2, ctx.world // 2, names=("replicate", "shard"))
     rows, columns = [Shard(0), Shard(1)], [Replicate(), Shard(0)]
     placements = [rows, columns, columns, [Shard(2), Replicate()], [Shard(0), Shard(0)], [Replicate(), Replicate()]]
-    pair = Lamb(ctx, mesh, placements, max_grad_norm=1.0)
-    pair.train(0, 2)
-    repeated(pair)
+    for is_world in (True, False):
+        pair = Lamb(ctx, mesh, placements, max_grad_norm=1.0)
+        pair.set_grads(0)
+        records = pair.before()
+        # One all-reduce where the mesh is all there is; else one for each dimension, those that replicate last.
+        with contextlib.nullcontext() if is_world else mock.patch("torch.distributed.get_world_size", lambda: 0):
+            pair.opt.step()
+        assert is_world or len(pair.opt._plan.peers[0].groups) == sum(size > 1 for size in mesh.shape)
+        pair.assert_stepped(records)
+        pair.train(1, 2)
+        repeated(pair)
 
 
 def lamb_formats(ctx):
