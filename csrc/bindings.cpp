@@ -52,7 +52,8 @@ py::list rules() {
 // ---- tables ---------------------------------------------------------------------------------------------
 
 int32 table_add(Table& table, uint64 param, uint64 extra, const std::vector<uint64>& states,
-                const std::vector<uint64>& scales, uint64 step, uint64 main_grad, int64 numel, int32 group, uint32 id) {
+                const std::vector<uint64>& scales, uint64 step, uint64 main_grad, int64 numel, int32 group, uint32 id,
+                uint64 norms) {
   if (states.size() > size_t(kMaxStates) || scales.size() > states.size())
     throw std::invalid_argument("Table.add: more states than kMaxStates, or more scales than states");
   TensorEntry entry = {};
@@ -65,6 +66,7 @@ int32 table_add(Table& table, uint64 param, uint64 extra, const std::vector<uint
   entry.numel = numel;
   entry.group = group;
   entry.id = id;
+  entry.norms = address<double>(norms);
   return table.add(entry);
 }
 
@@ -81,24 +83,46 @@ GradTable grad_table(Table& table, int32 grad_dtype, int32 main_dtype) {
 
 bool nonzero(const float* flag) { return flag && *flag != 0.0f; }
 
+Range part_of(const char* where, const Table& table, int64 begin, int64 end) {
+  const Range part = {begin, end < 0 ? int64(table.chunks().size()) : end};
+  if (part.begin < 0 || part.begin > part.end || part.end > int64(table.chunks().size()))
+    throw std::invalid_argument(std::string(where) + ": got chunks [" + std::to_string(part.begin) + ", " +
+                                std::to_string(part.end) + "), expected a part of the table's " +
+                                std::to_string(table.chunks().size()) + "; see Table.num_chunks");
+  return part;
+}
+
+UpdateJob update_job(const char* where, Table& table, const Hypers& hypers, int32 rule, int32 param_format,
+                     int32 grad_dtype, int32 main_dtype, int32 state_format, const PassArgs& args) {
+  check_update(where, table, hypers.rows().size(), rule, param_format, grad_dtype, main_dtype, state_format);
+  return {grad_table(table, grad_dtype, main_dtype),
+          ParamFormat(param_format),
+          StateFormat(state_format),
+          rule,
+          args.seed,
+          hypers.rows().data(),
+          args.scaling};
+}
+
+bool must_skip(const PassArgs& args) { return nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf); }
+
+void bind_cpu_measure(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
+                      int32 main_dtype, int32 state_format, const PassArgs& args, int threads, int64 begin, int64 end) {
+  const py::gil_scoped_release release;
+  const Range part = part_of("cpu_measure", table, begin, end);
+  check_measure(rule);
+  const UpdateJob job =
+      update_job("cpu_measure", table, hypers, rule, param_format, grad_dtype, main_dtype, state_format, args);
+  if (!must_skip(args)) cpu_measure(job, table.chunks(), part, threads);
+}
+
 void bind_cpu_update(Table& table, const Hypers& hypers, int32 rule, int32 param_format, int32 grad_dtype,
                      int32 main_dtype, int32 state_format, const PassArgs& args, int threads, int64 begin, int64 end) {
   const py::gil_scoped_release release;
-  const Range part = {begin, end < 0 ? int64(table.chunks().size()) : end};
-  if (part.begin < 0 || part.begin > part.end || part.end > int64(table.chunks().size()))
-    throw std::invalid_argument("cpu_update: got chunks [" + std::to_string(part.begin) + ", " +
-                                std::to_string(part.end) + "), expected a part of the table's " +
-                                std::to_string(table.chunks().size()) + "; see Table.num_chunks");
-  check_update(table, hypers.rows().size(), rule, param_format, grad_dtype, main_dtype, state_format);
-  const UpdateJob job = {grad_table(table, grad_dtype, main_dtype),
-                         ParamFormat(param_format),
-                         StateFormat(state_format),
-                         rule,
-                         args.seed,
-                         hypers.rows().data(),
-                         args.scaling,
-                         nullptr};
-  const bool skip = nonzero(args.scaling.found_inf) || nonzero(args.norm_found_inf);
+  const Range part = part_of("cpu_update", table, begin, end);
+  const UpdateJob job =
+      update_job("cpu_update", table, hypers, rule, param_format, grad_dtype, main_dtype, state_format, args);
+  const bool skip = must_skip(args);
   cpu_update(job, table.chunks(), part, int64(table.entries().size()), skip, threads);
   if (args.lead && args.control) {
     args.control->skipped = skip ? 1.0f : 0.0f;
@@ -310,9 +334,10 @@ before anything is written. tests/fuzz holds it to that.)";
       .def(py::init<int64>(), py::arg("chunk_size"))
       .def(
           "add", &table_add, py::arg("param"), py::arg("extra"), py::arg("states"), py::arg("scales"), py::arg("step"),
-          py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"),
+          py::arg("main_grad"), py::arg("numel"), py::arg("group"), py::arg("id"), py::arg("norms") = 0,
           "A tensor of numel elements; returns its slot. Addresses: param, extra, states (up to 4), main_grad of numel "
-          "elements, scales of one float32 for 256 of them, step of one float32.")
+          "elements, scales of one float32 for 256 of them, step of one float32, norms of as many float64 as its rule "
+          "has norms.")
       .def(
           "set_grad",
           [](Table& table, int32 index, uint64 grad) {
@@ -409,11 +434,16 @@ before anything is written. tests/fuzz holds it to that.)";
       .def("exchange", &RepeatedStep::exchange)
       .def("serves", &RepeatedStep::serves);
   add_run(m.attr("RepeatedStep"));
+  m.def("cpu_measure", &bind_cpu_measure, py::arg("table"), py::arg("hypers"), py::arg("rule"), py::arg("param_format"),
+        py::arg("grad_dtype"), py::arg("main_dtype"), py::arg("state_format"), py::arg("args"), py::arg("threads"),
+        py::arg("begin") = 0, py::arg("end") = -1,
+        "The first phase of a rule of two, as cpu_update: sums of squares to where the tensors' `norms` are. A part "
+        "must hold whole tensors.");
   m.def("cpu_update", &bind_cpu_update, py::arg("table"), py::arg("hypers"), py::arg("rule"), py::arg("param_format"),
         py::arg("grad_dtype"), py::arg("main_dtype"), py::arg("state_format"), py::arg("args"), py::arg("threads"),
         py::arg("begin") = 0, py::arg("end") = -1,
         "The update pass over a table's memory, which must be in these formats, or over its chunks [begin, end): steps "
-        "are counted with the last one. For a rule of two phases a part must hold whole tensors.");
+        "are counted with the last one. Of a rule of two phases the second.");
   m.def("cpu_norm", &bind_cpu_norm,
         "(table, grad_dtype, main_dtype, args, sum, nonfinite, threads): `sum` and `nonfinite` with the gradients' "
         "added.");

@@ -22,6 +22,7 @@ class Table:
         numel: int,
         group: int,
         id: int,
+        norms: int = 0,
     ) -> int: ...
     def set_grad(self, index: int, grad: int, /) -> None: ...
     def set_memory(self, slot: int, param: int, grad: int, main_grad: int = 0, has_main: bool = False) -> None: ...
@@ -152,6 +153,19 @@ def set_scalars(
     /,
 ) -> None: ...
 def pack_step(to: int, previous: int, args: PassArgs, table: Table, hypers: Hypers) -> bool: ...
+def cpu_measure(
+    table: Table,
+    hypers: Hypers,
+    rule: int,
+    param_format: int,
+    grad_dtype: int,
+    main_dtype: int,
+    state_format: int,
+    args: PassArgs,
+    threads: int,
+    begin: int = 0,
+    end: int = -1,
+) -> None: ...
 def cpu_update(
     table: Table,
     hypers: Hypers,

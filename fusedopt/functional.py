@@ -15,9 +15,16 @@ Common arguments:
     clip_coef: multiplies the unscaled, clamped gradients; a float or 0-dim tensor, as ``max_norm / norm``.
     max_grad_value: clamps each unscaled gradient element.
 
+DTensors (FSDP2, tensor parallelism) are updated where their parts are, beside plain tensors or alone. The gradient and
+the moments of one must lie on its mesh, placed as it is; ``steps`` are plain. ``get_total_norm`` and ``unscale_grads_``
+make a ``clip_coef`` and a ``found_inf`` that are those of the whole tensors. ``lamb_`` takes norms over all parts, so
+all processes of the mesh must call it with the same tensors in the same order and the same ``found_inf``; the others
+send nothing.
+
 Raises:
-    ValueError: lists of different lengths, shapes or devices that do not fit, bad hyper-parameters.
-    TypeError: a dtype that is not supported.
+    ValueError: lists of different lengths, shapes, devices or placements that do not fit, bad hyper-parameters.
+    TypeError: a dtype that is not supported; DTensors beside plain tensors that belong to the same parameter.
+    RuntimeError: ``lamb_`` of DTensors: a process failed, or took too long. Nothing has been updated.
 """
 
 from __future__ import annotations
@@ -32,7 +39,9 @@ from . import passes
 from .backends import for_device
 from .checks import check_clipping, check_complex_clipping, check_dense, check_grad, check_hyperparameters
 from .plan import Bucket, TensorRow, is_dense, like_parameter, same_layout
+from .sharding import Spread, check_spread, dense_local, is_sharded, spread_of
 from .specs import PARAM_FORMATS, RULES, STATE_FORMATS, RuleSpec
+from .tensor_norms import TensorNorms
 
 __all__ = ["adagrad_", "adam_", "adamw_", "lamb_", "lion_", "radam_", "rmsprop_", "sgd_", "sgdw_"]
 
@@ -277,7 +286,8 @@ def lamb_(
 ) -> None:
     """One step of :class:`fusedopt.LAMB` (You et al., 2020). Arguments and errors: see the module.
 
-    Takes two launches per dtype. Norms are those of each tensor of ``params``.
+    Takes two launches per dtype. Norms are those of each tensor of ``params``; of DTensors over all their parts, with
+    one all-reduce for all that lie alike between the launches.
     """
     hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
     hyper |= dict(bias_correction=bias_correction, adam_w_mode=adam_w_mode)
@@ -302,7 +312,11 @@ def _apply(
     """named_states: those of all variants; the rule ``name`` takes its own."""
     rule = RULES[name]
     where, states = f"{rule.family}_", [_given(name, key, named_states[key]) for key in rule.states]
+    _check_lengths(where, rule, params, grads, states, steps)
+    wholes, spreads = [params, *states], [spread_of(param) for param in params]
+    params, grads, *states = _local_lists(where, rule, params, grads, states)
     _check_lists(where, rule, params, grads, states, steps)
+    _check_scalars(where, scalars)
     check_hyperparameters(where, hyper)
     check_clipping(where, None, 2.0, scalars.max_grad_value, "propagate")
     if any(param.is_complex() for param in params):
@@ -311,18 +325,19 @@ def _apply(
         return
 
     staged = [
-        _stage(rule, param, grad, [tensors[i] for tensors in states], step)
-        for i, (param, grad, step) in enumerate(zip(params, grads, steps))
+        _stage(rule, param, grad, [tensors[i] for tensors in states], step, spread)
+        for i, (param, grad, step, spread) in enumerate(zip(params, grads, steps, spreads))
     ]
     tables, places = _tables.get([row for row, _, _ in staged])
     _set_grads(places, [grad for _, grad, _ in staged])
     passes.begin(tables, scalars, ("update",), [hyper])
-    passes.run_update(tables)
+    passes.run_update(tables, TensorNorms.of_tables(tables))
     for i, (_, _, written) in enumerate(staged):
         for kept, used in zip((params[i], *(tensors[i] for tensors in states)), written):
             if used is not kept:
                 kept.copy_(used)
-    increment_version([*params, *(tensor for tensors in states for tensor in tensors)])
+    for whole, local in zip(wholes, (params, *states)):
+        increment_version([*local, *(each for each in whole if is_sharded(each))])
 
 
 def _given(rule: str, key: str, tensors: Tensors | None) -> Tensors:
@@ -336,7 +351,12 @@ def _given(rule: str, key: str, tensors: Tensors | None) -> Tensors:
 
 
 def _stage(
-    rule: RuleSpec, param: torch.Tensor, grad: torch.Tensor, states: Tensors, step: torch.Tensor
+    rule: RuleSpec,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    states: Tensors,
+    step: torch.Tensor,
+    spread: Spread | None,
 ) -> tuple[TensorRow, torch.Tensor, Tensors]:
     """The row of one parameter, its gradient, and the parameter and its states as written.
 
@@ -354,6 +374,7 @@ def _stage(
         param=dense,
         states=written[1:],
         step=step,
+        spread=spread,
     )
     return row, grad if same_layout(grad, dense) else like_parameter(grad, dense), written
 
@@ -373,7 +394,7 @@ _tables = passes.TablesCache()
 # ---- checks -------------------------------------------------------------------------------------------------
 
 
-def _check_lists(
+def _check_lengths(
     where: str, rule: RuleSpec, params: Tensors, grads: Tensors, states: Sequence[Tensors], steps: Tensors
 ) -> None:
     names = ("grads", *(f"{key}s" for key in rule.states), "steps")
@@ -383,16 +404,62 @@ def _check_lists(
                 f"{where}: {name} holds {len(tensors)} tensors, expected {len(params)} as params; "
                 "pass one per parameter"
             )
+
+
+def _local_lists(
+    where: str, rule: RuleSpec, params: Tensors, grads: Tensors, states: Sequence[Tensors]
+) -> list[Tensors]:
+    """Parameters, gradients and states with this process' parts in the places of DTensors."""
+    lists = [params, grads, *states]
+    if not any(is_sharded(each) for tensors in lists for each in tensors):
+        return lists
+    for name, tensors in zip(("grads", *(f"{key}s" for key in rule.states)), lists[1:]):
+        for i, (tensor, param) in enumerate(zip(tensors, params)):
+            _check_alike(f"{where}: {name}[{i}]", tensor, param)
+    for i, param in enumerate(params):
+        check_spread(f"{where}: params[{i}]", param)
+    return [[dense_local(each) for each in tensors] for tensors in lists]
+
+
+def _check_alike(where: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
+    """TypeError or ValueError where only one of them is a DTensor, or they have different parts here."""
+    if is_sharded(tensor) != is_sharded(param):
+        kinds = {True: "a DTensor", False: "a plain tensor"}
+        raise TypeError(
+            f"{where} is {kinds[is_sharded(tensor)]} beside a parameter that is {kinds[is_sharded(param)]}, expected "
+            "both alike; pass DTensors everywhere, or .to_local() of all of them"
+        )
+    if not is_sharded(tensor) or not is_sharded(param):
+        return
+    got, expected = ((each.device_mesh, tuple(each.placements), each.shape) for each in (tensor, param))
+    if got != expected:
+        raise ValueError(
+            f"{where} has shape {tuple(got[2])} and placements {got[1]} on {got[0]}, expected those of its parameter, "
+            f"{tuple(expected[2])} and {expected[1]} on {expected[0]}; call .redistribute(placements=…) on it"
+        )
+
+
+def _check_scalars(where: str, scalars: passes.StepScalars) -> None:
+    """TypeError for a DTensor, as torch's norms of DTensors are: it has no memory to be read."""
+    for name, value in scalars._asdict().items():
+        if is_sharded(value):
+            raise TypeError(f"{where}: {name} is a DTensor, expected a plain tensor or a number; call .full_tensor()")
+
+
+def _check_lists(
+    where: str, rule: RuleSpec, params: Tensors, grads: Tensors, states: Sequence[Tensors], steps: Tensors
+) -> None:
     for i, (param, grad, step) in enumerate(zip(params, grads, steps)):
         check_dense(f"{where}: params[{i}]", param)
         check_grad(f"{where}: grads[{i}]", grad, param)
         own = [tensors[i] for tensors in states]
         for key, state in zip(rule.states, own):
             _check_state(f"{where}: {key}s[{i}]", state, param, own[0])
-        if step.dtype != torch.float32 or step.numel() != 1 or step.device != param.device:
+        if step.dtype != torch.float32 or step.numel() != 1 or step.device != param.device or is_sharded(step):
             raise ValueError(
-                f"{where}: steps[{i}] is {step.dtype} of shape {tuple(step.shape)} on {step.device}, expected a "
-                f"float32 scalar on {param.device}; make it with torch.zeros((), device=param.device)"
+                f"{where}: steps[{i}] is {step.dtype}, a {type(step).__name__} of shape {tuple(step.shape)} on "
+                f"{step.device}, expected a plain float32 scalar on {param.device}; make it with "
+                "torch.zeros((), device=param.device)"
             )
     for device in {param.device for param in params}:
         for_device(device)

@@ -14,6 +14,7 @@ from .backends import for_device, wanted
 from .plan import Bucket, DeviceTables, TensorRow, build_tables
 from .sharding import Gathering, NormReduce, Peers, reduce_norm
 from .specs import NORM_TYPES
+from .tensor_norms import TensorNorms
 
 __all__ = [
     "Processes",
@@ -193,8 +194,16 @@ def join_norm(device: torch.device, norm_type: float, processes: Processes) -> t
     return (total.sqrt() if norm_type == 2.0 else total).float()
 
 
-def run_update(tables: Sequence[DeviceTables]) -> None:
-    """The update pass on every device."""
+def run_update(tables: Sequence[DeviceTables], norms: Sequence[TensorNorms] = ()) -> None:
+    """The update pass on every device, of rules of two phases both.
+
+    norms: of tensors that have parts in other processes, which are waited for between the phases.
+    """
+    for device in tables:
+        if device.measures:
+            device.backend.measure(device)
+    for each in norms:
+        each.add_up()
     for device in tables:
         device.backend.update(device)
 

@@ -8,7 +8,7 @@ the optimizer checks that each step (``_C.Watch``), the functions look them up b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -118,6 +118,9 @@ class TensorRow:
     """Of the parameter in its optimizer, for random numbers."""
     spread: Spread | None = None
     """Over which processes the whole tensor lies, of which this is the local part; None where it is all here."""
+    norms: torch.Tensor | None = None
+    """Where the sums of squares go that a rule of two phases takes of the tensor, ``(rule.norms,)`` float64; by default
+    into memory of the tables' own."""
 
     def __post_init__(self) -> None:
         if self.grad_dtype.is_complex:
@@ -137,7 +140,7 @@ class TensorRow:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All memory that the update pass writes."""
-        given = (self.param, self.extra, *self.states, *self.scales, self.step)
+        given = (self.param, self.extra, *self.states, *self.scales, self.step, self.norms)
         return [tensor for tensor in given if tensor is not None]
 
 
@@ -215,11 +218,20 @@ class DeviceTables:
         """The scalars that the passes were last given, unless a tensor is among them."""
         self.keep_alive: list[torch.Tensor] = []
         """Tensors whose addresses the passes of this step were given."""
+        self.norms: torch.Tensor | None = None
+        """Sums of squares, ``(tensors, norms)`` float64, in the order of rows, of the tensors whose rule has two phases
+        and whose row names no other memory; None where there are none."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether the update begins with a pass that measures tensors."""
+        return any(bucket.norms for bucket in self.buckets)
 
     def add(self, rows: Iterable[TensorRow]) -> list[tuple[Bucket, int]]:
         """Adds rows; returns where each went: its bucket and its slot in the bucket's table."""
         buckets: dict[BucketKey, Bucket] = {}
         places = []
+        rows = self._with_norms(list(rows))
         for row in rows:
             bucket = buckets.get(row.key)
             if bucket is None:
@@ -235,6 +247,7 @@ class DeviceTables:
                 numel=row.numel,
                 group=row.group,
                 id=row.id,
+                norms=_address(row.norms),
             )
             places.append((bucket, slot))
             bucket.numel += row.numel
@@ -242,6 +255,17 @@ class DeviceTables:
         for bucket in self.buckets:
             bucket.num_chunks = bucket.table.num_chunks
         return places
+
+    def _with_norms(self, rows: list[TensorRow]) -> list[TensorRow]:
+        """The rows, with memory for the norms of those that need it and have none."""
+        counts = {i: row.rule.norms for i, row in enumerate(rows) if row.rule is not None and row.norms is None}
+        most = max(counts.values(), default=0)
+        if most:
+            lacking = [i for i, count in counts.items() if count]
+            self.norms = torch.zeros(len(lacking), most, dtype=torch.float64, device=self.device)
+            for i, norms in zip(lacking, self.norms):
+                rows[i] = replace(rows[i], norms=norms)
+        return rows
 
     def _hypers_of(self, rule: RuleSpec | None) -> _C.Hypers:
         if rule not in self.hypers:
@@ -256,7 +280,7 @@ class DeviceTables:
     def device_memory(self) -> list[torch.Tensor]:
         """All tensors that the passes need besides the model's and the state's, each once."""
         owned = [tensor for bucket in self.buckets for tensor in (*bucket.device_memory, bucket.step_table)]
-        unique = {id(tensor): tensor for tensor in (*owned, self.control.buffer) if tensor is not None}
+        unique = {id(tensor): tensor for tensor in (*owned, self.norms, self.control.buffer) if tensor is not None}
         return list(unique.values())
 
     def pack_hypers(self, groups: Sequence[dict[str, Any]]) -> None:

@@ -31,10 +31,12 @@ __all__ = [
     "NormReduce",
     "Peers",
     "Spread",
+    "all_reduce",
     "check_agreement",
     "check_spread",
     "dense_local",
     "home_of",
+    "in_place_reduction",
     "is_sharded",
     "local_entry",
     "local_grad",
@@ -215,6 +217,11 @@ class Spread:
     replicated: tuple[int, ...]
     """Dimensions of the mesh in which every process holds the same elements."""
 
+    @property
+    def is_split(self) -> bool:
+        """Whether processes hold different elements, this one among them."""
+        return len(self.replicated) < self.mesh.ndim and self.mesh.get_coordinate() is not None
+
     def is_counted_here(self) -> bool:
         """Whether this process counts its elements: of those that hold the same ones the first does."""
         if not self.replicated:
@@ -248,15 +255,19 @@ class Peers(NamedTuple):
     """Whose reductions, one after the other, cover the mesh."""
 
     @classmethod
-    def of(cls, mesh: DeviceMesh) -> Peers:
-        """In a single group if the mesh is all processes; groups are never made here."""
+    def of(cls, mesh: DeviceMesh, last: Sequence[int] = ()) -> Peers:
+        """In a single group if the mesh is all processes; groups are never made here.
+
+        last: dimensions of the mesh to be reduced after the others.
+        """
         from torch import distributed
 
         if mesh.ndim > 1 and mesh.size() == distributed.get_world_size():
             world = distributed.group.WORLD
             if world and mesh.device_type in {device.type for device in getattr(world, "_device_types", ())}:
                 return cls(mesh, (world,))
-        return cls(mesh, tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1))
+        dims = sorted(range(mesh.ndim), key=lambda dim: dim in last)
+        return cls(mesh, tuple(mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1))
 
 
 def peers_of(tensors: Iterable[torch.Tensor]) -> list[Peers]:
@@ -268,8 +279,14 @@ def peers_of(tensors: Iterable[torch.Tensor]) -> list[Peers]:
 # ---- sums over a mesh -----------------------------------------------------------------------------------------
 
 
-def _all_reduce(values: torch.Tensor, op: Any, peers: Peers) -> torch.Tensor:
-    """Over all processes of the mesh, in place where ``values`` are where the mesh's processes communicate."""
+_GRADIENTS = "the gradients' norm"
+
+
+def all_reduce(values: torch.Tensor, op: Any, peers: Peers, what: str = _GRADIENTS) -> torch.Tensor:
+    """Over all processes of the mesh, in place where ``values`` are where the mesh's processes communicate.
+
+    what: of the update's ingredients, for the RuntimeError where a process does not come.
+    """
     from torch import distributed
 
     mesh, device = peers.mesh, values.device
@@ -279,13 +296,13 @@ def _all_reduce(values: torch.Tensor, op: Any, peers: Peers) -> torch.Tensor:
         for group in peers.groups:
             distributed.all_reduce(values, op, group=group)
     except RuntimeError as error:
-        raise _failed(mesh, error) from error
+        raise _failed(mesh, what, error) from error
     return values.to(device)
 
 
-def _failed(mesh: DeviceMesh, error: RuntimeError) -> RuntimeError:
+def _failed(mesh: DeviceMesh, what: str, error: RuntimeError) -> RuntimeError:
     return RuntimeError(
-        f"fusedopt: the all-reduce of the gradients' norm over {mesh} failed, nothing has been updated: {error}; "
+        f"fusedopt: the all-reduce of {what} over {mesh} failed, nothing has been updated: {error}; "
         "expected every process of the mesh to take this step too, with the same parameters and clipping: look "
         "for a process that ended, or that skipped the step"
     )
@@ -338,7 +355,7 @@ def reduce_norm(
             own = [torch.zeros(2, dtype=torch.float64, device=home)]
         sums = own[0] if len(own) == 1 else _combine(torch.stack(own), is_max)
         wire, op = _to_wire(sums, is_max)
-        rows.append(_from_wire(_all_reduce(wire, op, each), is_max))
+        rows.append(_from_wire(all_reduce(wire, op, each), is_max))
     if not rows:
         rows = [torch.zeros(2, dtype=torch.float64, device=home)]
     gathered = rows[0].view(1, 2) if len(rows) == 1 else torch.stack(rows)
@@ -374,33 +391,43 @@ class Gathering(NamedTuple):
         is_one = len(shares) == len(peers) == 1 and hook is None and norm_type != float("inf")
         spread, share = shares[0]
         if is_one and spread and spread.mesh == peers[0].mesh and share.device.type == spread.mesh.device_type:
-            return cls(_in_place_reduction(spread, share, peers[0]), share.view(1, 2))
+            clear = None if spread.is_counted_here() else share[0].zero_
+            result = share.view(1, 2)
+            return cls(in_place_reduction(share, result, peers[0], clear), result)
         return cls(partial(reduce_norm, shares, peers, hook, norm_type, home), None)
 
 
-def _in_place_reduction(spread: Spread, share: torch.Tensor, peers: Peers) -> Callable[[], torch.Tensor]:
-    """As ``torch.distributed.all_reduce``, whose arguments have been checked and whose options are there already."""
+def in_place_reduction(
+    values: torch.Tensor,
+    result: torch.Tensor,
+    peers: Peers,
+    clear: Callable[[], object] | None = None,
+    what: str = _GRADIENTS,
+) -> Callable[[], torch.Tensor]:
+    """As ``torch.distributed.all_reduce``, whose arguments have been checked and whose options are there already.
+
+    Returns what adds up ``values``, which are where the mesh's processes communicate, and returns ``result``, a view of
+    them. clear: takes from them, before, what is not to be counted. what: as for ``all_reduce``.
+    """
     from torch.distributed import AllreduceOptions, ReduceOp
 
     options: Any = AllreduceOptions()
     options.reduceOp = ReduceOp.SUM
     if hasattr(options, "asyncOp"):  # before torch 2.8 there is but one way
         options.asyncOp = False
-    all_reduces = [_all_reduce_of(group, share.device) for group in peers.groups]
-    values, gathered = [share], share.view(1, 2)
-    uncounted = None if spread.is_counted_here() else share[0]
+    reducers, given = [_all_reduce_of(group, values.device) for group in peers.groups], [values]
 
     def reduce() -> torch.Tensor:
-        if uncounted is not None:
-            uncounted.zero_()
+        if clear is not None:
+            clear()
         try:
-            for all_reduce in all_reduces:
-                work = all_reduce(values, options)
+            for reducer in reducers:
+                work = reducer(given, options)
                 if work is not None:
                     work.wait()
         except RuntimeError as error:
-            raise _failed(peers.mesh, error) from error
-        return gathered
+            raise _failed(peers.mesh, what, error) from error
+        return result
 
     return reduce
 
@@ -451,7 +478,7 @@ def check_agreement(where: str, peers: Sequence[Peers], options: str, params: Se
         # 48 bits: float64 holds them exactly, and every backend reduces that dtype.
         digest = int.from_bytes(hashlib.sha256("\n".join(own).encode()).digest()[:6], "little")
         ends = torch.tensor([digest, -digest], dtype=torch.float64, device=each.mesh.device_type)
-        highest, lowest = _all_reduce(ends, ReduceOp.MAX, each).tolist()
+        highest, lowest = all_reduce(ends, ReduceOp.MAX, each).tolist()
         if highest != -lowest:
             _explain(where, each, own)
 
@@ -482,4 +509,4 @@ def reduce_flag(flag: torch.Tensor, peers: Sequence[Peers]) -> None:
     from torch.distributed import ReduceOp
 
     for each in peers:
-        flag.copy_(_all_reduce(flag, ReduceOp.MAX, each))
+        flag.copy_(all_reduce(flag, ReduceOp.MAX, each))

@@ -33,7 +33,7 @@ class TensorEntry(Structure):
         ("chunks", c_int32),
         ("ticket", c_uint32),
         ("main_grad", c_uint64),
-        ("unused", c_int64),
+        ("norms", c_uint64),
     )
 
 

@@ -1,8 +1,8 @@
 """Checks that several processes run together: started once, each check a function of all of them.
 
-A module of checks has functions ``name(ctx: Context)``. In every process they run in one order; the first one that
-fails in a process ends it there, and the others, whose collectives fail then, too. The processes are forked from one
-that has imported torch and the checks, which takes longer than most of them.
+A module of checks has functions ``name(ctx: Context)``; ``module.name`` is one of another module. In every process they
+run in one order; the first one that fails in a process ends it there, and the others, whose collectives fail then, too.
+The processes are forked from one that has imported torch and the checks, which takes longer than most of them.
 """
 
 import contextlib
@@ -69,7 +69,8 @@ def work(module: str, checks: list[str], rank: int, world: int, port: int, backe
     for name in checks:
         torch.manual_seed(0)
         try:
-            getattr(importlib.import_module(module), name)(context)
+            owner, _, function = name.rpartition(".")
+            getattr(importlib.import_module(owner or module), function)(context)
             results[name] = ""
         except BaseException:
             results[name] = traceback.format_exc()

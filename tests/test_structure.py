@@ -48,6 +48,7 @@ RANKS = {
     "hooks": 1,
     "plan": 2,
     "triton": 2,
+    "tensor_norms": 3,
     "backends": 3,
     "passes": 4,
     "functional": 5,
@@ -237,10 +238,14 @@ def test_specs_agree_with_the_triton_rules():
 
 def test_specs_agree_with_the_rules_of_the_reference_backend():
     from fusedopt.backends.reference_rules import RULES as in_torch
+    from fusedopt.backends.reference_rules import TERMS
 
+    assert TERMS.keys() == {name for name, spec in RULES.items() if spec.norms}
     assert in_torch.keys() == RULES.keys()
     for name, spec in RULES.items():
-        assert tuple(inspect.signature(in_torch[name]).parameters) == ("param", "grad", *spec.states, "hyper", "step")
+        given = ("param", "grad", *spec.states, "hyper", "step")
+        names = tuple(inspect.signature(in_torch[name]).parameters)
+        assert names[: len(given)] == given and len(names) == len(given) + spec.norms
 
 
 def test_specs_agree_with_the_optimizers():

@@ -8,7 +8,9 @@
 //   scale(coefficients, hyper, norms)
 //                             between the phases: completes the coefficients of `update`
 //
-// and goes through all elements twice in a step. `update` computes again what `measure` did.
+// and goes through all elements twice in a step. `update` computes again what `measure` did. Between the phases the
+// sums of squares of each tensor stand where `TensorEntry::norms` says, for whoever has to add those of other
+// processes.
 #pragma once
 
 namespace fusedopt {

@@ -43,7 +43,9 @@ struct TensorEntry {
   int32 chunks;     // how many of the table's chunks are this tensor's; at least 1
   uint32 ticket;    // on the device: how many blocks have read `step`; 0 between launches
   void* main_grad;  // the sum of earlier micro-batches' gradients, or null where nobody accumulates
-  int64 unused;
+  // Of rules of two phases: Σ x² of the terms, kNorms numbers. The first phase leaves those of the elements that are
+  // here, the second takes the roots of what it finds: by then other processes may have added theirs. Else null.
+  double* norms;
 };
 static_assert(sizeof(TensorEntry) == 128, "read by the device as rows of whole cache lines");
 

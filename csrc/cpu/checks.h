@@ -9,9 +9,12 @@ namespace fusedopt {
 // Both known, and both float64 or none of them.
 void check_dtypes(const char* where, int32 grad_dtype, int32 main_dtype);
 
-// groups: rows of hyper-parameters.
-void check_update(const Table& table, size_t groups, int32 rule, int32 param_format, int32 grad_dtype, int32 main_dtype,
-                  int32 state_format);
+// It has two phases.
+void check_measure(int32 rule);
+
+// Of either phase. groups: rows of hyper-parameters.
+void check_update(const char* where, const Table& table, size_t groups, int32 rule, int32 param_format,
+                  int32 grad_dtype, int32 main_dtype, int32 state_format);
 
 // The table's gradients have somewhere to be added to.
 void check_accumulate(Table& table, int32 grad_dtype, int32 main_dtype);

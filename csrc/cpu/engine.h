@@ -385,7 +385,11 @@ void update_chunk(const UpdateJob& job, const Chunk& chunk) {
   GradBlocks<T> grad(job.table, chunk.tensor, transform.weight);
   if (!grad.source().any()) return;
   RuleOnChunk<T> on(job, chunk, transform);
-  if (on.rule.norms) on.functions.scale(on.hyper, job.norms[chunk.tensor].value, on.coefficients);
+  if (on.rule.norms) {
+    double norms[kMaxNorms];
+    for (int k = 0; k < on.rule.norms; ++k) norms[k] = square_root(on.tensor.norms[k]);
+    on.functions.scale(on.hyper, norms, on.coefficients);
+  }
 
   if constexpr (is_same<T, float>)
     if (all_bfloat16(job) && !grad.source().has_main && transform.weight == 1.0f)
@@ -418,7 +422,7 @@ double sum_of_squares(const T* x, int64 n) {
   return lanes[0];
 }
 
-// The first phase of a rule of two: Σ x² of its terms. Writes nothing.
+// The first phase of a rule of two: Σ x² of its terms.
 template <class T>
 TensorNorms measure_chunk(const UpdateJob& job, const Chunk& chunk) {
   TensorNorms sums = {};

@@ -14,7 +14,7 @@ struct GradTable {
   int64 chunk_size;
 };
 
-// Of one tensor, for a rule of two phases; or of a part of it, Σ x².
+// Σ x² of a part of one tensor, for a rule of two phases.
 struct TensorNorms {
   double value[kMaxNorms];
 };
@@ -27,7 +27,6 @@ struct UpdateJob {
   uint64 seed;  // of random numbers
   const Hyper* hypers;
   Scaling scaling;
-  const TensorNorms* norms;  // by tensor; null in the measure pass, and for rules of one phase
 };
 
 struct NormJob {

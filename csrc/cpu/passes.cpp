@@ -53,18 +53,6 @@ int norms_of(int32 rule) {
   return table[rule];
 }
 
-// The first phase of a rule of two: the norms of each tensor, their parts added in chunk order.
-std::vector<TensorNorms> measure(const UpdateJob& job, const Chunk* chunks, int64 count, int64 tensors, int threads) {
-  const CpuEngine& engine = cpu_engine();
-  std::vector<TensorNorms> parts(static_cast<size_t>(count)), norms(static_cast<size_t>(tensors), TensorNorms{});
-  parallel_for(threads, count, [&](int64 i) { parts[i] = engine.measure(job, chunks[i]); });
-  for (int64 i = 0; i < count; ++i)
-    for (int k = 0; k < kMaxNorms; ++k) norms[chunks[i].tensor].value[k] += parts[i].value[k];
-  for (TensorNorms& each : norms)
-    for (double& value : each.value) value = baseline::square_root(value);
-  return norms;
-}
-
 }  // namespace
 
 std::vector<RuleInfo> rule_infos() {
@@ -84,16 +72,21 @@ const CpuEngine& cpu_engine() {
   return engine;
 }
 
-void cpu_update(const UpdateJob& given, const std::vector<Chunk>& chunks, Range part, int64 tensors, bool skip,
+void cpu_measure(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, int threads) {
+  const CpuEngine& engine = cpu_engine();
+  std::vector<TensorNorms> sums(static_cast<size_t>(part.end - part.begin));
+  parallel_for(threads, part.end - part.begin, [&](int64 i) { sums[i] = engine.measure(job, chunks[part.begin + i]); });
+  for (int64 i = part.begin; i < part.end; ++i) {
+    double* const total = job.table.tensors[chunks[i].tensor].norms;
+    for (int k = 0; k < norms_of(job.rule); ++k)
+      total[k] = (chunks[i].index == 0 ? 0.0 : total[k]) + sums[i - part.begin].value[k];
+  }
+}
+
+void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, int64 tensors, bool skip,
                 int threads) {
   if (skip) return;
   const CpuEngine& engine = cpu_engine();
-  UpdateJob job = given;
-  std::vector<TensorNorms> norms;
-  if (norms_of(job.rule) > 0) {
-    norms = measure(job, chunks.data() + part.begin, part.end - part.begin, tensors, threads);
-    job.norms = norms.data();
-  }
   // Backwards: a norm pass before this one left the last gradients in the cache.
   const int64 last = part.end - 1;
   parallel_for(threads, part.end - part.begin, [&](int64 i) { engine.update(job, chunks[last - i]); });

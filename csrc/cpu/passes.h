@@ -27,8 +27,12 @@ struct Range {
   int64 begin, end;
 };
 
+// The first phase of a rule of two, whose sums it leaves in the tensors' `norms`, added in chunk order; zeros where
+// there is no gradient. A part must hold whole tensors.
+void cpu_measure(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, int threads);
+
 // Skips if told so; otherwise updates every tensor that has a gradient and, with the table's last chunk, counts its
-// step. Of a rule of two phases it makes both; then a part must hold whole tensors.
+// step. Of a rule of two phases the second.
 void cpu_update(const UpdateJob& job, const std::vector<Chunk>& chunks, Range part, int64 tensors, bool skip,
                 int threads);
 

@@ -17,7 +17,7 @@ struct PassArgs {
   const char* step_table;  // Hyper rows, then gradient pointers; null where they are a kernel parameter
   Control* control;        // may be null in the update pass
   CudaPartial* partials;
-  double* norms;  // of rules of two phases: a row of kNorms for each chunk; a tensor's first one ends as the tensor's
+  double* norms;  // of rules of two phases: a row of kNorms for each chunk, its part of the tensor's sums
   Scaling scaling;
   const float* norm_found_inf;  // the norm pass's own verdict, where it ran
   float* nonfinite_out;         // scale: set to 1 if an element is inf or NaN

@@ -1,5 +1,5 @@
 // The measure pass: the first phase of rules of two. It computes what the update pass will, without storing it, and
-// leaves the norms of each tensor for that pass.
+// leaves the sums of squares of each tensor for that pass.
 #pragma once
 
 #include "norm.cuh"
@@ -94,13 +94,13 @@ struct Measure {
 };
 
 // Puts the chunk's sums into its row. The last of a tensor's blocks to come here adds the rows of all, always in the
-// same order, and puts the roots into the first one.
+// same order.
 template <class Rule>
 __device__ __forceinline__ void finish_measure(const PassArgs& args, const Chunk& chunk, TensorEntry& tensor,
                                                const double (&sums)[kNorms<Rule>]) {
   constexpr int kNorms = fusedopt::kNorms<Rule>;
   __shared__ bool last;
-  double* const rows = norms_row<Rule>(args, chunk);
+  double* const rows = args.norms + int64(blockIdx.x - chunk.index) * kNorms;  // of the tensor's chunks
 #pragma unroll
   for (int k = 0; k < kNorms; ++k) {
     const double sum = reduce_block<NormType::kL2>(sums[k], false).sum;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void finish_measure(const PassArgs& args, const Chunk
   for (int k = 0; k < kNorms; ++k) {
     double sum = 0.0;
     for (int64 i = int64(threadIdx.x) * kNorms + k; i < end; i += kThreads * kNorms) sum += parts[i];
-    sum = reduce_block<NormType::kL2>(sum, false).sum;  // behind which all of column k has been read
-    if (threadIdx.x == 0) rows[k] = square_root(sum);
+    sum = reduce_block<NormType::kL2>(sum, false).sum;
+    if (threadIdx.x == 0) tensor.norms[k] = sum;
   }
 }
 
@@ -127,16 +127,17 @@ __device__ __forceinline__ void measure_pass(const PassArgs& args, const Table& 
 
   const Chunk chunk = args.chunks[blockIdx.x];
   const GradSource grad = grad_of(args, table, chunk.tensor);
-  if (!grad.any()) {
+  TensorEntry& tensor = args.tensors[chunk.tensor];
+  if (!grad.any()) {  // other processes may have one
     wait_for_norm();
+    if (chunk.index == 0 && int(threadIdx.x) < kNorms<Rule>) tensor.norms[threadIdx.x] = 0.0;
     return;
   }
-  TensorEntry& tensor = args.tensors[chunk.tensor];
   const Split split = Pass::split(tensor, chunk);
   const Pass pass(tensor, grad, split);
   const int whole = pass.whole_rounds();
   typename Pass::Registers registers;
-  begin_chunk<false, kTuning>(pass, registers, whole, shared_plan, args, table, tensor, nullptr);
+  begin_chunk<false, false, kTuning>(pass, registers, whole, shared_plan, args, table, tensor);
   __syncthreads();
   const auto& plan = shared_plan;
   if (plan.skip) return;

@@ -43,10 +43,10 @@ struct BlockPlan {
   float step;  // taken before this one
   bool skip;
 
-  // taken: of `steps_taken`. norms: the tensor's, for the second phase of a rule of two; else null.
-  template <bool kNoise, class Table>
+  // taken: of `steps_taken`. kScales: whether it is the second phase of a rule of two.
+  template <bool kNoise, bool kScales, class Table>
   __device__ __forceinline__ void prepare(const PassArgs& args, const Table& table, const TensorEntry& tensor,
-                                          float taken, [[maybe_unused]] const double* norms) {
+                                          float taken) {
     if (kNoise && threadIdx.x == 64) {
       random = {args.seed, tensor.id, uint32(taken) + 1};
       dither = dither_key(random);
@@ -54,8 +54,12 @@ struct BlockPlan {
       step = taken;
       const Hyper hyper = hyper_of(args, table, tensor.group);
       coefficients = Rule::template prepare<T>(hyper.value, double(step) + 1.0);
-      if constexpr (kNorms<Rule> > 0)
-        if (norms) Rule::template scale<T>(coefficients, hyper.value, norms);
+      if constexpr (kScales) {
+        double norms[kNorms<Rule>];
+#pragma unroll
+        for (int k = 0; k < kNorms<Rule>; ++k) norms[k] = square_root(tensor.norms[k]);
+        Rule::template scale<T>(coefficients, hyper.value, norms);
+      }
     }
   }
 
@@ -69,12 +73,6 @@ struct BlockPlan {
     if (hyper_of(args, table, tensor.group).maximize) transform.clip_coef = -transform.clip_coef;
   }
 };
-
-// Where the norms of a chunk's tensor stand: in the row of the tensor's first chunk. Of rules of two phases.
-template <class Rule>
-__device__ __forceinline__ double* norms_row(const PassArgs& args, const Chunk& chunk) {
-  return args.norms + int64(blockIdx.x - chunk.index) * kNorms<Rule>;
-}
 
 // A tensor's step is counted by the last of its blocks to have read it. Called by one thread.
 __device__ __forceinline__ void count_step(TensorEntry& tensor, float step, int blocks, bool skip) {
@@ -423,13 +421,13 @@ struct Update {
 
 // Loads a chunk's first round while some threads work out the block's plan, which `__syncthreads` makes known to all.
 // The norm pass has ended when it returns.
-template <bool kNoise, Tuning kTuning, class Pass, class Table>
+template <bool kNoise, bool kScales, Tuning kTuning, class Pass, class Table>
 __device__ __forceinline__ void begin_chunk(const Pass& pass, typename Pass::Registers& registers, int whole,
                                             typename Pass::Plan& plan, const PassArgs& args, const Table& table,
-                                            const TensorEntry& tensor, const double* norms) {
+                                            const TensorEntry& tensor) {
   // Where a block's latency counts, the warps with the plan work it out before they queue for memory with the others.
   constexpr bool kEarly = kTuning == Tuning::kLatency;
-  if (kEarly) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  if (kEarly) plan.template prepare<kNoise, kScales>(args, table, tensor, steps_taken(tensor));
   const bool after_norm = kOverlaps && args.norm_found_inf;
   if (kEarly && !after_norm) plan.prepare_transform(args, table, tensor);
   if (whole > 0)
@@ -437,7 +435,7 @@ __device__ __forceinline__ void begin_chunk(const Pass& pass, typename Pass::Reg
   else
     pass.load_part(registers, 0);
   if (Pass::kPipelined && whole > 1) pass.prefetch(1);
-  if (!kEarly) plan.template prepare<kNoise>(args, table, tensor, steps_taken(tensor), norms);
+  if (!kEarly) plan.template prepare<kNoise, kScales>(args, table, tensor, steps_taken(tensor));
   wait_for_norm();
   if (!kEarly || after_norm) plan.prepare_transform(args, table, tensor);
 }
@@ -459,8 +457,7 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
   const Pass pass(tensor, grad, split);
   const int whole = pass.whole_rounds();
   typename Pass::Registers registers;
-  const double* const norms = kNorms<Rule> > 0 ? norms_row<Rule>(args, chunk) : nullptr;
-  begin_chunk<Pass::kNoise, kTuning>(pass, registers, whole, shared_plan, args, table, tensor, norms);
+  begin_chunk<Pass::kNoise, (kNorms<Rule> > 0), kTuning>(pass, registers, whole, shared_plan, args, table, tensor);
   __syncthreads();
   const auto& plan = shared_plan;
   if (threadIdx.x == 0) {

@@ -82,11 +82,7 @@ void RepeatedStep::add(Table* table, Hypers* hypers, void* args, void* context, 
   launches_.push_back({table, hypers, args, context, function, grid, capacity, overlaps});
 }
 
-void RepeatedStep::exchange(py::object exchange) {
-  if (!exchange_.is_none()) throw std::logic_error("RepeatedStep.exchange: called twice, expected one exchange");
-  exchange_ = std::move(exchange);
-  before_exchange_ = launches_.size();
-}
+void RepeatedStep::exchange(py::object exchange) { exchanges_.push_back({launches_.size(), std::move(exchange)}); }
 
 bool RepeatedStep::asks_as_before() const { return conditions_.context_backend().is(asked_); }
 
@@ -146,9 +142,13 @@ void RepeatedStep::launch() const {
   for (const Launch& each : launches_)
     if (each.table) each.table->pack(each.hypers->rows(), each.capacity);
   auto* const stream = reinterpret_cast<void*>(stream_of_(device_).cast<uint64>());
-  launch_range(0, before_exchange_, stream);
-  if (!exchange_.is_none()) exchange_();
-  launch_range(before_exchange_, launches_.size(), stream);
+  size_t done = 0;
+  for (const Exchange& exchange : exchanges_) {
+    launch_range(done, exchange.launches, stream);
+    exchange.run();
+    done = exchange.launches;
+  }
+  launch_range(done, launches_.size(), stream);
 }
 
 void RepeatedStep::launch_range(size_t begin, size_t end, void* stream) const {
@@ -188,7 +188,7 @@ int RepeatedStep::traverse(visitproc visit, void* arg) const {
   Py_VISIT(conditions_.accumulator.ptr());
   Py_VISIT(conditions_.divisor.ptr());
   Py_VISIT(run_passes_.ptr());
-  Py_VISIT(exchange_.ptr());
+  for (const Exchange& exchange : exchanges_) Py_VISIT(exchange.run.ptr());
   for (const py::object& object : owned_) Py_VISIT(object.ptr());
   const int stop = grad_scale_.traverse(visit, arg);
   return stop ? stop : found_inf_.traverse(visit, arg);
@@ -200,7 +200,8 @@ void RepeatedStep::clear() {
   scalers_.scalings.clear();
   grad_scale_.clear();
   found_inf_.clear();
-  run_passes_ = exchange_ = py::none();
+  exchanges_.clear();
+  run_passes_ = py::none();
   conditions_.accumulator = conditions_.divisor = py::none();
   cleared_ = true;
   const auto owned = std::move(owned_);  // freed last, because freeing may call back into Python

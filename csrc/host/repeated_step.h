@@ -50,7 +50,7 @@ class RepeatedStep {
   void add(Table* table, Hypers* hypers, void* args, void* context, void* function, uint32 grid, size_t capacity,
            bool overlaps);
   // exchange: () -> None, what this process does with others on the current stream when all kernels added so far have
-  // been launched, and before any added later is. At most one.
+  // been launched, and before any added later is.
   void exchange(pybind11::object exchange);
 
   // Keeps what the others are given by reference or by pointer.
@@ -98,8 +98,11 @@ class RepeatedStep {
   pybind11::object run_passes_;
   pybind11::object stream_of_, device_;
   std::vector<Launch> launches_;
-  pybind11::object exchange_ = pybind11::none();
-  size_t before_exchange_ = 0;  // launches
+  struct Exchange {
+    size_t launches;  // before it
+    pybind11::object run;
+  };
+  std::vector<Exchange> exchanges_;
   std::vector<pybind11::object> owned_;
   bool cleared_ = false;  // by Python's collector
 };

@@ -14,9 +14,11 @@
     Total norm into ``tables.control``; with ``finalize=False`` only this device's share (``control.local_sums``).
 ``finalize_norm(tables, gathered)``
     The end of the norm from the shares of several devices, float64 of shape (devices, 2).
+``measure(tables)``
+    The first phase of rules of two, where there are any: sums of squares of every tensor to where its row says; zeros
+    where it has no gradient. ``begin`` for "update" is for this one too: ``Bucket.phases`` names the kernels.
 ``update(tables)``
-    The rule, for every tensor with a gradient, and the step counters. Of a rule of two phases it measures the tensors
-    first: ``Bucket.phases`` names the kernels.
+    The rule, for every tensor with a gradient, and the step counters.
 ``scale(tables)``
     Gradients multiplied and clamped where they are.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import _C
@@ -13,6 +15,8 @@ __all__ = [
     "begin",
     "chunk",
     "finalize_norm",
+    "measure",
+    "measure_chunks",
     "norm",
     "prepare",
     "require_available",
@@ -67,6 +71,17 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
     _C.cpu_finalize_norm(args, float(total), float(gathered[:, 1].sum()))
 
 
+def measure(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        measure_chunks(bucket, 0, bucket.num_chunks)
+
+
+def measure_chunks(bucket: Bucket, begin: int, end: int) -> None:
+    """The first phase of what ``update_chunks`` does, if its rule has two: whole tensors."""
+    if bucket.norms:
+        _C.cpu_measure(*_update_arguments(bucket, begin, end))
+
+
 def update(tables: DeviceTables) -> None:
     for i, bucket in enumerate(tables.buckets):
         bucket.args.lead = int(i == 0)
@@ -74,12 +89,16 @@ def update(tables: DeviceTables) -> None:
 
 
 def update_chunks(bucket: Bucket, begin: int, end: int) -> None:
-    """The part [begin, end) of a bucket's update: whole tensors, if its rule has two phases. The last one counts steps.
+    """The part [begin, end) of a bucket's update. The last one counts steps.
 
     The host may do something else in other threads of Python in the meantime.
     """
+    _C.cpu_update(*_update_arguments(bucket, begin, end))
+
+
+def _update_arguments(bucket: Bucket, begin: int, end: int) -> tuple[Any, ...]:
     rule, param_format, state_format = bucket.formats
-    _C.cpu_update(
+    return (
         bucket.table,
         bucket.hypers,
         rule.index,

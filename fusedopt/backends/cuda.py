@@ -18,6 +18,7 @@ __all__ = [
     "can_compile",
     "chunk",
     "finalize_norm",
+    "measure",
     "norm",
     "prepare",
     "require_available",
@@ -205,7 +206,9 @@ def _overlaps(name: str, bucket: Bucket, tables: DeviceTables) -> bool:
     itself is launched in the order of the stream.
     """
     last = tables.buckets[-1]
-    if bucket is not tables.buckets[0] or name != bucket.phases(("update",))[0] or "norm" not in last.launches:
+    behind = ((each, phase) for phase in ("measure", "update") for each in tables.buckets if phase in each.launches)
+    first, first_phase = next(behind, (None, ""))
+    if bucket is not first or name != first_phase or "norm" not in last.launches:
         return False
     *_, norm_blocks = last.launches["norm"]
     return bool(norm_blocks and last.args.finalize) and _device(tables.device.index).overlaps
@@ -223,9 +226,9 @@ def launches(tables: DeviceTables, passes: tuple[str, ...]) -> list[tuple[Any, .
             *(bucket.table, bucket.hypers, bucket.args, *bucket.launches[name], bucket.capacity),
             _overlaps(name, bucket, tables),
         )
-        for step in passes
+        for name in passes
         for bucket in tables.buckets
-        for name in bucket.phases((step,))
+        if name in bucket.launches
     ]
 
 
@@ -247,10 +250,15 @@ def finalize_launch(tables: DeviceTables) -> tuple[Any, ...]:
     return None, None, tables.buckets[0].args.copy(), device.context, device.function(nvrtc.FINALIZE), 1, 0, False
 
 
+def measure(tables: DeviceTables) -> None:
+    for bucket in tables.buckets:
+        if bucket.norms:
+            _launch("measure", bucket, tables)
+
+
 def update(tables: DeviceTables) -> None:
     for bucket in tables.buckets:
-        for name in bucket.phases(("update",)):
-            _launch(name, bucket, tables)
+        _launch("update", bucket, tables)
 
 
 def accumulate(tables: DeviceTables) -> None:

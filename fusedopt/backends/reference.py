@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,9 +21,20 @@ from ..plan import Bucket, DeviceTables
 from ..specs import CPU_CHUNK, StateFormatSpec
 from ..structs import Hyper, PassArgs, TensorEntry, rows
 from .reference_noise import Noise, encode_int8, round_stochastically
-from .reference_rules import RULES
+from .reference_rules import RULES, TERMS
 
-__all__ = ["accumulate", "begin", "chunk", "finalize_norm", "norm", "prepare", "require_available", "scale", "update"]
+__all__ = [
+    "accumulate",
+    "begin",
+    "chunk",
+    "finalize_norm",
+    "measure",
+    "norm",
+    "prepare",
+    "require_available",
+    "scale",
+    "update",
+]
 
 
 def require_available(device: torch.device) -> None:
@@ -205,6 +216,26 @@ def _write_norm(tables: DeviceTables, total: float, nonfinite: float) -> None:
 # ---- update ---------------------------------------------------------------------------------------------------
 
 
+def measure(tables: DeviceTables) -> None:
+    """Squares and sums in double."""
+    for bucket in tables.buckets:
+        rule, _, _ = bucket.formats
+        step = _Step.of(bucket, tables)
+        if not rule.norms or step.scaling.skip:
+            continue
+        for entry in rows(TensorEntry, bucket.table.entries()):
+            _norms(entry, rule.norms, tables.device).zero_()
+        for entry, grad in step.tensors(bucket, tables.device):
+            terms = TERMS[rule.name](*_Operands.of(tables, bucket, step, entry, grad).given)
+            sums = torch.stack([term.double().square().sum() for term in terms])
+            _norms(entry, rule.norms, tables.device).copy_(sums)
+
+
+def _norms(entry: TensorEntry, count: int, device: torch.device) -> torch.Tensor:
+    """Where the sums of squares stand that a rule of two phases needs."""
+    return _tensor(entry.norms, count, torch.float64, device)
+
+
 def update(tables: DeviceTables) -> None:
     for i, bucket in enumerate(tables.buckets):
         step = _Step.of(bucket, tables)
@@ -216,31 +247,49 @@ def update(tables: DeviceTables) -> None:
                 _update_tensor(tables, bucket, step, entry, grad)
 
 
+class _Operands(NamedTuple):
+    """One tensor: its memory, and what the rule is given of it."""
+
+    counter: torch.Tensor
+    param: torch.Tensor
+    extra_name: str | None
+    extra: torch.Tensor | None
+    states: dict[str, torch.Tensor]
+    given: tuple[Any, ...]
+    """Parameter, gradient, states, hyper-parameters, number of the step."""
+
+    @classmethod
+    def of(cls, tables: DeviceTables, bucket: Bucket, step: _Step, entry: TensorEntry, grad: torch.Tensor) -> _Operands:
+        device, n, (rule, param_format, state_format) = tables.device, entry.numel, bucket.formats
+        counter = _tensor(entry.step, 1, torch.float32, device)
+        param = _tensor(entry.param, n, getattr(torch, param_format.dtype), device)
+        extra_name, extra_dtype = param_format.extra or (None, None)
+        extra = _tensor(entry.extra, n, getattr(torch, extra_dtype), device) if extra_dtype else None
+        states = {}
+        for k, (key, moment) in enumerate(zip(rule.states, rule.moments)):
+            states[key] = _tensor(entry.states[k], n, getattr(torch, state_format.dtype(moment)), device)
+            if state_format.blocked:
+                count = formats.scale_shape(n)[0]
+                states[formats.scale_key(key)] = _tensor(entry.scales[k], count, torch.float32, device)
+        hyper = step.hypers[entry.group]
+        values = list(hyper.value)
+        if hyper.lr:
+            values[0] = _number(hyper.lr, torch.float64 if hyper.lr_is_double else torch.float32, device, 0.0)
+        value = formats.decode_master({extra_name: extra} if extra_name else {}, param)
+        decoded = [_wide(state) for state in formats.decode_states(states, rule).values()]
+        coef = _like(step.scaling.clip_coef, value)
+        g = step.scaling.unscale(grad) * (-coef if hyper.maximize else coef)
+        return cls(counter, param, extra_name, extra, states, (value, g, *decoded, values, int(counter.item()) + 1))
+
+
 def _update_tensor(tables: DeviceTables, bucket: Bucket, step: _Step, entry: TensorEntry, grad: torch.Tensor) -> None:
-    device, n, (rule, param_format, state_format) = tables.device, entry.numel, bucket.formats
-    counter = _tensor(entry.step, 1, torch.float32, device)
-    number = int(counter.item()) + 1
-    param = _tensor(entry.param, n, getattr(torch, param_format.dtype), device)
-    extra_name, extra_dtype = param_format.extra or (None, None)
-    extra = _tensor(entry.extra, n, getattr(torch, extra_dtype), device) if extra_dtype else None
-    states = {}
-    for k, (key, moment) in enumerate(zip(rule.states, rule.moments)):
-        states[key] = _tensor(entry.states[k], n, getattr(torch, state_format.dtype(moment)), device)
-        if state_format.blocked:
-            count = formats.scale_shape(n)[0]
-            states[formats.scale_key(key)] = _tensor(entry.scales[k], count, torch.float32, device)
+    rule, _, state_format = bucket.formats
+    counter, param, extra_name, extra, states, given = _Operands.of(tables, bucket, step, entry, grad)
+    norms = [math.sqrt(x) for x in _norms(entry, rule.norms, tables.device).tolist()] if rule.norms else []
+    value, *updated = RULES[rule.name](*given, *norms)
 
-    hyper = step.hypers[entry.group]
-    values = list(hyper.value)
-    if hyper.lr:
-        values[0] = _number(hyper.lr, torch.float64 if hyper.lr_is_double else torch.float32, device, 0.0)
-    value = formats.decode_master({extra_name: extra} if extra_name else {}, param)
-    decoded = [_wide(state) for state in formats.decode_states(states, rule).values()]
-    coef = _like(step.scaling.clip_coef, value)
-    g = step.scaling.unscale(grad) * (-coef if hyper.maximize else coef)
-    value, *updated = RULES[rule.name](value, g, *decoded, values, number)
-
-    noise = Noise(step.args.seed, entry.id, number, n, device)
+    number = given[-1]
+    noise = Noise(step.args.seed, entry.id, number, entry.numel, tables.device)
     _store_param(bucket, value, param, extra_name, extra, noise)
     for k, (key, moment) in enumerate(zip(rule.states, rule.moments)):
         if state_format.blocked:

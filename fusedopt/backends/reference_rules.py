@@ -1,17 +1,19 @@
 """The rules in plain torch, in the order of operations of ``csrc/rules/``, for the reference backend.
 
 ``rule(param, grad, <states>, hyper, step)`` returns the new parameter and states. Tensors are in the compute type;
-``hyper``: doubles in the order of ``RuleSpec.hyper``; ``step`` counts from 1.
+``hyper``: doubles in the order of ``RuleSpec.hyper``; ``step`` counts from 1. Rules of two phases are given the norms
+of the tensor's terms too, doubles; the terms are what the function of that name in ``TERMS`` returns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "TERMS"]
 
 Tensor = torch.Tensor
 
@@ -132,15 +134,11 @@ def radam(
 # ---- LAMB -------------------------------------------------------------------------------------------------------
 
 
-def _norm(x: Tensor) -> float:
-    """Squares and sum in double."""
-    return math.sqrt(x.double().square().sum().item())
-
-
-def lamb(
+def _lamb_direction(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Sequence[float], step: int
-) -> tuple[Tensor, ...]:
-    lr, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode, grad_averaging, use_nvlamb = hyper[:9]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u_t and the new moments."""
+    _, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode, grad_averaging = hyper[:8]
     t = _rounder(param)
     beta1_t, beta2_t = powers(beta1, beta2, step) if bias_correction else (0.0, 0.0)
     grad = _with_decay(grad, param, 0.0 if adam_w_mode else weight_decay)
@@ -148,8 +146,25 @@ def lamb(
     v = t(beta2) * exp_avg_sq + t(1.0 - beta2) * grad * grad
     denom = square_root(v) / t(math.sqrt(1.0 - beta2_t)) + t(eps)
     update = t(1.0 / (1.0 - beta1_t)) * (m / denom)
-    update = _with_decay(update, param, weight_decay if adam_w_mode else 0.0)
-    param_norm, update_norm = _norm(param), _norm(update)
+    return _with_decay(update, param, weight_decay if adam_w_mode else 0.0), m, v
+
+
+def lamb_terms(param: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return param, _lamb_direction(param, *given)[0]
+
+
+def lamb(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Sequence[float],
+    step: int,
+    param_norm: float,
+    update_norm: float,
+) -> tuple[Tensor, ...]:
+    lr, weight_decay, use_nvlamb, t = hyper[0], hyper[4], hyper[8], _rounder(param)
+    update, m, v = _lamb_direction(param, grad, exp_avg, exp_avg_sq, hyper, step)
     adapts = (weight_decay or use_nvlamb) and param_norm != 0.0 and update_norm != 0.0
     return param - t(lr * (param_norm / update_norm if adapts else 1.0)) * update, m, v
 
@@ -290,3 +305,6 @@ RULES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "lamb": lamb,
 }
 """By name, as ``fusedopt.specs.RULES``."""
+
+TERMS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"lamb": lamb_terms}
+"""Of rules of two phases, given what the rule is given, but for the norms."""

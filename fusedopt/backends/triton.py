@@ -27,6 +27,7 @@ __all__ = [
     "begin",
     "chunk",
     "finalize_norm",
+    "measure",
     "norm",
     "prepare",
     "repeat",
@@ -322,8 +323,8 @@ def _arguments(name: str, bucket: Bucket) -> tuple[int, ...]:
 
 def _launch(name: str, tables: DeviceTables, *more: int) -> None:
     for bucket in tables.buckets:
-        for phase in bucket.phases((name,)):
-            bucket.launches[phase](*_arguments(phase, bucket), *more)
+        if name in bucket.launches:
+            bucket.launches[name](*_arguments(name, bucket), *more)
 
 
 def norm(tables: DeviceTables, finalize: bool = True) -> None:
@@ -341,6 +342,11 @@ def finalize_norm(tables: DeviceTables, gathered: torch.Tensor) -> None:
 @functools.cache
 def _finalizer(device: torch.device, norm_type: int) -> Callable[..., None]:
     return _launcher("finalize_pass", 1, 3, {"TYPE": norm_type}, TILES["norm"])
+
+
+def measure(tables: DeviceTables) -> None:
+    with _current(tables.device):
+        _launch("measure", tables)
 
 
 def update(tables: DeviceTables) -> None:
@@ -363,5 +369,6 @@ def repeat(tables: DeviceTables, passes: tuple[str, ...]) -> None:
     with _current(tables.device):
         for bucket in tables.buckets:
             bucket.args.step_table = bucket.staging.send(bucket)
-        for name in passes:
-            _launch(name, tables, *((1,) if name == "norm" else ()))
+        for name in ("norm", "measure", "update"):
+            if name == "measure" or name in passes:
+                _launch(name, tables, *((1,) if name == "norm" else ()))

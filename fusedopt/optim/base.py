@@ -21,7 +21,7 @@ from .metrics import StepMetrics
 from .offload import check_offload
 from .options import STEP_OPTIONS, Options
 from .plan import OptimizerPlan
-from .processes import join_norm, processes_of
+from .processes import join_norms, processes_of, tensor_norms_of
 from .release import GradientRelease, check_releasable, releasable
 from .repeat import repetition_of
 from .wrappers import check_unwrapped, is_watched_by_accelerate
@@ -328,7 +328,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan.tables:
             self._run(plan)
         else:
-            join_norm(self, plan)
+            join_norms(self, plan)
         if self._accumulator is not None:
             self._accumulator.reset()
         self._steps += 1
@@ -387,6 +387,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan.has_complex:
             self._check_complex()
         plan.begin(f"{type(self).__name__}.step", scalars, names, groups)
+        tensor_norms_of(self, plan)  # where the processes disagree it says so
         plan.gather_copies()
         if "norm" in names:
             passes.norm(plan.tables, scalars.norm_type, processes_of(self, plan))
@@ -429,7 +430,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             A handle: ``remove()`` undoes it, ``paused()`` is a context manager.
 
         Raises:
-            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients; no parameter in common.
+            ValueError: ``max_grad_norm`` or ``nonfinite="skip"``, which need all gradients; LAMB of DTensors, which
+                needs other processes; no parameter in common.
             RuntimeError: gradients are being released already.
         """
         self._release = GradientRelease(self, releasable(self, module))

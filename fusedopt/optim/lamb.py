@@ -33,7 +33,8 @@ class LAMB(FusedOptimizer):
     0-dim float32.
 
     Args:
-        params: as :class:`FusedOptimizer`. Each is a tensor of its own to the norms, a shard too.
+        params: as :class:`FusedOptimizer`. Norms of a DTensor are those of the whole tensor, by an all-reduce over its
+            mesh; every other one is a tensor of its own to the norms.
         lr: learning rate η, per step; a float, or a 0-dim tensor, which may change between replays of a CUDA graph.
         bias_correction: divide by 1 - βᵗ; without it, both divisors are 1.
         betas: decay rates (β₁, β₂) of the moments, each in [0, 1).

@@ -64,7 +64,9 @@ def summarize(
     entries = [optimizer.state.get(param, {}) for param in params]
     states = {key for rule in rules for key in rule.states}
     scales = {scale_key(key) for key in states}
-    tables = [] if plan is None else chain.from_iterable(device.device_memory() for device in plan.tables)
+    tables: list[torch.Tensor] = []
+    if plan is not None:
+        tables = [*chain.from_iterable(device.device_memory() for device in plan.tables), *(n.sums for n in plan.norms)]
     return MemorySummary(
         sum(local_of(param).numel() for param in params),
         {

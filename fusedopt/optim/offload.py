@@ -399,6 +399,7 @@ class Lane:
                 has_main=main is not None,
             )
         buffer.wait_for_arrival()
+        cpu.measure_chunks(piece.bucket, piece.first, piece.last)
         cpu.update_chunks(piece.bucket, piece.first, piece.last)
 
     def _return(self, piece: _Piece, buffer: _Buffer) -> None:

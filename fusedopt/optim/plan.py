@@ -17,23 +17,15 @@ from ..backends import for_device
 from ..checks import check_grad, check_param
 from ..control import Control
 from ..formats import (
-    adopt_entry,
     check_entry,
     check_format_options,
-    convert_master,
-    convert_states,
-    decode_states,
-    lacks_master,
-    new_states,
     param_format,
     scale_key,
-    wanted_state_format,
 )
 from ..plan import (
     Bucket,
     DeviceTables,
     TensorRow,
-    aligned_like,
     build_tables,
     dtype_code,
     is_dense,
@@ -41,7 +33,9 @@ from ..plan import (
     same_layout,
 )
 from ..specs import RULES, ParamFormatSpec, RuleSpec, StateFormatSpec
+from ..tensor_norms import TensorNorms
 from .offload import Arrival, GradientsOnly, Lane, check_offloadable, home_of
+from .states import complete_states
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -59,7 +53,7 @@ class AccumulatedGrad(Protocol):
 
 
 @dataclass
-class _Tracked:
+class Tracked:
     """A parameter as the plan sees it."""
 
     param: torch.Tensor
@@ -84,6 +78,8 @@ class _Tracked:
     grad_dtype: torch.dtype | None = None
     """None while it never had a gradient."""
     state_format: StateFormatSpec | None = None
+    norms: torch.Tensor | None = None
+    """Where its sums of squares are added up with other processes'; None where its rule needs none, or has all here."""
     place: tuple[Bucket, int] | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     """Holds the step counter of a parameter that keeps no state: nobody asks for it, but kernels count."""
@@ -119,6 +115,7 @@ class _Tracked:
             group=self.group,
             id=self.id,
             spread=None if self.is_offloaded else sharding.spread_of(self.param),  # of the norm, taken elsewhere then
+            norms=self.norms,
         )
 
     def gradient_row(self) -> TensorRow:
@@ -176,7 +173,7 @@ class _Tracked:
 class OptimizerPlan:
     """Valid until ``refresh`` says otherwise."""
 
-    tracked: list[_Tracked]
+    tracked: list[Tracked]
     tables: list[DeviceTables]
     watch: _C.Watch
     backend: str | None = None
@@ -185,7 +182,7 @@ class OptimizerPlan:
     """(parameter with gaps, its dense copy)."""
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     """Gradients that were laid out anew for the step under way, by number of the tracked parameter."""
-    lanes: list[tuple[Lane, list[_Tracked]]] = field(default_factory=list)
+    lanes: list[tuple[Lane, list[Tracked]]] = field(default_factory=list)
     """The updates that are offloaded, and of which parameters each is."""
     repetition: _C.RepeatedStep | None = None
     """Of the last step, where the next one may be made like it."""
@@ -197,6 +194,8 @@ class OptimizerPlan:
     """Parameters whose state is new, until a pass writes to it."""
     peers: list[sharding.Peers] = field(default_factory=list)
     """Of the meshes on which DTensors among the parameters lie."""
+    norms: list[TensorNorms] = field(default_factory=list)
+    """Of the DTensors whose rule needs norms over all their parts."""
 
     @classmethod
     def make(
@@ -252,11 +251,12 @@ class OptimizerPlan:
         optimizer: FusedOptimizer,
         controls: dict[torch.device, Control],
         backend: str | None,
-        tracked: list[_Tracked],
+        tracked: list[Tracked],
         only: torch.Tensor | None,
     ) -> OptimizerPlan:
         active = [each for each in tracked if each.grad_dtype is not None]
-        _complete_state(optimizer, active)
+        complete_states(optimizer, active)
+        norms = _tensor_norms(tracked)
         rows = [each.gradient_row() if each.is_offloaded else each.row(optimizer.state) for each in active]
         alone = None
         if only is not None:
@@ -274,7 +274,7 @@ class OptimizerPlan:
             each.place = place
         passes.prepare(tables)
 
-        plan = cls(tracked, tables, _C.Watch(), backend, alone=alone)
+        plan = cls(tracked, tables, _C.Watch(), backend, alone=alone, norms=norms)
         for each in tracked:
             table, slot = (each.place[0].table, each.place[1]) if each.place else (None, -1)
             code = -1 if each.grad_dtype is None else dtype_code(each.grad_dtype)
@@ -347,7 +347,8 @@ class OptimizerPlan:
             param = each.param
             if sharding.is_sharded(param):
                 where, spread = each.where.partition(": ")[2], sharding.spread_of(param)
-                text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, rule {each.rule.name}"
+                text = f"{where}: {param.dtype} {tuple(param.shape)} {param.placements}, on {each.local.device.type}"
+                text += f", rule {each.rule.name}"
                 # Copies of the same elements are rounded alike only with the same random bits.
                 seed = groups[each.group].get("seed") if spread and spread.replicated else None
                 text += f", format {each.param_format.name}" + ("" if seed is None else f", seed {seed}")
@@ -364,7 +365,7 @@ class OptimizerPlan:
 
     def update(self) -> None:
         """The update pass, on devices and, for what is offloaded, on the host."""
-        passes.run_update(self.tables)
+        passes.run_update(self.tables, self.norms)
         if not self.lanes:
             return
         numbers = {id(each): i for i, each in enumerate(self.tracked)} if self.grads else {}
@@ -387,7 +388,7 @@ class OptimizerPlan:
         """Of pinned memory through which offloaded tensors pass."""
         return sum(lane.staging_bytes for lane, _ in self.lanes)
 
-    def _arrival(self, each: _Tracked, numbers: dict[int, int]) -> Arrival:
+    def _arrival(self, each: Tracked, numbers: dict[int, int]) -> Arrival:
         """What this step has for a parameter that is offloaded."""
         main, grad = each.accumulated, self.grads.get(numbers.get(id(each), -1))
         if grad is None and each.grad is not None:
@@ -421,7 +422,7 @@ class _Alone:
     """Of the optimizer."""
 
     @classmethod
-    def of(cls, optimizer: FusedOptimizer, each: _Tracked) -> _Alone:
+    def of(cls, optimizer: FusedOptimizer, each: Tracked) -> _Alone:
         entry = optimizer.state.get(each.param)
         return cls(each.param, {} if entry is None else {each.param: entry}, each.group)
 
@@ -436,7 +437,7 @@ class _Alone:
         return groups, self.state if same else {}
 
 
-def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | None) -> Iterator[_Tracked]:
+def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | None) -> Iterator[Tracked]:
     position = count()
     for g, group in enumerate(optimizer.param_groups):
         rule = RULES[rules[g]]
@@ -452,9 +453,9 @@ def _track(optimizer: FusedOptimizer, rules: list[str], only: torch.Tensor | Non
             if sharding.is_sharded(param):
                 if is_offloaded:
                     check_offloadable(where, param, rule)
-                _check_sharded(where, param, rule)
+                _check_sharded(where, param)
             dense = local if is_dense(local) else torch.empty_like(local, requires_grad=False)
-            each = _Tracked(
+            each = Tracked(
                 param=param,
                 local=local,
                 dense=dense,
@@ -482,13 +483,27 @@ def _backend_of(backend: str | None, offloaded: set[torch.device], device: torch
     return GradientsOnly(found) if device in offloaded else found
 
 
-def _check_sharded(where: str, param: DTensor, rule: RuleSpec) -> None:
-    """ValueError for what needs a whole tensor, or keeps gradients elsewhere than in ``.grad``."""
-    if rule.norms and not all(placement.is_replicate() for placement in param.placements):
-        raise ValueError(
-            f"{where} is a DTensor with placements {param.placements}, expected a parameter that each process holds as "
-            f"a whole: the rule '{rule.name}' needs norms over whole tensors; use AdamW for this model"
-        )
+def _tensor_norms(tracked: list[Tracked]) -> list[TensorNorms]:
+    """Of those that have parts in other processes and a rule that needs their norms: with a gradient or without, for
+    the rows must be the same in all processes. Tells each where its row is."""
+    alike: dict[tuple[sharding.Spread, torch.device], list[Tracked]] = {}
+    for each in tracked:
+        spread = sharding.spread_of(each.param) if each.rule.norms else None
+        if spread is not None and spread.is_split:
+            alike.setdefault((spread, each.home), []).append(each)
+    made = []
+    for (spread, home), own in alike.items():
+        most = max(each.rule.norms for each in own)
+        sums = torch.zeros(len(own), most, dtype=torch.float64, device=home)
+        for each, row in zip(own, sums):
+            each.norms = row
+        absent = [i for i, each in enumerate(own) if each.grad_dtype is None]
+        made.append(TensorNorms.of(spread, sums, absent))
+    return made
+
+
+def _check_sharded(where: str, param: DTensor) -> None:
+    """ValueError for one that keeps gradients elsewhere than in ``.grad``."""
     if getattr(param, "main_grad", None) is not None:
         raise ValueError(f"{where} is a DTensor with a main_grad, expected its gradient in .grad; remove the attribute")
 
@@ -522,72 +537,3 @@ def _check_state(state: dict[str, Any], rule: RuleSpec, param: torch.Tensor, hom
 def _forget_state(optimizer: FusedOptimizer, params: list[torch.Tensor]) -> None:
     for param in params:
         optimizer.state.pop(param, None)
-
-
-def _complete_state(optimizer: FusedOptimizer, active: list[_Tracked]) -> None:
-    """Creates missing state, and puts step counters, layouts and formats right, each parameter's completely or not.
-
-    New counters are views of one tensor.
-    """
-    states, groups = optimizer.state, optimizer.param_groups
-    counters: dict[torch.device, list[tuple[dict[str, Any], float]]] = {}
-    for each in active:
-        stored = states[each.param] if each.keeps_state or states.get(each.param) else each.scratch
-        before = dict(stored)
-        try:
-            _complete_entry(stored, each, groups[each.group], optimizer._initial_state)
-        except BaseException:
-            stored.clear()
-            stored.update(before)
-            raise
-        step = stored["step"]
-        if not _is_counter(step, each.home):
-            counters.setdefault(each.home, []).append((stored, float(step)))
-    for device, entries in counters.items():
-        values = torch.tensor([value for _, value in entries], dtype=torch.float32).to(device)
-        for (state, _), counter in zip(entries, values.unbind()):
-            state["step"] = counter
-
-
-def _complete_entry(stored: dict[str, Any], each: _Tracked, group: dict[str, Any], initial: float) -> None:
-    state, rule, dense, template = each.entry(stored), each.rule, each.dense, each.template()
-    adopt_entry(state, rule)
-    each.state_format = wanted_state_format(each.where, group, each.param, state, rule)
-    if state:
-        _bring_into_layout(state, rule, template)
-        convert_states(state, rule, each.state_format)
-    if not state or not all(key in state for key in rule.states):
-        state["step"] = 0.0
-        state.update(new_states(rule, each.state_format, template, initial))
-    if dense is not each.local:
-        dense.copy_(each.local.detach())
-    if template is not dense and lacks_master(state, each.param_format):
-        template.copy_(dense.detach())
-    if convert_master(state, template.detach(), each.param_format):
-        for written, value in ((dense, template), (each.local, dense)):
-            if written is not value:
-                written.detach().copy_(value)
-    if each.home.type == "cuda" and not each.is_grouped:
-        for key in (*rule.states, *(each.param_format.extra or ())[:1]):
-            state[key] = aligned_like(state[key], dense)
-    if sharding.is_sharded(each.param):
-        sharding.store_entry(stored, state, each.param)
-
-
-def _bring_into_layout(state: dict[str, Any], rule: RuleSpec, dense: torch.Tensor) -> None:
-    """Elements in the order of the parameter's in memory. Blocks are runs of memory, so they are taken apart first."""
-    present = [key for key in rule.states if key in state]
-    if not all(same_layout(state[key], dense) for key in present):
-        state.update(decode_states(state, rule))
-        for key in present:
-            state.pop(scale_key(key), None)
-            state[key] = like_parameter(state[key].detach(), dense)
-    for key in ("master_param", "param_remainder"):
-        if key in state and not same_layout(state[key], dense):
-            state[key] = like_parameter(state[key].detach(), dense)
-
-
-def _is_counter(step: object, device: torch.device) -> bool:
-    return (
-        isinstance(step, torch.Tensor) and step.dtype == torch.float32 and step.device == device and step.numel() == 1
-    )

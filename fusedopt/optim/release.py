@@ -11,6 +11,8 @@ import torch
 
 from ..backends import wanted
 from ..hooks import on_gradient
+from ..sharding import spread_of
+from ..specs import RULES
 from .plan import OptimizerPlan
 from .wrappers import check_unwrapped
 
@@ -57,7 +59,22 @@ def releasable(
             f"{where}: got no parameter of this optimizer that requires a gradient, expected one at least; pass the "
             "model that was given to the optimizer"
         )
+    _check_whole(where, optimizer, params)
     return params
+
+
+def _check_whole(where: str, optimizer: FusedOptimizer, params: Iterable[torch.Tensor]) -> None:
+    """ValueError where an update needs other processes: one collective for each parameter, inside backward passes."""
+    for group, rule in zip(optimizer.param_groups, optimizer._rule_names()):
+        own = set(group["params"]) if RULES[rule].norms else ()
+        for param in params:
+            spread = spread_of(param) if param in own else None
+            if spread is not None and spread.is_split:
+                raise ValueError(
+                    f"{where}: got a DTensor whose parts lie in several processes beside the rule '{rule}', expected a "
+                    "whole tensor, or a rule that needs no norms of it: each update would wait for other processes "
+                    "inside the backward pass; do without release, or use AdamW"
+                )
 
 
 class GradientRelease:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from .processes import processes_of
 if TYPE_CHECKING:
     from ..plan import DeviceTables
     from ..sharding import Gathering
+    from ..tensor_norms import TensorNorms
     from .base import Accumulator, FusedOptimizer
     from .plan import OptimizerPlan
 
@@ -44,12 +45,12 @@ def repetition_of(
     divisor = None if accumulator is None else partial(_divisor, accumulator, has_own_grads)
     if divisor is not None and divisor() is None:
         return None
-    tables, gathering = plan.tables[0], None
+    tables, norms, gathering = plan.tables[0], plan.norms, None
     if "norm" in names and (processes is not None or len(plan.tables) > 1):
         gathering = passes.gathering(plan.tables, optimizer._scalars.norm_type, processes)
     launches = _launches(plan.tables, names)
-    if gathering is not None or len(plan.tables) > 1:
-        repeat = partial(_run_with_others, plan.tables, names, gathering)
+    if gathering is not None or norms or len(plan.tables) > 1:
+        repeat = partial(_run_with_others, plan.tables, names, gathering, norms)
     else:
         repeat = partial(getattr(tables.backend, "repeat", _run_passes), tables, names)
     step = _C.RepeatedStep(
@@ -69,36 +70,50 @@ def repetition_of(
     )
     if launches is not None:  # on a GPU
         step.launch_on(torch._C._cuda_getCurrentRawStream, tables.device.index)
-        _add_launches(step, plan.tables, launches, gathering)
+        _add_launches(step, plan.tables, launches, gathering, norms)
     return step
 
+
+_UPDATE = ("measure", "update")
+"""What the last pass of a step is made of, as far as its rules need it."""
 
 Launches = list[tuple[Any, ...]]
 """Each as ``_C.RepeatedStep.add`` takes it."""
 
 
-def _launches(tables: list[DeviceTables], names: tuple[str, ...]) -> list[Launches] | None:
-    """By pass, on all tables of one device; None where the backend cannot tell, or the step did more than launch."""
+def _launches(tables: list[DeviceTables], names: tuple[str, ...]) -> dict[str, Launches] | None:
+    """By pass, in their order, on all tables of one device.
+
+    None where the backend cannot tell, or the step did more than launch.
+    """
     if not hasattr(tables[0].backend, "launches"):
         return None
-    by_pass = [[each.backend.launches(each, (name,)) for each in tables] for name in names]
-    if any(launches is None for of_pass in by_pass for launches in of_pass):
+    by_pass = {name: [each.backend.launches(each, (name,)) for each in tables] for name in (*names[:-1], *_UPDATE)}
+    if any(launches is None for of_pass in by_pass.values() for launches in of_pass):
         return None
-    return [list(chain.from_iterable(of_pass)) for of_pass in by_pass]
+    return {name: list(chain.from_iterable(of_pass)) for name, of_pass in by_pass.items()}
 
 
 def _add_launches(
-    step: _C.RepeatedStep, tables: list[DeviceTables], launches: list[Launches], gathering: Gathering | None
+    step: _C.RepeatedStep,
+    tables: list[DeviceTables],
+    launches: dict[str, Launches],
+    gathering: Gathering | None,
+    norms: Sequence[TensorNorms],
 ) -> None:
-    """launches: by pass. gathering: what combines the shares that the first pass leaves; None where it finishes."""
-    if gathering is not None:
-        finals = [each.backend.finalize_launch(each) for each in tables]
-        launches = [launches[0], finals, *launches[1:]]
-    for i, of_pass in enumerate(launches):
+    """launches: by pass. gathering: what combines the shares that the norm pass leaves; None where it finishes. norms:
+    what the measure pass leaves a part of."""
+    for name, of_pass in launches.items():
         for launch in of_pass:
             step.add(*launch)
-        if i == 0 and gathering is not None:
+        if name == "norm" and gathering is not None:
+            finals = [each.backend.finalize_launch(each) for each in tables]
             step.exchange(_exchange(gathering, [args for _, _, args, *_ in finals]))
+            for launch in finals:
+                step.add(*launch)
+        if name == "measure":
+            for each in norms:
+                step.exchange(torch.compiler.disable(each.add_up))
 
 
 def _exchange(gathering: Gathering, finals: list[_C.PassArgs]) -> Callable[[], object]:
@@ -132,18 +147,21 @@ def _divisor(accumulator: Accumulator, own: bool) -> float | None:
     return float(divisor) if plain else None
 
 
-def _run_with_others(tables: list[DeviceTables], names: tuple[str, ...], gathering: Gathering | None) -> None:
-    """Where there are several spreads over processes, or other processes have shares in the norm."""
+def _run_with_others(
+    tables: list[DeviceTables], names: tuple[str, ...], gathering: Gathering | None, norms: Sequence[TensorNorms]
+) -> None:
+    """Where there are several spreads over processes, or other processes have shares in norms."""
     for each in tables:
         each.keep_alive.clear()
         each.backend.begin(each, names)
     if gathering is not None:
         passes.gather_norm(tables, gathering.run)
-    passes.run_update(tables)
+    passes.run_update(tables, norms)
 
 
 def _run_passes(tables: DeviceTables, names: tuple[str, ...]) -> None:
     """For backends that have nothing quicker."""
     tables.backend.begin(tables, names)
-    for name in names:
-        getattr(tables.backend, name)(tables)
+    if "norm" in names:
+        tables.backend.norm(tables)
+    passes.run_update([tables])

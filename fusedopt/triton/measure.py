@@ -25,6 +25,7 @@ from .tables import (
     norms_row,
     own_of,
     put,
+    put_sums,
     read_chunk,
     unscale,
 )
@@ -198,13 +199,16 @@ def measure_pass(
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
-    """What the update will be of, without storing it: the norms of each tensor; one program for each chunk.
+    """What the update will be of, without storing it: the sums of squares of each tensor; a program for each chunk.
 
     Constants: as ``update_pass``; RULE measures, with one term for each of the NORMS norms, always two returned. The
-    last of a tensor's programs adds the sums of all, and puts the roots into the row of the tensor's first chunk.
+    last of a tensor's programs adds the sums of all.
     """
     tensor, number, numel = read_chunk(chunks, tl.program_id(0))
     word = field(grads + tensor * 8, 0, tl.int64)
+    if (word == 0) & (number == 0):  # other processes may have a gradient
+        zero = tl.full((), 0.0, tl.float64)
+        put_sums(tensors + tensor * TENSOR_SIZE, zero, zero, NORMS)
     if (word != 0) & (must_skip(args) == 0):
         own, main_grad = own_of(word), main_of(tensors, tensor, word, M)
         entry = tensors + tensor * TENSOR_SIZE
@@ -224,7 +228,7 @@ def measure_pass(
                 PREPARE, RULE, N, SECOND, P, G, M, S, TILE, CLAMP, 1,
             )
         # fmt: on
-        rows = norms_row(args, NORMS)
+        rows = norms_row(args, number, NORMS)
         row = rows + number * (8 * NORMS)
         put(row, 0, sum0, tl.float64)
         if NORMS > 1:
@@ -235,8 +239,4 @@ def measure_pass(
         if tl.atomic_add(ticket, 1) == programs - 1:
             tl.store(ticket, 0)
             total0 = add_rows(rows, programs, NORMS, 0, 1024)
-            total1 = add_rows(rows, programs, NORMS, NORMS - 1, 1024)
-            tl.debug_barrier()  # every row has been read
-            put(rows, 0, tl.sqrt(total0), tl.float64)
-            if NORMS > 1:
-                put(rows, 8, tl.sqrt(total1), tl.float64)
+            put_sums(entry, total0, add_rows(rows, programs, NORMS, NORMS - 1, 1024), NORMS)

@@ -25,6 +25,7 @@ ID = tl.constexpr(TensorEntry.id.offset)
 CHUNKS = tl.constexpr(TensorEntry.chunks.offset)
 TICKET = tl.constexpr(TensorEntry.ticket.offset)
 MAIN_GRAD = tl.constexpr(TensorEntry.main_grad.offset)
+NORMS_AT = tl.constexpr(TensorEntry.norms.offset)
 
 CHUNK_SIZE = tl.constexpr(sizeof(Chunk))
 CHUNK_TENSOR = tl.constexpr(Chunk.tensor.offset)
@@ -39,7 +40,6 @@ HYPER_MAXIMIZE = tl.constexpr(Hyper.maximize.offset)
 ARGS_SIZE = tl.constexpr(sizeof(PassArgs))
 ARGS_TENSORS = tl.constexpr(PassArgs.tensors.offset)
 ARGS_CONTROL = tl.constexpr(PassArgs.control.offset)
-ARGS_CHUNKS = tl.constexpr(PassArgs.chunks.offset)
 ARGS_NORMS = tl.constexpr(PassArgs.norms.offset)
 ARGS_PARTIALS = tl.constexpr(PassArgs.partials.offset)
 ARGS_GRAD_SCALE = tl.constexpr(PassArgs.scaling.offset + Scaling.grad_scale.offset)
@@ -113,11 +113,24 @@ def mask_of(offsets, length, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def norms_row(args, NORMS: tl.constexpr):
-    """Where the norms of this program's tensor stand: in the row of its first chunk. Of rules of two phases."""
-    program = tl.program_id(0).to(tl.int64)
-    _, number, _ = read_chunk(field(args, ARGS_CHUNKS, tl.int64), program)
-    return field(args, ARGS_NORMS, tl.int64) + (program - number) * (8 * NORMS)
+def norms_row(args, number, NORMS: tl.constexpr):
+    """Where a tensor's sums stand, a row for each chunk; this program's is ``number``. Of rules of two phases."""
+    return field(args, ARGS_NORMS, tl.int64) + (tl.program_id(0).to(tl.int64) - number) * (8 * NORMS)
+
+
+@triton.jit
+def read_norm(entry, K: tl.constexpr):
+    """Norm number K of a tensor, between the phases of its rule."""
+    return tl.sqrt(field(field(entry, NORMS_AT, tl.int64), 8 * K, tl.float64))
+
+
+@triton.jit
+def put_sums(entry, sum0, sum1, NORMS: tl.constexpr):
+    """What ``read_norm`` takes the roots of."""
+    where = field(entry, NORMS_AT, tl.int64)
+    put(where, 0, sum0, tl.float64)
+    if NORMS > 1:
+        put(where, 8, sum1, tl.float64)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------

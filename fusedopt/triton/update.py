@@ -37,10 +37,10 @@ from .tables import (
     load_grad,
     main_of,
     mask_of,
-    norms_row,
     own_of,
     put,
     read_chunk,
+    read_norm,
     scaling,
     unscale,
 )
@@ -138,8 +138,7 @@ def prepare_program(
     lr = read_lr(hyper)
     c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = PREPARE(values, lr, step, TYPE)
     if NORMS > 0:
-        norms = norms_row(args, NORMS).to(tl.pointer_type(tl.float64))
-        c9 = SCALE(values, lr, tl.load(norms), tl.load(norms + (NORMS - 1))).to(TYPE)
+        c9 = SCALE(values, lr, read_norm(entry, 0), read_norm(entry, NORMS - 1)).to(TYPE)
     return inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9
 
 

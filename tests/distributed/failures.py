@@ -16,13 +16,13 @@ WORLD, TIMEOUT = 2, 2
 """TIMEOUT: seconds that a collective may take."""
 
 
-def stepper(ctx: Context, count: int = 2, **options) -> tuple[list[torch.Tensor], fusedopt.AdamW]:
+def stepper(ctx: Context, count: int = 2, opt_class=fusedopt.AdamW, **options) -> tuple[list, torch.optim.Optimizer]:
     mesh = ctx.mesh()
     parts = [DTensor.from_local(torch.ones(2, 3 + i), mesh, [Shard(0)], run_check=False) for i in range(count)]
     params = [torch.nn.Parameter(part) for part in parts]  # so far without a collective
     for param in params:
         param.grad = DTensor(torch.ones_like(param.to_local()), param._spec, requires_grad=False)
-    return params, fusedopt.AdamW(params, lr=0.1, max_grad_norm=1.0, **options)
+    return params, opt_class(params, **{"lr": 0.1, "max_grad_norm": 1.0, **options})
 
 
 def step_that_fails(params, opt) -> dict:
@@ -41,6 +41,20 @@ def step_that_fails(params, opt) -> dict:
 def died(ctx: Context) -> dict:
     """Process 1 ends after two steps."""
     params, opt = stepper(ctx)
+    for _ in range(2):
+        opt.step()
+    if ctx.rank == 1:
+        os._exit(0)
+    return step_that_fails(params, opt)
+
+
+LAMB = {"opt_class": fusedopt.LAMB, "max_grad_norm": None}
+"""Whose norms of single tensors are all that is exchanged."""
+
+
+def died_in_lamb(ctx: Context) -> dict:
+    """Process 1 ends after two steps."""
+    params, opt = stepper(ctx, **LAMB)
     for _ in range(2):
         opt.step()
     if ctx.rank == 1:
@@ -73,6 +87,10 @@ def more_parameters(ctx: Context) -> dict:
     return step_that_fails(*stepper(ctx, count=2 + ctx.rank))
 
 
+def more_parameters_of_lamb(ctx: Context) -> dict:
+    return step_that_fails(*stepper(ctx, count=2 + ctx.rank, **LAMB))
+
+
 def other_options(ctx: Context) -> dict:
     return step_that_fails(*stepper(ctx, norm_type=2.0 if ctx.rank else 1.0))
 
@@ -86,7 +104,16 @@ def other_seeds(ctx: Context) -> dict:
     return step_that_fails([param], opt)
 
 
-SCENARIOS = [died, died_waiting, late, more_parameters, other_options, other_seeds]
+SCENARIOS = [
+    died,
+    died_in_lamb,
+    died_waiting,
+    late,
+    more_parameters,
+    more_parameters_of_lamb,
+    other_options,
+    other_seeds,
+]
 
 
 def main(out: str) -> None:

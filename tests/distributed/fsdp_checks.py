@@ -164,6 +164,37 @@ def fsdp_and_tensors(ctx):
     train(fully_shard(model, mesh=mesh["data"]), lambda x: x.chunk(2)[mesh.get_local_rank("data")], ctx)
 
 
+def lamb(ctx):
+    """FSDP2, HSDP, and both kinds of parallelism, whose parts are strided: norms are those of whole tensors."""
+    whole = Model().to(ctx.device)
+    expected_opt = fusedopt.LAMB(whole.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
+    for step in range(STEPS):
+        loss_of(whole, batch(step, ctx)).backward()
+        expected_opt.step()
+        expected_opt.zero_grad()
+    square = ctx.mesh(2, ctx.world // 2, names=("data", "tensor"))
+    both = Model().to(ctx.device)
+    parallelize_module(both, square["tensor"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
+    for part in (both.a, both.b, both.norm, both.c, both.d):
+        fully_shard(part, mesh=square["data"])
+    models = [
+        (sharded(ctx.mesh()), ctx.world, ctx.rank),
+        (sharded(square), ctx.world, ctx.rank),
+        (fully_shard(both, mesh=square["data"]), 2, square.get_local_rank("data")),
+    ]
+    if ctx.device.type == "cuda":  # sums on the host, which travel to where processes communicate
+        models.append((sharded(ctx.mesh(), offload_policy=CPUOffloadPolicy()), ctx.world, ctx.rank))
+    for model, parts, own in models:
+        opt = fusedopt.LAMB(model.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
+        for step in range(STEPS):
+            loss_of(model, batch(step, ctx).chunk(parts)[own]).backward()
+            opt.step()
+            opt.zero_grad()
+        assert opt._plan.repetition is not None
+        for got, want in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(whole_of(got.to(ctx.device)), want.detach(), **CLOSE)
+
+
 def policies(ctx):
     """bfloat16 in forward and backward, float32 parameters; on GPUs also parameters that rest in host memory.
 
@@ -309,7 +340,7 @@ def benchmark(ctx):
     assert [goal["reached"] for goal in judged] == [None] * ctx.world * len(goals.FSDP_GOALS)
 
 
-OF_FOUR = ["fsdp", "hsdp", "fsdp_and_tensors", "ddp_and_zero"]
+OF_FOUR = ["fsdp", "hsdp", "fsdp_and_tensors", "lamb", "ddp_and_zero"]
 """That differ with the number of processes."""
 
 CHECKS = [*OF_FOUR, "accumulated", "tensors", "policies", "state_dicts", "ddp", "benchmark"]

@@ -25,10 +25,16 @@ def told(tmp_path_factory) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("scenario", ["died-0", "died_waiting-0", "late-0"])
-def test_a_process_that_does_not_come(scenario, told):
+GRADIENTS, TENSORS = "the gradients' norm", "the norms of single tensors"
+
+
+@pytest.mark.parametrize(
+    ("scenario", "what"),
+    [("died-0", GRADIENTS), ("died_waiting-0", GRADIENTS), ("late-0", GRADIENTS), ("died_in_lamb-0", TENSORS)],
+)
+def test_a_process_that_does_not_come(scenario, what, told):
     result = told[scenario]
-    assert result["error"].startswith("RuntimeError: fusedopt: the all-reduce of the gradients' norm")
+    assert result["error"].startswith(f"RuntimeError: fusedopt: the all-reduce of {what}")
     for word in ("nothing has been updated", "expected every process", "look for a process that ended"):
         assert word in result["error"]
     assert result["seconds"] < TIMEOUT + SLACK and not result["changed"]
@@ -37,12 +43,19 @@ def test_a_process_that_does_not_come(scenario, told):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("scenario", "words"),
-    [("more_parameters", "nothing more"), ("other_options", "norm_type=1.0"), ("other_seeds", "seed 1")],
+    [
+        ("more_parameters", "nothing more"),
+        ("more_parameters_of_lamb", "nothing more"),
+        ("other_options", "norm_type=1.0"),
+        ("other_seeds", "seed 1"),
+    ],
 )
 def test_processes_that_disagree(scenario, words, rank, told):
     """Every process says so, in its first step."""
     result = told[f"{scenario}-{rank}"]
-    assert result["error"].startswith("ValueError: AdamW.step: the processes of ")
+    assert result["error"].startswith(
+        ("ValueError: AdamW.step: the processes of ", "ValueError: LAMB.step: the processes of ")
+    )
     for word in ("disagree", words, f"process {1 - rank} has", "build the same model"):
         assert word in result["error"]
     assert result["seconds"] < SLACK and not result["changed"]

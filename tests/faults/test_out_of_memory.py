@@ -59,9 +59,9 @@ def fail_everywhere(step, unchanged, monkeypatch, most=200) -> int:
     for n in range(1, most):
         failing = OutOfMemory(n)
 
-        def run_update(tables, failing=failing):
+        def run_update(tables, norms, failing=failing):
             failing.left = 10**9  # from here on tensors are written
-            update(tables)
+            update(tables, norms)
 
         monkeypatch.setattr(passes, "run_update", run_update)
         try:

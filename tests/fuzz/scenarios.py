@@ -31,6 +31,7 @@ _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _EXTRA_SIZES = {"float32": 4, "int16": 2, "int8": 1}
 _DTYPES = tuple(_SIZES)
 _RULES = tuple(RULES.values())
+_TWO_PHASES = tuple(i for i, rule in enumerate(_RULES) if rule.norms)
 _PARAMS = tuple(PARAM_FORMATS.values())
 _STATES = tuple(STATE_FORMATS.values())
 _NUMEL = (0, 1, 2, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 255, 256, 257, 511, 513, 1000, 1023, 1024, 1025, 2049)
@@ -98,6 +99,7 @@ def _add(rng: random.Random, call: Calls, table: _C.Table) -> None:
         numel,
         rng.choice((0, 1, 5)) if rng.random() < 0.8 else integer(rng),
         integer(rng),
+        *([] if rng.random() < 0.5 else [integer(rng)]),
     )
 
 
@@ -188,7 +190,7 @@ class _Codes:
         wanted = lambda name: (name == "float64") == wide  # noqa: E731
         pick = lambda names: rng.choice([i for i, name in enumerate(names) if wanted(name)])  # noqa: E731
         kept = lambda code, count: _code(rng, count, 1.0) if rng.random() < 0.02 else code  # noqa: E731
-        self.rule = _code(rng, len(_RULES))
+        self.rule = rng.choice(_TWO_PHASES) if rng.random() < 0.2 else _code(rng, len(_RULES))
         self.grad = kept(pick(_DTYPES), 4)
         self.main = kept(pick(_DTYPES), 4)
         self.param = kept(pick([spec.dtype for spec in _PARAMS]), len(_PARAMS))
@@ -223,6 +225,7 @@ def _add_memory(rng: random.Random, memory: Memory, call: Calls, table: _C.Table
         numel,
         rng.randrange(groups) if rng.random() < 0.98 else groups,
         rng.randrange(2**32),
+        _address(rng, memory, 8 * rule.norms),
     )
     if slot is not None and rng.random() < 0.9:
         grad = memory.block(numel * _SIZES[_of(_DTYPES, codes.grad)])
@@ -264,15 +267,17 @@ def _passes(rng: random.Random, call: Calls, memory: Memory) -> None:
     args.lead, args.seed = rng.randrange(2), rng.randrange(2**64)
     threads = lambda: rng.choice((1, 2, 3, 8)) if rng.random() < 0.97 else rng.choice((0, -1, 10**6, 2**31, None))  # noqa: E731
     some = lambda value: _maybe(rng, value, 0.01)  # noqa: E731
-    for name in rng.choices(("norm", "finalize", "update", "accumulate", "scale", "pack"), k=rng.randrange(1, 4)):
+    names = ("norm", "finalize", "measure", "update", "accumulate", "scale", "pack")
+    for name in rng.choices(names, k=rng.randrange(1, 4)):
         if name == "norm":
             call("cpu_norm", _C.cpu_norm, some(table), codes.grad, codes.main, args, number(rng), 0.0, threads())
         elif name == "finalize":
             call("cpu_finalize_norm", _C.cpu_finalize_norm, some(args), number(rng), number(rng))
-        elif name == "update":
+        elif name in ("measure", "update"):
             given = (codes.rule, codes.param, codes.grad, codes.main, codes.state)
             part = (rng.randrange(-1, 8), rng.randrange(-1, 8)) if rng.random() < 0.3 else ()
-            call("cpu_update", _C.cpu_update, some(table), some(hypers), *given, some(args), threads(), *part)
+            function = getattr(_C, f"cpu_{name}")
+            call(f"cpu_{name}", function, some(table), some(hypers), *given, some(args), threads(), *part)
         elif name == "accumulate":
             call("cpu_accumulate", _C.cpu_accumulate, some(table), codes.grad, codes.main, args, threads())
         elif name == "scale":

@@ -21,7 +21,8 @@ def test_a_few_hundred_inputs(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "fuzz.json").read_text())
     assert result["inputs"] == 400 and result["findings"] == []
-    for name in ("cpu_update", "cpu_norm", "cpu_accumulate", "cpu_scale", "pack_step", "Watch.add", "Table.add"):
+    passes = ("cpu_measure", "cpu_update", "cpu_norm", "cpu_accumulate", "cpu_scale")
+    for name in (*passes, "pack_step", "Watch.add", "Table.add"):
         assert result["calls"][name]["done"] and result["calls"][name]["refused"], name
 
 

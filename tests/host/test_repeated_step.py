@@ -115,10 +115,23 @@ def test_an_exchange(device, monkeypatch):
     assert not step.run(opt.__dict__) and len(calls) == 4
 
 
+def test_several_exchanges(device, monkeypatch):
+    """In the order in which they were added; one that fails is the step's last."""
+    monkeypatch.delenv("FUSEDOPT_BACKEND", raising=False)
+    calls, failing = [], []
+    opt, step, _ = with_launches(
+        parameters([5, 300], device=device), lambda: calls.append("first") or fail(*failing or [None])
+    )
+    step.exchange(lambda: calls.append("second"))
+    assert step.run(opt.__dict__) and calls == ["first", "second"]
+    failing.append(RuntimeError("a process ended"))
+    with pytest.raises(RuntimeError, match="a process ended"):
+        step.run(opt.__dict__)
+    assert calls == ["first", "second", "first"]
+
+
 def test_launches_that_do_not_fit(device):
     _, step, bucket = with_launches(parameters([5, 300], device=device), lambda: None)
-    with pytest.raises(RuntimeError, match="called twice"):
-        step.exchange(lambda: None)
     for pair in ((bucket.table, None), (None, bucket.hypers)):
         with pytest.raises(ValueError, match="expected both or neither"):
             step.add(*pair, bucket.args, 0, 0, 0, 0, False)

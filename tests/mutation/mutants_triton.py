@@ -170,9 +170,9 @@ MUTANTS = [
     Mutant(
         "triton-scale-by-square",
         "LAMB's norms without their root",
-        "fusedopt/triton/measure.py",
-        "put(rows, 0, tl.sqrt(total0), tl.float64)",
-        "put(rows, 0, total0, tl.float64)",
+        "fusedopt/triton/tables.py",
+        "return tl.sqrt(field(field(entry, NORMS_AT, tl.int64), 8 * K, tl.float64))",
+        "return field(field(entry, NORMS_AT, tl.int64), 8 * K, tl.float64)",
         same_bits("lamb-decay"),
     ),
 ]

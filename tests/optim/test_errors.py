@@ -403,7 +403,7 @@ def test_unwritable_kernel_cache(tmp_path):
 
 
 def test_sharded_parameter():
-    """A DTensor has no memory of its own: functions over lists would read address 0. Optimizers know its parts."""
+    """A DTensor has no memory of its own: its parts do, and the gradient must have the same ones."""
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available() or distributed.is_initialized():
         pytest.skip("needs a process group of its own")
@@ -417,8 +417,8 @@ def test_sharded_parameter():
         param = torch.nn.Parameter(param)
         param.grad = grad
         with pytest.raises(TypeError) as error:
-            fusedopt.functional.adamw_([param], [grad], [grad], [grad], [torch.zeros(())], lr=0.1)
-        assert_message(error, "DTensor", "torch.optim")
+            fusedopt.functional.adamw_([param], [grad.to_local()], [grad], [grad], [torch.zeros(())], lr=0.1)
+        assert_message(error, r"grads\[0\] is a plain tensor beside a parameter that is a DTensor", ".to_local()")
         assert_same_bits([param.to_local().detach(), param.grad.to_local()], [torch.ones(4, 4)] * 2)
     finally:
         distributed.destroy_process_group()
