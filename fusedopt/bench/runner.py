@@ -262,9 +262,12 @@ class Runner:
             self._measure_memory(entry, model, before)
 
     def _measure_memory(self, entry: Measured, model: Model, before: int) -> None:
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            self._measure_allocated(entry, model, before)
+        else:
             entry.state_bytes = contracts.state_bytes(entry.tail.optimizer)
-            return
+
+    def _measure_allocated(self, entry: Measured, model: Model, before: int) -> None:  # on a GPU alone
         entry.tail.backward(model)
         timing.synchronize(self.device)
         given = [] if isinstance(model, MicroBatches) else model.params  # whose gradients were there before
