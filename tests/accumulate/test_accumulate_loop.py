@@ -9,7 +9,7 @@ import pytest
 import torch
 from accumulated import Expected, backward, give, step
 from bounds import assert_within
-from cases import DTYPES, ONE_EACH, assert_same_bits, memory, normal, parameters
+from cases import DTYPES, ONE_EACH, assert_same_bits, memory, normal, parameter, parameters
 
 import fusedopt
 
@@ -469,3 +469,60 @@ def test_any_loop_follows_the_reference(case, dtype, counts, clip, data, device)
                 acc.accumulate(weight)
         acc.weight = weight
         step(opt, acc, expected, case.rule, weight=weight)
+
+
+# ---- an accumulator alone -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_all_reduce_closes_what_hooks_have_folded(reduction, alone):
+    """Of one process it is the sum of two micro-batches, or their mean; the second one has not been ended by a call."""
+    params = parameters([5, 3], device="cpu")
+    acc = fusedopt.GradAccumulator(params, reduction=reduction, hooks=True)
+    expected = [torch.zeros_like(p) for p in params]
+    for seed in range(2):
+        sum((p * normal(p.shape, seed=10 * seed + i)).sum() for i, p in enumerate(params)).backward()
+        expected = [e + normal(p.shape, seed=10 * seed + i) for i, (e, p) in enumerate(zip(expected, params))]
+        if seed == 0:
+            acc.accumulate()
+    acc.all_reduce()
+    assert acc.micro_batches == 2
+    assert_same_bits(list(acc.grads()), [e / 2 if reduction == "mean" else e for e in expected])
+    acc.detach()
+    assert not acc.holds
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+def test_all_reduce_of_frozen_parameters_is_nothing(alone):
+    acc = fusedopt.GradAccumulator([torch.zeros(3)])
+    acc.all_reduce()
+    assert acc.micro_batches == 0 and acc.buffers == []
+
+
+def test_a_gradient_that_another_hook_takes_is_not_folded():
+    """As ``release_gradients`` does, which steps inside the backward pass and frees it."""
+    param = parameter(torch.tensor([1.0, 2.0]))
+
+    def take(p):
+        p.grad = None
+
+    handle = param.register_post_accumulate_grad_hook(take)
+    acc = fusedopt.GradAccumulator([param], hooks=True)
+    param.sum().backward()
+    assert not acc.holds and param.grad is None
+    handle.remove()
+    param.sum().backward()
+    assert_same_bits(list(acc.grads()), [torch.ones(2)])
