@@ -471,45 +471,7 @@ def test_any_loop_follows_the_reference(case, dtype, counts, clip, data, device)
         step(opt, acc, expected, case.rule, weight=weight)
 
 
-# ---- an accumulator alone -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
-)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_all_reduce_closes_what_hooks_have_folded(reduction, alone):
-    """Of one process it is the sum of two micro-batches, or their mean; the second one has not been ended by a call."""
-    params = parameters([5, 3], device="cpu")
-    acc = fusedopt.GradAccumulator(params, reduction=reduction, hooks=True)
-    expected = [torch.zeros_like(p) for p in params]
-    for seed in range(2):
-        sum((p * normal(p.shape, seed=10 * seed + i)).sum() for i, p in enumerate(params)).backward()
-        expected = [e + normal(p.shape, seed=10 * seed + i) for i, (e, p) in enumerate(zip(expected, params))]
-        if seed == 0:
-            acc.accumulate()
-    acc.all_reduce()
-    assert acc.micro_batches == 2
-    assert_same_bits(list(acc.grads()), [e / 2 if reduction == "mean" else e for e in expected])
-    acc.detach()
-    assert not acc.holds
-
-
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
-)
-def test_all_reduce_of_frozen_parameters_is_nothing(alone):
-    acc = fusedopt.GradAccumulator([torch.zeros(3)])
-    acc.all_reduce()
-    assert acc.micro_batches == 0 and acc.buffers == []
+# ---- beside other hooks --------------------------------------------------------------------------------------------
 
 
 def test_a_gradient_that_another_hook_takes_is_not_folded():
