@@ -177,7 +177,7 @@ def test_all_reduce_in_one_process():
 
 
 @pytest.fixture
-def alone():
+def group_of_one():
     """A process group of this process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -185,7 +185,7 @@ def alone():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_all_reduce_closes_what_hooks_have_folded(reduction, alone):
+def test_all_reduce_closes_what_hooks_have_folded(reduction, group_of_one):
     """Of one process it is the sum of two micro-batches, or their mean; the second one has not been ended by a call."""
     params = parameters([5, 3], device="cpu")
     acc = fusedopt.GradAccumulator(params, reduction=reduction, hooks=True)
@@ -202,7 +202,7 @@ def test_all_reduce_closes_what_hooks_have_folded(reduction, alone):
     assert not acc.holds
 
 
-def test_all_reduce_of_frozen_parameters_is_nothing(alone):
+def test_all_reduce_of_frozen_parameters_is_nothing(group_of_one):
     acc = fusedopt.GradAccumulator([torch.zeros(3)])
     acc.all_reduce()
     assert acc.micro_batches == 0 and acc.buffers == []
