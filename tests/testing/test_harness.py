@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_groups_alone, make_nothing
+from wrong_optimizers import (
+    RIGHT,
+    WRONG,
+    CountsInTheGroup,
+    CountsInTheGroupsTensor,
+    Dies,
+    HalfPrecisionMoment,
+    make_adamw,
+    make_groups_alone,
+    make_nothing,
+)
 
 import fusedopt
 from fusedopt import reference, testing
@@ -161,6 +171,13 @@ def test_json_and_page(tmp_path):
     text = (tmp_path / "r.html").read_text()
     assert text.count("data:image/png;base64") == 2 and "failed" in text and "http" not in text
     assert "| adamw |" in testing.markdown(run)
+
+
+@pytest.mark.parametrize("cls", [CountsInTheGroup, CountsInTheGroupsTensor])
+def test_step_counters_of_param_groups_are_set(cls):
+    """At 2^24 bias corrections are 1: a counter that stayed behind would show."""
+    run = testing.verify(cls, rule=("adamw",), case=("/none/late_counters", "/none/mixed"))
+    assert len(run.judged) > 2 and not run.failed, run.failed[0].error
 
 
 def test_bounds_are_those_of_one_rounding():
