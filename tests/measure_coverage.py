@@ -7,6 +7,7 @@ figure: no tool counts their lines. Needs pytest-cov and gcovr, which ".[test]" 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -25,8 +26,12 @@ OUT = ROOT / "build" / "coverage"
 RESULTS = ROOT / "tests" / "results" / "coverage.json"
 PAGE = ROOT / "docs" / "correctness.md"
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
-LEFT_OUT = ["tests/backends/test_every_kernel.py", "tests/benchmarks", "tests/examples", "tests/mutation"]
-"""Of the tests for the Python figure: thousands of kernels compiled one by one, and what is not in fusedopt/."""
+LEFT_OUT = ["tests/examples", "tests/mutation"]
+"""Of the tests for the Python figure: what is not about fusedopt/."""
+SLOW = ["tests/backends/test_every_kernel.py::test_every_kernel_compiles"]
+"""Not either: thousands of kernels, compiled one by one. The test that they are all there is run."""
+GOAL = 95
+"""Percent of the lines and of the branches of each file; files below are named."""
 CXX_TESTS = [
     "tests/optim/test_rules.py::test_sizes_and_hard_values",
     "tests/optim/test_rules.py::test_layouts_of_parameters_and_gradients",
@@ -68,9 +73,30 @@ def measure_python(workers: int, sample: int) -> dict[str, Counter]:
     """Counts of every file of fusedopt/."""
     data = {"COVERAGE_FILE": str(OUT / "python")}
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-m", "not slow", "--cov", "--cov-report=")
-    chosen = [f"--ignore={path}" for path in LEFT_OUT] + ([f"--sample={sample}"] if sample else [])
+    chosen = [f"--ignore={path}" for path in LEFT_OUT] + [f"--deselect={name}" for name in SLOW]
+    chosen += [f"--sample={sample}"] if sample else []
     run(*pytest, "--dist", "worksteal", *chosen, **data)
+    mend_interpreted(OUT / "python")
     return report_python()
+
+
+def mend_interpreted(path: Path) -> None:
+    """Of branches that leave a kernel of Triton: its interpreter compiles kernels anew, without their decorators.
+
+    Coverage names a way out of a function by the function's first line, which is that of a decorator; the copy's is
+    that of ``def``. Without this no such branch would count as taken.
+    """
+    from coverage import CoverageData
+
+    data = CoverageData(str(path))
+    data.read()
+    for name in data.measured_files():
+        if name.startswith("fusedopt/triton/"):
+            functions = [
+                each for each in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(each, ast.FunctionDef)
+            ]
+            first = {-each.lineno: -each.decorator_list[0].lineno for each in functions if each.decorator_list}
+            data.add_arcs({name: [(start, first[end]) for start, end in data.arcs(name) or () if end in first]})
 
 
 def report_python() -> dict[str, Counter]:
@@ -125,7 +151,7 @@ def report_cxx() -> dict[str, Counter]:
 def left_out() -> dict[str, str]:
     """Files that pyproject.toml keeps out of the Python figure, with the reason that stands there."""
     listed = (ROOT / "pyproject.toml").read_text().partition("\nomit = [")[2].partition("\n]")[0]
-    return dict(re.findall(r'"([^"]+)",\s*# (.*)', listed))
+    return dict(re.findall(r'"\*/([^"]+)",\s*# (.*)', listed))
 
 
 def record(part: str, files: dict[str, Counter], how: str) -> None:
@@ -179,6 +205,26 @@ def table(parts: dict[str, Any]) -> list[str]:
     return [*lines, f"Not counted: {reasons}."]
 
 
+def below_goal(files: dict[str, Counter]) -> list[str]:
+    """A line for each file with fewer lines or branches covered than the goal, those with most to do first."""
+    found = []
+    for path, count in files.items():
+        shares = [100 * count[key] / (count[f"all_{key}"] or 1) for key in ("lines", "branches") if count[f"all_{key}"]]
+        if shares and min(shares) < GOAL:
+            missed = [count[f"all_{key}"] - count[key] for key in ("branches", "lines")]
+            cells = (f"{percent(count[key], count[f'all_{key}'])} {key}" for key in ("lines", "branches"))
+            found.append((missed, f"{path}: {', '.join(cells)}"))
+    return [line for _, line in sorted(found, reverse=True)]
+
+
+def tell(files: dict[str, Counter]) -> None:
+    """The whole, and every file below the goal."""
+    whole, below = total(files.values()), below_goal(files)
+    click.echo(f"lines {percent(whole['lines'], whole['all_lines'])}, ", nl=False)
+    click.echo(f"branches {percent(whole['branches'], whole['all_branches'])}")
+    click.echo("\n".join([f"{len(below)} files below {GOAL} %:", *below] if below else [f"every file: {GOAL} %"]))
+
+
 def write_table() -> None:
     """Between the marks of the page."""
     before, rest = PAGE.read_text().split(BEGIN)
@@ -197,9 +243,12 @@ def main(only: str | None, workers: int, sample: int, report: bool) -> None:
     how = "python tests/measure_coverage.py --only"
     if only != "cxx":
         files = report_python() if report else measure_python(workers, sample)
+        tell(files)
         record("python", files, f"{how} python --sample {sample}")
     if only != "python":
-        record("cxx", report_cxx() if report else measure_cxx(), f"{how} cxx")
+        files = report_cxx() if report else measure_cxx()
+        tell(files)
+        record("cxx", files, f"{how} cxx")
     write_table()
 
 

@@ -199,3 +199,10 @@ def test_unscale_grads_keeps_a_flag_that_is_set(device):
     params[-1].grad[0] = math.inf
     fusedopt.unscale_grads_(params, 2.0, flag)
     assert flag.item() == 1
+
+
+def test_value_clipping_of_nothing():
+    fusedopt.clip_grad_value_([], 1.0)
+    param = torch.nn.Parameter(torch.ones(2))
+    fusedopt.clip_grad_value_([param], 1.0)
+    assert param.grad is None

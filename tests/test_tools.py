@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from fusedopt.testing import cases, data, variants
 TOOLS = Path(__file__).parent / "tools"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+def load(name: str, folder: Path = TOOLS):
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 sanitize, verify_table = load("sanitize"), load("verify_table")
+coverage = load("measure_coverage", TOOLS.parent)
 
 
 # ---- compute-sanitizer ---------------------------------------------------------------------------------------------
@@ -203,3 +205,48 @@ def test_bad_reports_leave_the_page_alone(page, found, message, tmp_path, capsys
 def test_the_page_has_the_marks():
     page = verify_table.PAGE.read_text()
     assert verify_table.BEGIN in verify_table.replaced(page, {})
+
+
+# ---- coverage -------------------------------------------------------------------------------------------------------
+
+
+def counts(lines, all_lines, branches, all_branches):
+    return Counter(lines=lines, all_lines=all_lines, branches=branches, all_branches=all_branches)
+
+
+def test_files_below_the_goal_are_named(capsys):
+    """Those with most branches to do first; files without branches are judged by their lines."""
+    files = {
+        "a.py": counts(95, 100, 0, 0),
+        "b.py": counts(94, 100, 20, 20),
+        "c.py": counts(100, 100, 10, 20),
+        "d.py": counts(0, 0, 0, 0),
+    }
+    coverage.tell(files)
+    assert capsys.readouterr().out.splitlines() == [
+        "lines 96.3 % of 300, branches 75.0 % of 40",
+        "2 files below 95 %:",
+        "c.py: 100.0 % of 100 lines, 50.0 % of 20 branches",
+        "b.py: 94.0 % of 100 lines, 100.0 % of 20 branches",
+    ]
+    coverage.tell({"a.py": files["a.py"]})
+    assert "every file: 95 %" in capsys.readouterr().out
+
+
+def test_ways_out_of_interpreted_kernels_are_those_of_their_sources(tmp_path, monkeypatch):
+    """The copy begins with `def`, in line 2, the source with its decorator."""
+    data = pytest.importorskip("coverage").CoverageData(str(tmp_path / "data"))
+    monkeypatch.setattr(coverage, "ROOT", tmp_path)
+    kernel = tmp_path / "fusedopt" / "triton" / "kernel.py"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("@jit\ndef pass_(x):\n    if x:\n        x()\n\n\ndef plain(x):\n    x()\n")
+    data.add_arcs({"fusedopt/triton/kernel.py": [(3, 4), (3, -2), (8, -7)], "fusedopt/plan.py": [(3, -2)]})
+    coverage.mend_interpreted(tmp_path / "data")
+    mended = type(data)(str(tmp_path / "data"))
+    mended.read()
+    assert set(mended.arcs("fusedopt/triton/kernel.py")) == {(3, 4), (3, -2), (3, -1), (8, -7)}
+    assert mended.arcs("fusedopt/plan.py") == [(3, -2)]
+
+
+def test_files_that_are_left_out_have_a_reason():
+    assert coverage.left_out()["fusedopt/backends/cuda.py"].startswith("launches on a GPU")

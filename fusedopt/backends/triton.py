@@ -293,7 +293,7 @@ def _takes_words_alone(metadata: Any) -> bool:
     return not any(getattr(metadata, name, 0) for name in unused) and getattr(metadata, "num_ctas", 1) == 1
 
 
-def _by_the_driver(compiled: Any, programs: int) -> Callable[..., None]:
+def _by_the_driver(compiled: Any, programs: int) -> Callable[..., None]:  # on a GPU alone
     """Launches on the current device without Triton's launcher, whose Python code takes long where caches are cold."""
     device, metadata = torch.cuda.current_device(), compiled.metadata
     launch = functools.partial(

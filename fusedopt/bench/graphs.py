@@ -57,7 +57,7 @@ def _torch_tail(case: Case, opt: torch.optim.Optimizer, params: Params) -> Tail:
     return contracts.clipped(opt, params)
 
 
-def _captured(tail: Tail, params: Params) -> Tail:
+def _captured(tail: Tail, params: Params) -> Tail:  # on a GPU alone
     """The tail in a graph, as torch's documentation has it: after a warm-up on a side stream."""
     gradients = [torch.zeros_like(param, requires_grad=False) for param in params]
     for param, gradient in zip(params, gradients):

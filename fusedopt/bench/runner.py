@@ -268,9 +268,12 @@ class Runner:
             self._measure_memory(entry, tail, model, before)
 
     def _measure_memory(self, entry: Measured, tail: Tail, model: Model, before: int) -> None:
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            self._measure_allocated(entry, tail, model, before)
+        else:
             entry.state_bytes = contracts.state_bytes(tail.optimizer)
-            return
+
+    def _measure_allocated(self, entry: Measured, tail: Tail, model: Model, before: int) -> None:  # on a GPU alone
         tail.backward(model)
         timing.synchronize(self.device)
         given = [] if isinstance(model, MicroBatches) else model.params  # whose gradients were there before

@@ -91,7 +91,7 @@ class Caches:
         if self.device.type == "cuda":
             torch.bitwise_not(self.lines[:, 0], out=self.sink)
 
-    def mark(self) -> None:
+    def mark(self) -> None:  # on a GPU alone
         """A marker kernel which leaves the cache alone."""
         torch.bitwise_not(self.sink[:1], out=self.sink[:1])
 
@@ -202,7 +202,7 @@ class DeviceTimes:
     warm: list[DeviceStep] = field(default_factory=list)
 
 
-def trace_device(step: Step, prepare: Step, caches: Caches, repeats: int, times: DeviceTimes) -> None:
+def trace_device(step: Step, prepare: Step, caches: Caches, repeats: int, times: DeviceTimes) -> None:  # on a GPU alone
     """Adds ``repeats`` cold and as many warm steps to ``times``, all over one set of new gradients.
 
     Raises:
@@ -222,14 +222,14 @@ def trace_device(step: Step, prepare: Step, caches: Caches, repeats: int, times:
     times.warm += steps[repeats:]
 
 
-def start_profiler(caches: Caches) -> None:
+def start_profiler(caches: Caches) -> None:  # on a GPU alone
     """A session for nothing: the first one loads CUPTI and may miss kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
         caches.mark()
         synchronize(caches.device)
 
 
-def span_ms(step: Step, prepare: Step, repeats: int) -> float:
+def span_ms(step: Step, prepare: Step, repeats: int) -> float:  # on a GPU alone
     """Milliseconds a step of ``repeats`` back-to-back steps between two CUDA events: with gaps, if the host is slow."""
     prepare()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -279,7 +279,7 @@ def _bandwidth(move: Step, nbytes: int, device: torch.device, repeats: int) -> f
     return nbytes / statistics.median(measure_ms(move) for _ in range(repeats)) / 1e6
 
 
-def _device_ms(move: Step) -> float:
+def _device_ms(move: Step) -> float:  # on a GPU alone
     moves = 8  # in a row, so that the launch of the first one does not count
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -27,6 +27,7 @@ _ALLOWED = {
     ("builtins", "set"),
     ("torch", "Size"),
     ("torch", "device"),
+    ("torch", "Tensor"),  # of tensors with attributes
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_tensor_v3"),
     ("torch._utils", "_rebuild_parameter"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import pickle
@@ -58,7 +59,7 @@ def run_in_processes(cases: list[Case], factory: Callable | None, jobs: int) -> 
                         worker.give(pieces.popleft(), cases)
                     else:
                         idle.append(workers.pop(worker.connection))
-                        worker.connection.send(None)
+                        worker.dismiss()
         for worker in idle:  # leaving a device takes each of them a while, all at once
             worker.process.join()
     finally:
@@ -127,7 +128,16 @@ class _Worker:
 
     def give(self, indices: list[int], cases: list[Case]) -> None:
         self.left = list(indices)
-        self.connection.send([cases[i] for i in indices])
+        self._send([cases[i] for i in indices])
+
+    def dismiss(self) -> None:
+        """It may end."""
+        self._send(None)
+
+    def _send(self, message: list[Case] | None) -> None:
+        """To a process that has ended after its last case nothing: ``receive`` will notice."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(message)
 
     def receive(self, cases: list[Case]) -> tuple[int, Result] | None:
         """What it found of the first case that is left; None where it has begun, or ended between two cases."""

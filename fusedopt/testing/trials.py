@@ -110,11 +110,12 @@ class Trial:
         raise NotImplementedError
 
     def _set_counters(self, count: int) -> None:
-        for state in self.opt.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(count)
-            elif "step" in state:
-                state["step"] = count
+        """Those of parameters, and of param groups, where some optimizers have them."""
+        for entry in (*self.opt.state.values(), *self.opt.param_groups):
+            if isinstance(entry.get("step"), Tensor):
+                entry["step"].fill_(count)
+            elif "step" in entry:
+                entry["step"] = count
 
     def _index(self, p: Tensor) -> int:
         return self._indices[id(p)]
@@ -336,8 +337,5 @@ class ForeignTrial(Trial):
         if hidden and self.case.variant.rule != "lion" and keys & {"betas", "lr_decay"}:
             raise LeftOut("it has no step counter that can be set")
         super()._set_counters(count)
-        for group in self.opt.param_groups:
-            if "step" in group:
-                group["step"] = count
         for known in self.known.values():
             known.step = count

@@ -204,7 +204,7 @@ def update_tile(
         where1, state1, units1, unit1 = load_state(entry, 1, start, offsets, mask, length, S, TILE, V)
     if N > 2:
         where2, state2, units2, unit2 = load_state(entry, 2, start, offsets, mask, length, S, TILE, V)
-    if N > 3:
+    if N > 3:  # no such rule yet
         where3, state3, units3, unit3 = load_state(entry, 3, start, offsets, mask, length, S, TILE, V)
 
     if skip == 0:
@@ -219,7 +219,7 @@ def update_tile(
             s1 = decode_state(state1, unit1, S, SECOND & 2 != 0)
         if N > 2:
             s2 = decode_state(state2, unit2, S, SECOND & 4 != 0)
-        if N > 3:
+        if N > 3:  # no such rule yet
             s3 = decode_state(state3, unit3, S, SECOND & 8 != 0)
         if N == 1:
             x, s0 = RULE(x, g, s0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
@@ -227,7 +227,7 @@ def update_tile(
             x, s0, s1 = RULE(x, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
         if N == 3:
             x, s0, s1, s2 = RULE(x, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
-        if N == 4:
+        if N == 4:  # no such rule yet
             x, s0, s1, s2, s3 = RULE(x, g, s0, s1, s2, s3, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
 
         w0, w1, w2, w3, bits, noise = 0, 0, 0, 0, 0, 0
@@ -252,7 +252,7 @@ def update_tile(
         if N > 2:
             stored, unit = encode_state(s2, mask, w0, w1, w2, w3, noise, S, 2, SECOND & 4 != 0)
             store_state(where2, stored, units2, unit, mask, length, S, TILE)
-        if N > 3:
+        if N > 3:  # no such rule yet
             stored, unit = encode_state(s3, mask, w0, w1, w2, w3, noise, S, 3, SECOND & 8 != 0)
             store_state(where3, stored, units3, unit, mask, length, S, TILE)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_same_bits
+from cases import assert_same_bits, normal, parameters
 
 import fusedopt
 
@@ -171,3 +171,38 @@ def test_all_reduce_in_one_process():
         assert_same_bits(*results)
     finally:
         distributed.destroy_process_group()
+
+
+# ---- one process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_all_reduce_closes_what_hooks_have_folded(reduction, group_of_one):
+    """Of one process it is the sum of two micro-batches, or their mean; the second one has not been ended by a call."""
+    params = parameters([5, 3], device="cpu")
+    acc = fusedopt.GradAccumulator(params, reduction=reduction, hooks=True)
+    expected = [torch.zeros_like(p) for p in params]
+    for seed in range(2):
+        sum((p * normal(p.shape, seed=10 * seed + i)).sum() for i, p in enumerate(params)).backward()
+        expected = [e + normal(p.shape, seed=10 * seed + i) for i, (e, p) in enumerate(zip(expected, params))]
+        if seed == 0:
+            acc.accumulate()
+    acc.all_reduce()
+    assert acc.micro_batches == 2
+    assert_same_bits(list(acc.grads()), [e / 2 if reduction == "mean" else e for e in expected])
+    acc.detach()
+    assert not acc.holds
+
+
+def test_all_reduce_of_frozen_parameters_is_nothing(group_of_one):
+    acc = fusedopt.GradAccumulator([torch.zeros(3)])
+    acc.all_reduce()
+    assert acc.micro_batches == 0 and acc.buffers == []

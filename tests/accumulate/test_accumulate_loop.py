@@ -9,7 +9,7 @@ import pytest
 import torch
 from accumulated import Expected, backward, give, step
 from bounds import assert_within
-from cases import DTYPES, ONE_EACH, assert_same_bits, memory, normal, parameters
+from cases import DTYPES, ONE_EACH, assert_same_bits, memory, normal, parameter, parameters
 
 import fusedopt
 
@@ -469,3 +469,22 @@ def test_any_loop_follows_the_reference(case, dtype, counts, clip, data, device)
                 acc.accumulate(weight)
         acc.weight = weight
         step(opt, acc, expected, case.rule, weight=weight)
+
+
+# ---- beside other hooks --------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_another_hook_takes_is_not_folded():
+    """As ``release_gradients`` does, which steps inside the backward pass and frees it."""
+    param = parameter(torch.tensor([1.0, 2.0]))
+
+    def take(p):
+        p.grad = None
+
+    handle = param.register_post_accumulate_grad_hook(take)
+    acc = fusedopt.GradAccumulator([param], hooks=True)
+    param.sum().backward()
+    assert not acc.holds and param.grad is None
+    handle.remove()
+    param.sum().backward()
+    assert_same_bits(list(acc.grads()), [torch.ones(2)])

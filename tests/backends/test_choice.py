@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import threading
+from types import SimpleNamespace
 
 import format_cases
 import pytest
@@ -28,6 +29,7 @@ import fusedopt
 from fusedopt import backends, clip, passes
 from fusedopt.backends import cpu, cuda, for_device, nvrtc
 from fusedopt.backends import triton as triton_backend
+from fusedopt.plan import DeviceTables
 
 CPU = torch.device("cpu")
 
@@ -333,3 +335,52 @@ def test_reference_backend_in_functions(dtype, device):
         assert (found, found_inf) == (0.0, 1.0)
         results.append([p.grad for p in params])
     assert_same_bits(*results)
+
+
+def test_backends_say_what_a_gpu_lacks(monkeypatch):
+    """Of the device that would suit the backend best; where torch sees none, what a GPU would need beside itself."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert "torch finds no GPU; see whether the driver does" in fusedopt.backends()["cuda"].reason
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert fusedopt.backends()["cuda"].reason.startswith("backend 'cuda' was asked for on 'xpu:0'")
+    assert fusedopt.backends()["cpu"].available
+
+
+@pytest.mark.parametrize("metadata, alone", [({}, True), ({"num_ctas": 2}, False), ({"global_scratch_size": 8}, False)])
+def test_launches_without_tritons_launcher(metadata, alone):
+    """Where a kernel needs nothing but its arguments."""
+    compiled = SimpleNamespace(num_warps=4, profile_scratch_size=0, **metadata)
+    assert triton_backend._takes_words_alone(compiled) == alone
+
+
+def test_reference_backend_rectifies_from_the_sixth_step_on(device):
+    """RAdam at beta2 = 0.999: five steps without a second moment, then with it."""
+    opts = reference_and_own(fusedopt.RAdam, parameters([5, 300], device=device))
+    for seed in range(8):
+        for opt in opts:
+            set_gradients(opt.param_groups[0]["params"], seed)
+            opt.step()
+        comparer(assert_same_numbers, "radam", torch.float32, 3)(memory(opts[0]), memory(opts[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reference_backend_reads_learning_rates_in_place(dtype, monkeypatch):
+    """As on GPUs. On the CPU tensors are read by the host; the address is put in by hand."""
+    lr, pack = torch.tensor(0.3, dtype=dtype), DeviceTables.pack_hypers
+
+    def with_address(self, groups):
+        pack(self, groups)
+        if self.backend.__name__.endswith("reference"):
+            self.buckets[0].hypers.set_value(0, 0, math.nan)
+            self.buckets[0].hypers.set_lr_address(0, lr.data_ptr(), dtype == torch.float64)
+
+    monkeypatch.setattr(DeviceTables, "pack_hypers", with_address)
+    opts = reference_and_own(fusedopt.Lion, parameters([5]), lr=lr)
+    for seed in range(2):
+        for opt in opts:
+            set_gradients(opt.param_groups[0]["params"], seed)
+            opt.step()
+    assert_same_numbers(memory(opts[0]), memory(opts[1]))
+    assert not memory(opts[0])[0].isnan().any()

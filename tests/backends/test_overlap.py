@@ -223,7 +223,7 @@ def mixed_dtypes():
 OPTIMIZERS = {
     "adamw": lambda **given: fusedopt.AdamW(parameters(MIXED, device="cuda"), **given),
     "two buckets": lambda **given: fusedopt.AdamW(mixed_dtypes(), **given),
-    "int8": lambda **given: fusedopt.AdamW(parameters(MIXED, device="cuda"), state_dtype="int8", **given),
+    "int8": lambda **given: fusedopt.AdamW(parameters(MIXED, device="cuda"), state_dtype="int8", seed=1, **given),
     "lamb": lambda **given: fusedopt.LAMB(parameters(MIXED, device="cuda"), **given),
     "large": lambda **given: fusedopt.Lion(parameters([9_000_000], device="cuda"), **given),
 }

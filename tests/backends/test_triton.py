@@ -304,6 +304,21 @@ def test_nonfinite_gradients_skip_the_step(norm_type, bad, device):
     assert {int(opt.state[p]["step"]) for p in params} == {2}
 
 
+def test_a_skipped_step_of_two_phases(device):
+    """Neither LAMB's measure pass nor its update writes anything, whoever asked for the step to be skipped."""
+    opt = fusedopt.LAMB(params := parameters([17, CHUNK + 9], device=device), backend="triton", nonfinite="skip")
+    train(opt, params, 1)
+    for bad, found_inf in ((math.nan, 0.0), (1.0, 1.0)):
+        before = memory(opt)
+        set_gradients(params)
+        params[0].grad[0] = bad
+        opt.grad_scale, opt.found_inf = (torch.tensor(x, device=device) for x in (1.0, found_inf))
+        opt.step()
+        assert_same_bits(memory(opt), before)
+        assert opt.step_was_skipped
+    assert opt.skipped_steps == 2
+
+
 def test_scaler_and_value_clipping(device):
     """Unscale, clamp, clip; found_inf, which may be a sum; float16."""
     options = dict(max_grad_norm=0.25, max_grad_value=0.5)

@@ -1,10 +1,12 @@
 """``fusedopt bench compare``: regressions beyond the scatter, counts, failures, warnings."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
-from fusedopt.bench.compare import compare, load, warnings
+from fusedopt.bench.compare import compare, load, print_changes, warnings
 
 NAMES = {"workload": "tiny", "optimizer": "adamw", "format": "fp32", "contract": "step", "library": "fusedopt-cuda"}
 
@@ -88,3 +90,20 @@ def test_a_good_file_is_loaded(tmp_path):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result(row())))
     assert load(path) == result(row())
+
+
+def test_changes_are_shown_with_their_verdict():
+    """Those of failed rows without figures, and what is the same only on request."""
+    before, after = result(row(), row(library="apex"), row(library="x")), result(row(11.0), row(library="apex"))
+    after["rows"].append(row(library="x", error="OutOfMemoryError"))
+    changes, _ = compare(before, after)
+    text = {}
+    for every in (False, True):
+        out = io.StringIO()
+        print_changes(Console(file=out, width=200), changes, every)
+        text[every] = out.getvalue()
+    assert "+10.0%" in text[False] and "REGRESSION" in text[False] and "FAILS NOW" in text[False]
+    assert "apex" not in text[False] and "apex" in text[True]
+    out = io.StringIO()
+    print_changes(Console(file=out), [], False)
+    assert out.getvalue() == ""

@@ -88,3 +88,11 @@ def test_operations_are_counted():
     assert 4 <= operations("sgd", clips=False) <= 8
     assert operations("sgd", clips=False) < operations("sgd_momentum", clips=False) < operations("adamw", clips=False)
     assert operations("adamw", clips=True) == operations("adamw", clips=False) + 3
+
+
+def test_a_roof_of_one_bandwidth_and_neighbours_that_share_a_line(tmp_path):
+    """A result without a triad; two rules with almost as many operations a byte."""
+    rows = [row("llama-1.3B", optimizer=rule) for rule in ("adamw", "adamw_amsgrad", "radam", "lion")]
+    one = result(*rows, row("llama-1.3B", "torch-fused", gpu_ms=None))
+    del one["triad_gbps"]
+    assert "roofline.png" in {path.name for path in draw([one], tmp_path)}

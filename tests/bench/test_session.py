@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import platform
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusedopt.bench import contracts, peers, runner, session
+from fusedopt.bench import contracts, peers, report, runner, session
 from fusedopt.bench.checks import check
 from fusedopt.bench.contracts import Case, Tail
 from fusedopt.bench.report import print_rows
@@ -240,3 +241,83 @@ def without_the_last(tail, param):
         param.data[-1] = last
 
     return step
+
+
+# ---- runs that are cut short ----------------------------------------------------------------------------------------
+
+
+def test_a_deadline_in_the_middle_of_a_case_keeps_its_first_round(monkeypatch):
+    """What a library has measured by then counts; those of the next group are left out."""
+    case = CASES[0]
+    bench = BenchRunner(CPU, SHORT, ("torch-foreach",), ())
+    assert len(bench._groups(case, [runner.Measured(name) for name in bench.libraries(case)])) == 1
+    rows = bench.run(case, bench.make_model(case), 0.0)
+    assert [row["samples"] for row in rows] == [SHORT.host_steps]
+
+    case = make_case("tiny", "adamw", "fp32", "step")
+    bench = BenchRunner(CPU, SHORT, ("torch-fused", "torch-foreach"), ())
+    needed = bench._shared_bytes(case) + 2 * bench._library_bytes(case, "fusedopt")
+    monkeypatch.setattr(runner, "total_bytes", lambda device: needed)
+    rows = bench.run(case, bench.make_model(case), 0.0)
+    assert [row["library"] for row in rows] == ["fusedopt-cpu", "torch-fused"]
+
+
+def test_a_lost_device_ends_the_run_and_keeps_what_there_is(monkeypatch):
+    """A step fails, and then so does all else on the device."""
+    lost = []
+
+    def broken(case, params):
+        lost.append(case)
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def synchronize(device):
+        if lost:
+            raise RuntimeError("CUDA error: the context is gone")
+
+    plant(monkeypatch, broken)
+    monkeypatch.setattr(runner.timing, "synchronize", synchronize)
+    monkeypatch.setattr(BenchRunner, "measure_copy", lambda self: 1.0 if not lost else synchronize(CPU))
+    result = run(CASES, ("lion-pytorch",))
+    (row,) = result["rows"]
+    assert row["error"].startswith("the device is lost since lion-pytorch raised RuntimeError: CUDA error")
+    assert row["skipped"] is None and result["left_out"] == [str(CASES[1])]
+    assert result["copy_gbps_start_end"] == [1.0]
+
+
+def test_a_model_that_does_not_fit_is_skipped(monkeypatch):
+    def full(self, case):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(BenchRunner, "make_model", full)
+    (row,) = run(CASES[:1], ())["rows"]
+    assert row["skipped"] == "the device is too full: CUDA out of memory." and row["error"] is None
+
+
+def test_an_interrupt_ends_the_run(monkeypatch):
+    def interrupted(self, case, model, deadline):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BenchRunner, "run", interrupted)
+    result = run(CASES, ())
+    assert result["rows"] == [] and result["left_out"] == list(map(str, CASES))
+
+
+# ---- what a machine does not tell ----------------------------------------------------------------------------------
+
+
+def test_facts_that_cannot_be_found_are_left_open(monkeypatch, tmp_path):
+    assert report._output("no-such-program-anywhere") is None
+    assert report._output("python3", "-c", "raise SystemExit(3)") is None
+    assert report._version("no-such-distribution") is None
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report._commit() is None  # installed from a wheel
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(report.Path, "read_text", missing)
+    assert report._cpu_name() == platform.processor() or platform.machine()
+    monkeypatch.setattr(report.Path, "read_text", lambda path: "processor : 0\n")
+    assert report._cpu_name()
+    monkeypatch.setattr(runner.timing.Path, "read_text", missing)
+    assert runner.total_bytes(CPU) > 1 << 20

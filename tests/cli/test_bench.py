@@ -1,6 +1,7 @@
 """The command ``fusedopt bench``: a smoke run on the CPU engine, comparing, plotting, bad input."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -134,3 +135,40 @@ def test_plot_reads_what_was_written(run, tmp_path):
     path, _ = run
     done = invoke("bench", "plot", path, "--out", tmp_path)
     assert done.exit_code == 0 and (tmp_path / "memory-per-parameter.svg").exists()
+
+
+def test_rounds_are_those_that_were_asked_for(tmp_path):
+    path = tmp_path / "result.json"
+    asked = ("bench", "--device", "cpu", "--quick", "--workload", "tiny", "--contract", "step", "--rounds", "2")
+    done = invoke(*asked, "--json", path)
+    assert done.exit_code == 0, done.output
+    result = json.loads(path.read_text())
+    assert result["method"]["order"].startswith("libraries in turns, 2 rounds")
+    assert {row["workload"] for row in result["rows"]} == {"tiny"}
+
+
+def test_compare_writes_what_changed(run, tmp_path):
+    path, _ = run
+    fewer = json.loads(path.read_text())
+    last = fewer["rows"].pop()
+    other, out = tmp_path / "fewer.json", tmp_path / "changes.json"
+    other.write_text(json.dumps(fewer))
+    done = invoke("bench", "compare", path, other, "--all", "--json", out)
+    assert done.exit_code == 0, done.output
+    written = json.loads(out.read_text())
+    assert f"{last['library']}: only in the first" in done.output.replace("\n", "")
+    assert len(written["only"]) == 1 and {change["verdict"] for change in written["changes"]} == {"same"}
+
+
+@pytest.mark.parametrize(("module", "arguments"), [("numpy", ("--list",)), ("matplotlib", ("--plots", "plots"))])
+def test_what_is_not_installed_is_named_with_the_remedy(module, arguments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    done = invoke(*QUICK, *arguments)
+    assert done.exit_code == 2 and f"{module}, which is not installed" in done.output.replace("\n", " ")
+    assert 'pip install "fusedopt[bench]"' in done.output
+
+
+def test_a_file_that_cannot_be_plotted(tmp_path):
+    done = invoke("bench", "plot", tmp_path / "none.json", "--out", tmp_path / "plots")
+    assert done.exit_code == 2 and "cannot be read" in done.output.replace("\n", " ")

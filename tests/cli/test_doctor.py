@@ -69,3 +69,36 @@ def test_a_file_that_cannot_be_written(folder):
     result = run("--json", str(folder / "missing" / "doctor.json"))
     assert result.exit_code == 2
     assert "cannot be written" in result.output
+
+
+class OneGpu:
+    """What torch says on a machine with a GPU."""
+
+    name, major, minor, total_memory = "NVIDIA H100", 9, 0, 80 << 30
+
+
+def test_gpus_and_their_driver_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: OneGpu)
+    assert doctor._machine()["cuda:0"] == "NVIDIA H100, sm_90, 80 GiB"
+
+
+def test_builds_for_amd_are_named(monkeypatch):
+    assert "ROCm of torch" not in doctor._versions() or torch.version.hip
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert doctor._versions()["ROCm of torch"] == "6.4"
+
+
+def test_a_package_of_this_version_is_no_checkout(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: fusedopt.__version__)
+    assert doctor._versions()["fusedopt"] == fusedopt.__version__
+
+
+def test_an_error_of_the_harness_is_part_of_the_report(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("the driver fell over")
+
+    monkeypatch.setattr("fusedopt.testing.verify", fail)
+    result = run()
+    assert result.exit_code == 1 and "the driver fell over" in result.output

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import runpy
+import sys
 
 import click
 import pytest
@@ -61,6 +63,14 @@ def test_version_is_that_of_the_code(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert invoke("--version").output.endswith(f", version {fusedopt.__version__}\n")
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    """``python -m fusedopt``."""
+    monkeypatch.setattr(sys, "argv", ["fusedopt", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fusedopt", run_name="__main__")
+    assert ended.value.code == ExitCode.OK and fusedopt.__version__ in capsys.readouterr().out
 
 
 def test_alone_it_prints_its_help():

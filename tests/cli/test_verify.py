@@ -107,3 +107,18 @@ def test_html_without_matplotlib(monkeypatch, tmp_path):
 def test_the_quick_sample_passes():
     result = command("verify", "--quick")
     assert result.exit_code == 0, result.output
+
+
+def test_cases_that_were_not_reached_fail_the_run():
+    result = command("verify", "--rule", "sgd", "--quick", "--jobs", "1", "--time-limit", "0")
+    assert result.exit_code == 1
+    assert "cases were not reached within the time limit" in result.output and "1 of 1 cases passed" in result.output
+
+
+def test_processes_that_fail_are_told(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("verify: 3 processes ended, one after the other; try jobs=1")
+
+    monkeypatch.setattr(harness, "verify", fail)
+    result = command(*SMALL)
+    assert result.exit_code == 1 and "Error: verify: 3 processes ended" in result.output

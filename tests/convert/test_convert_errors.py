@@ -302,3 +302,46 @@ def test_foreign_objects_are_attributes_only():
     assert {"codes", "scale", "qmap", "signed"} <= state.__dict__.keys()
     with pytest.raises((pickle.PicklingError, AttributeError, ModuleNotFoundError)):
         pickle.dumps(state)
+
+
+# ---- parameters without states ---------------------------------------------------------------------------------------
+
+
+def test_optimizers_without_states_read_none():
+    """SGD without momentum: apex keeps a buffer of zeros there, optimi nothing."""
+    theirs = {"state": {0: {"momentum_buffer": torch.zeros(7, 11)}}, "param_groups": [sgd_group()]}
+    opt = fusedopt.SGD(params(SMALL[:1]))
+    assert convert.from_apex(theirs, opt)["state"] == {}
+    theirs = {"state": {0: {"kahan_comp": None}}, "param_groups": [{**sgd_group(), "kahan_sum": False}]}
+    assert convert.from_optimi(theirs, opt)["state"] == {}
+    assert convert.from_flashoptim({"state": {0: {}}, "param_groups": [sgd_group()]}, opt)["state"] == {}
+
+
+def sgd_group() -> dict:
+    return {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "params": [0]}
+
+
+def test_groups_of_deepspeed_that_have_not_stepped():
+    theirs = loaded("deepspeed_cpuadam")
+    for group in theirs["param_groups"]:
+        group |= {"step": 0, "bias_correction": True}
+    theirs["state"] = {}
+    assert convert.from_deepspeed(theirs, fusedopt.AdamW(params(SMALL)))["state"] == {}
+
+
+def test_maps_that_are_no_numbers():
+    def change(state):
+        state["qmap1"] = torch.zeros(0)
+
+    bnb_refused(change, r"is a float32 tensor of shape \(0,\), expected an ascending")
+
+
+def test_files_with_parameters_and_tensors_with_attributes(tmp_path):
+    """Which torch saves in ways of their own."""
+    param = torch.nn.Parameter(torch.ones(2))
+    tensor = torch.zeros(3)
+    tensor.note = "kept with the tensor"
+    torch.save({"param": param, "tensor": tensor}, tmp_path / "file.pt")
+    read = convert.load_file(tmp_path / "file.pt")
+    assert torch.equal(read["param"], param) and torch.equal(read["tensor"], tensor)
+    assert not hasattr(read["tensor"], "note")  # nobody needs it

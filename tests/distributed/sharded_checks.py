@@ -12,7 +12,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusedopt
-from fusedopt import backends, sharding
+from fusedopt import backends, convert, sharding
 
 # ---- steps --------------------------------------------------------------------------------------------------------
 
@@ -104,6 +104,9 @@ def meshes_side_by_side(ctx):
     opt = fusedopt.AdamW(params, max_grad_norm=1.0)
     opt.step()
     assert_same_bits(opt.grad_norm, expected)
+    params[1].grad = None  # of its mesh nothing is left to add up
+    opt.step()
+    assert_same_bits(opt.grad_norm, fusedopt.get_total_norm(whole[:1]))
 
 
 # ---- non-finite values, scalers --------------------------------------------------------------------------------
@@ -204,6 +207,15 @@ def bad_gradients(ctx):
     opt = fusedopt.AdamW([param])
     with pytest.raises(TypeError, match="DTensor"):  # torch's own words differ with its version
         param.grad = torch.ones(4, 4, device=ctx.device)
+        opt.step()
+    param.grad = None
+    other = ctx.mesh(1, ctx.world, names=("one", "all"))
+    with pytest.raises(ValueError, match=r"lies on .*, expected the parameter's .*; redistribute it"):
+        param.grad = distribute_tensor(torch.ones(4, 4, device=ctx.device), other, [Replicate(), Shard(0)])
+        opt.step()
+    param.grad = None
+    with pytest.raises(ValueError, match=r"is a DTensor with a main_grad, expected its gradient in \.grad; remove"):
+        param.main_grad = torch.ones(4, 4, device=ctx.device)
         opt.step()
     assert_same_bits(whole_of(param), torch.ones(4, 4, device=ctx.device))
 
@@ -472,6 +484,28 @@ def checkpoints_of_one_process(ctx):
         twin.opt.load_state_dict(saved)
 
 
+def states_that_do_not_fit(ctx):
+    """Of another model's shapes; of other libraries, whose checkpoints are converted whole."""
+    pair = Pair(ctx, ctx.mesh(), all_sharded())
+    pair.step(0)
+    saved = copy.deepcopy(pair.opt.state_dict())
+    saved["state"][0]["exp_avg"] = saved["state"][1]["exp_avg"]
+    with pytest.raises(ValueError, match=r"\['exp_avg'\] has shape .*, expected .*; load the checkpoint of this model"):
+        pair.opt.load_state_dict(saved)
+    theirs = torch.optim.AdamW(pair.whole)
+    for param in pair.whole:
+        param.grad = torch.ones_like(param)
+    theirs.step()
+    for entry in theirs.state.values():
+        entry["step"] = 1
+    with pytest.raises(ValueError, match="got an optimizer with sharded parameters"):
+        convert.from_deepspeed(theirs.state_dict(), pair.opt)
+    parts = theirs.state_dict()
+    parts["state"][0]["exp_avg"] = pair.opt.state[pair.sharded[0]]["exp_avg"]
+    with pytest.raises(ValueError, match=r"is a shard \(DTensor\), expected a whole tensor; gather the checkpoint"):
+        convert.from_deepspeed(parts, fusedopt.AdamW(pair.whole))
+
+
 def local_blocks_and_noise(ctx):
     """8-bit blocks and random bits count the elements of each part by themselves: a plain tensor's step."""
     options = {"lr": 0.1, "seed": 3}
@@ -530,6 +564,7 @@ CHECKS = [
     "released_gradients",
     "versions",
     "checkpoints_of_one_process",
+    "states_that_do_not_fit",
     "local_blocks_and_noise",
     *(f"lamb_checks.{name}" for name in lamb_checks.OF_TWO),
 ]

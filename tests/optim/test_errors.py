@@ -13,6 +13,8 @@ import torch
 from cases import ONE_EACH, assert_same_bits, memory, normal, parameter, parameters, set_gradients, train
 
 import fusedopt
+from fusedopt.main_grads import AccumulatePlan
+from fusedopt.optim.plan import OptimizerPlan
 
 OPTIMIZERS = [getattr(fusedopt, name) for name in dict.fromkeys(case.optimizer for case in ONE_EACH)]
 
@@ -92,6 +94,47 @@ def test_added_group_with_a_parameter_that_is_there_already(device):
     with pytest.raises(ValueError, match="group"):
         opt.add_param_group({"params": params[:1]})
     assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("group", [3, [1, 2], {"lr": 1.0}], ids=str)
+def test_added_group_that_is_none(group, device):
+    """The error is torch's."""
+    params = parameters([5], device=device)
+    opt = fusedopt.AdamW(params)
+    with pytest.raises((TypeError, KeyError)):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
+
+
+def test_a_norm_reduce_that_cannot_be_called():
+    opt = fusedopt.AdamW(parameters([5]))
+    for attempt in (
+        lambda: fusedopt.AdamW(parameters([5]), norm_reduce=3),
+        lambda: setattr(opt, "norm_reduce", "sum"),
+        lambda: fusedopt.get_total_norm(parameters([5]), norm_reduce=3),
+    ):
+        with pytest.raises(TypeError, match=r"norm_reduce is a (int|str), expected a function of \(sums, op\); pass"):
+            attempt()
+    assert opt.norm_reduce is None
+
+
+def test_parameters_that_change_while_a_step_reads_them(monkeypatch):
+    """As another thread may do it: the plan that was just made does not fit. Nothing has changed."""
+    params = parameters([5, 6])
+    opt = fusedopt.AdamW(params)
+    before = [p.detach().clone() for p in params]
+    set_gradients(params)
+    monkeypatch.setattr(OptimizerPlan, "refresh", lambda plan, optimizer: False)
+    with pytest.raises(RuntimeError, match=r"AdamW\.step: parameters or gradients changed while they were being read"):
+        opt.step()
+    assert not any(opt.state.values())
+    assert_same_bits([p.detach() for p in params], before)
+
+    acc = fusedopt.GradAccumulator(params)
+    monkeypatch.setattr(AccumulatePlan, "refresh", lambda plan, params: False)
+    with pytest.raises(RuntimeError, match=r"GradAccumulator\.accumulate: parameters or gradients changed while"):
+        acc.accumulate()
+    assert acc.micro_batches == 0
 
 
 # ---- hyper-parameters ---------------------------------------------------------------------------------------------

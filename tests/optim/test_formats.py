@@ -382,3 +382,20 @@ def test_transposing_changes_no_random_bits(combination, shape, device):
     assert_same_bits(params[1].detach().t(), params[0].detach())
     for key, value in states[0].items():
         assert_same_bits(states[1][key].t() if value.shape == shape else states[1][key], value)
+
+
+@pytest.mark.parametrize("master", ["fp32", "split16", "split8"])
+def test_masters_follow_a_parameter_into_another_layout(master, device):
+    """The model becomes channels-last between two steps: each element goes on with its own master and states."""
+    values = [torch.nn.Parameter(normal((3, 4, 5, 2), torch.bfloat16, device=device)) for _ in range(2)]
+    opts = [fusedopt.AdamW([p], lr=0.1, master_weights=master) for p in values]
+    for step in range(4):
+        if step == 2:
+            values[1].data = values[1].data.contiguous(memory_format=torch.channels_last)
+        for p, opt in zip(values, opts):
+            p.grad = normal(p.shape, torch.bfloat16, device=device, seed=step).to(p.dtype)
+            opt.step()
+    assert values[1].is_contiguous(memory_format=torch.channels_last)
+    assert_same_bits(values[0].detach(), values[1].detach().contiguous())
+    for key, value in opts[0].state[values[0]].items():
+        assert_same_bits(value, opts[1].state[values[1]][key].contiguous())

@@ -271,3 +271,22 @@ def test_optimizer_is_freed(accumulates, device):
     assert [each() for each in gone] == [None] * len(gone)
     backward(model, 2, device, torch.float32)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_released_parameter_that_was_taken_out_of_its_group(device):
+    model = network(torch.float32, device)
+    opt = fusedopt.AdamW(model.parameters())
+    opt.release_gradients()
+    opt.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match=r"in no param group any more, expected one of this optimizer's; remove\(\)"):
+        backward(model, 0, device, torch.float32)
+
+
+def test_removing_twice_is_removing_once(device):
+    param = torch.nn.Parameter(torch.ones(3, device=device))
+    opt = fusedopt.AdamW([param])
+    first = opt.release_gradients()
+    first.remove()
+    second = opt.release_gradients()
+    first.remove()
+    assert second.active and not first.active and opt._release is second

@@ -1,11 +1,15 @@
 """Steps that are made like the one before: whatever changes between two of them is noticed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import BY_NAME, ONE_EACH, assert_same_bits, memory, parameters, set_gradients, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fusedopt
+from fusedopt.optim import repeat
+from fusedopt.sharding import Gathering
 
 SIZES = [5, 0, 4097, 65537]
 
@@ -219,3 +223,76 @@ def test_steps_on_several_streams():
             train(opt, params, 1, first=step)
         torch.cuda.current_stream().wait_stream(stream)
     assert_same_bits(memory(opt), memory(expected))
+
+
+# ---- what is launched on a GPU, in which order ----------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of ``_C.RepeatedStep``."""
+
+    def __init__(self):
+        self.calls = []
+
+    def add(self, *launch):
+        self.calls.append(launch)
+
+    def exchange(self, run):
+        self.calls.append(run)
+
+
+def planned(device, finals):
+    """Tables of a device whose passes are launches by name, and what finishes the norm there."""
+
+    def launches(tables, names):
+        return [(f"{name} of {device}", 1, None) for name in names]
+
+    backend = SimpleNamespace(launches=launches, finalize_launch=lambda tables: ("finalize", 1, finals))
+    return SimpleNamespace(backend=backend)
+
+
+def test_a_norm_is_finished_between_its_pass_and_the_update():
+    """Where other processes or devices have shares in it; the result's address is told to what finishes it."""
+    finals = [SimpleNamespace(partials=0, num_partials=0) for _ in range(2)]
+    tables = [planned(device, final) for device, final in zip("ab", finals)]
+    launches = repeat._launches(tables, ("norm", "update"))
+    assert [[name for name, *_ in of_pass] for of_pass in launches] == [
+        ["norm of a", "norm of b"],
+        ["update of a", "update of b"],
+    ]
+    results = iter([torch.zeros(3, 2), torch.zeros(4, 2)])
+    step = Recorder()
+    repeat._add_launches(step, tables, launches, Gathering(lambda: next(results), None))
+    names = ["exchange" if callable(call) else call[0] for call in step.calls]
+    assert names == ["norm of a", "norm of b", "exchange", "finalize", "finalize", "update of a", "update of b"]
+    addresses = []
+    for rows in (3, 4):
+        step.calls[2]()
+        assert {final.num_partials for final in finals} == {rows}
+        addresses.append({final.partials for final in finals})
+    assert all(len(each) == 1 for each in addresses) and addresses[0] != {0}
+
+
+def test_a_gathering_that_leaves_its_result_in_one_place_is_told_once():
+    final, result, ran = SimpleNamespace(partials=0, num_partials=0), torch.zeros(1, 2), []
+    step = Recorder()
+    tables = [planned("a", final)]
+    launches = repeat._launches(tables, ("norm", "update"))
+    repeat._add_launches(step, tables, launches, Gathering(lambda: ran.append(1), result))
+    assert (final.partials, final.num_partials) == (result.data_ptr(), 1)
+    step.calls[1]()
+    assert ran == [1]
+
+
+def test_without_a_norm_of_others_passes_follow_one_another():
+    step, tables = Recorder(), [planned("a", None)]
+    repeat._add_launches(step, tables, repeat._launches(tables, ("norm", "update")), None)
+    assert [call[0] for call in step.calls] == ["norm of a", "update of a"]
+
+
+def test_backends_that_do_more_than_launch():
+    assert repeat._launches([SimpleNamespace(backend=SimpleNamespace())], ("update",)) is None
+    tables = [planned("a", None)]
+    tables[0].backend.launches = lambda tables, names: None if names == ("norm",) else []
+    assert repeat._launches(tables, ("norm", "update")) is None
+    assert repeat._launches(tables, ("update",)) == [[]]

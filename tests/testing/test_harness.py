@@ -1,10 +1,24 @@
 """The harness: wrong optimizers are found, right ones are not; samples, filters, and what is recorded."""
 
+import contextlib
 import json
+import multiprocessing
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
-from wrong_optimizers import RIGHT, WRONG, Dies, HalfPrecisionMoment, make_adamw, make_groups_alone, make_nothing
+from wrong_optimizers import (
+    RIGHT,
+    WRONG,
+    CountsInTheGroup,
+    CountsInTheGroupsTensor,
+    Dies,
+    HalfPrecisionMoment,
+    make_adamw,
+    make_groups_alone,
+    make_nothing,
+)
 
 import fusedopt
 from fusedopt import reference, testing
@@ -159,6 +173,13 @@ def test_json_and_page(tmp_path):
     assert "| adamw |" in testing.markdown(run)
 
 
+@pytest.mark.parametrize("cls", [CountsInTheGroup, CountsInTheGroupsTensor])
+def test_step_counters_of_param_groups_are_set(cls):
+    """At 2^24 bias corrections are 1: a counter that stayed behind would show."""
+    run = testing.verify(cls, rule=("adamw",), case=("/none/late_counters", "/none/mixed"))
+    assert len(run.judged) > 2 and not run.failed, run.failed[0].error
+
+
 def test_bounds_are_those_of_one_rounding():
     exact = Bounded.exact(torch.tensor([1.0, 1.0]), torch.float32)
     assert not testing.compare(torch.tensor([1.0, 1.0]), exact).wrong.any()
@@ -221,3 +242,119 @@ def test_pieces_hold_every_case_once_and_what_compiles_alike_together():
         (every[i].backend, every[i].variant.rule, str(every[i].format)): n for n, p in enumerate(pieces) for i in p
     }
     assert places["cpu", "adam", "bfloat16-fp32-None_states"] == places["cpu", "adam", "bfloat16-fp32-fp32_states"]
+
+
+# ---- processes, in threads ------------------------------------------------------------------------------------------
+
+
+class Thread(threading.Thread):
+    """What a process is to those who start it; it ends as one does, with its end of the pipe."""
+
+    exitcode = 0
+
+    def __init__(self, target, args, daemon):
+        super().__init__(target=self.work, args=(target, *args), daemon=daemon)
+
+    def work(self, target, connection, *arguments):
+        with connection.other, contextlib.suppress(EOFError, ConnectionError):  # of a parent that has given up
+            target(connection, *arguments)
+
+    def terminate(self):
+        pass
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """In place of processes: those who start them close their end of the other's, which a thread needs."""
+
+    def pipe():
+        own, other = multiprocessing.Pipe()
+        return own, SimpleNamespace(close=lambda: None, recv=other.recv, send=other.send, other=other)
+
+    context = SimpleNamespace(Pipe=pipe, Process=Thread)
+    monkeypatch.setattr(parallel.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(parallel.torch, "set_num_threads", lambda count: None)
+
+
+class SpoilsTheDevice(torch.optim.SGD):
+    """Fails as a kernel does that leaves the GPU's context unusable, where a gradient is NaN."""
+
+    broken = False
+
+    def step(self):
+        if any(p.grad is not None and p.grad.isnan().any() for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        super().step()
+
+
+def test_a_case_that_spoils_the_device_ends_its_process(in_threads):
+    """It fails; those behind it run in another process."""
+    choice = {"rule": ("sgd",), "dtype": ("float32",), "case": ("/none/zeros", "/none/nan_first", "/none/tiny")}
+    run = testing.verify(SpoilsTheDevice, jobs=2, **choice)
+    assert {r.case.data.name for r in run.failed} == {"nan_first"}
+    assert all("illegal memory access" in r.error for r in run.failed)
+    assert len(run.judged) > 2 * len(run.failed) and run.unreached == 0
+
+
+def test_processes_that_end_without_a_case_that_passed(in_threads):
+    choice = {"rule": ("sgd",), "dtype": ("float32",), "case": ("nan_first", "nan_middle", "nan_last")}
+    with pytest.raises(RuntimeError, match=r"processes ended, one after the other, and no case passed.*illegal memory"):
+        testing.verify(SpoilsTheDevice, jobs=2, **choice)
+
+
+def test_a_process_that_never_began(in_threads, monkeypatch):
+    monkeypatch.setattr(parallel, "_work", lambda connection, factory, threads: None)
+    with pytest.raises(RuntimeError, match="a process ended with exit code 0 before its first case"):
+        testing.verify(torch.optim.SGD, rule=("sgd",), case=("zeros",), jobs=2)
+
+
+def test_no_cases_are_no_processes():
+    assert list(parallel.run_in_processes([], None, 2)) == []
+
+
+# ---- small parts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_page_without_failures_with_rules_of_different_formats(tmp_path):
+    """Empty fields of the plots stay empty."""
+    pytest.importorskip("matplotlib")
+    from fusedopt.testing import page
+
+    choice = {"case": ("mixed",), "transform": ("none",), "backend": ("cpu",)}
+    plans = [
+        harness.plan(rule=("sgd",), format=("float32-None_states",), **choice),
+        harness.plan(rule=("lion",), format=("bfloat16-split16-None_states",), **choice),
+    ]
+    run = testing.verify(planned=plans[0])
+    run.results += testing.verify(planned=plans[1]).results
+    page.write_html(tmp_path / "r.html", run)
+    text = (tmp_path / "r.html").read_text()
+    assert "Failures" not in text and "passed" in text and "lion" in text and "sgd" in text
+
+
+def test_cases_that_were_left_out_are_in_no_table():
+    rows = [{"rule": "sgd", "format": "float32-None_states", "largest_ulp": 1.5, "passed": True, "left_out": None}]
+    rows.append({**rows[0], "format": "float64-None_states", "left_out": "it means nothing"})
+    assert testing.report.format_table(rows)[2:] == ["| sgd | default | 1: 1.50 |"]
+
+
+def test_states_in_16_bits_are_rounded_once_more():
+    choice = {"rule": ("sgd_momentum",), "dtype": ("bfloat16",), "case": ("/none/zeros", "/none/mixed")}
+    run = testing.verify(fusedopt.SGD, **choice)
+    assert run.judged and not run.failed, run.failed[0].error
+
+
+def test_different_bits_are_told_with_their_place():
+    a = torch.tensor([1.0, 0.0, 3.0])
+    testing.tensors.assert_same_bits(a, a.clone())
+    with pytest.raises(AssertionError, match=r"tensor 1: 1 of 3 elements differ, first at 1: -0.0 != 0.0"):
+        testing.tensors.assert_same_bits([a, torch.tensor([1.0, -0.0, 3.0])], [a, a])
+
+
+def test_storages_that_are_shared_stay_so():
+    """One copy of each, all of it, whatever looks at it."""
+    whole = torch.arange(10.0)
+    copies = tensors._storages_on([whole[2:4], whole[5:], torch.ones(3, dtype=torch.float64)], torch.device("cpu"))
+    (first, second) = copies.values()
+    assert (first.nbytes(), second.nbytes()) == (40, 24) and first.data_ptr() != whole.data_ptr()
+    assert torch.equal(torch.empty(0).set_(first), whole)

@@ -47,6 +47,29 @@ class RightAdamW(Wrong):
     """No defect: what shows that the others are found for theirs."""
 
 
+class CountsInTheGroup(Wrong):
+    """As apex does: right where all parameters have a gradient in each step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            self.count(group)
+        super().step(closure)
+
+    def count(self, group):
+        group["step"] = group.get("step", 0) + 1
+
+    def update(self, p, grad, state, *, step, **rest):
+        super().update(p, grad, {**state, "step": float(step)}, **rest)
+
+
+class CountsInTheGroupsTensor(CountsInTheGroup):
+    """In place, as optimi does."""
+
+    def count(self, group):
+        group.setdefault("step", torch.tensor(0.0)).add_(1)
+
+
 class EpsInsideTheRoot(Wrong):
     def denominator(self, v, eps):
         return (v + eps).sqrt()
