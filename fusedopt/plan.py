@@ -31,6 +31,9 @@ __all__ = [
     "same_layout",
 ]
 
+CACHE_LINE = 128
+"""Bytes: ``kCacheLine`` of ``csrc/cuda/vectors.cuh``."""
+
 BucketKey = tuple[RuleSpec | None, torch.dtype, ParamFormatSpec | None, StateFormatSpec | None, torch.dtype | None]
 """Rule, dtype of gradients, formats of parameters and states, dtype of main gradients."""
 
@@ -75,14 +78,18 @@ def like_parameter(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 def aligned_like(tensor: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """``tensor``, or a copy that begins as many elements behind an aligned address as ``dense``, whose layout it has.
 
-    The vectors of CUDA kernels begin at the parameter's first aligned element (``csrc/cuda/vectors.cuh``).
+    Aligned to so many elements as fill one of the parameter's cache lines, where the vectors of CUDA kernels begin
+    (``csrc/cuda/vectors.cuh``).
     """
-    per_vector = min(8, 16 // min(tensor.itemsize, dense.itemsize))
-    behind, wanted = (each.data_ptr() // each.itemsize % per_vector for each in (tensor, dense))
-    if behind == wanted or not tensor.numel():
+    per_line = CACHE_LINE // dense.itemsize
+
+    def missing(each: torch.Tensor) -> int:
+        return (dense.data_ptr() // dense.itemsize - each.data_ptr() // each.itemsize) % per_line
+
+    if not missing(tensor) or not tensor.numel():
         return tensor
-    memory = torch.empty(wanted + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    return memory.as_strided(tensor.shape, tensor.stride(), wanted).copy_(tensor)
+    memory = torch.empty(per_line - 1 + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, tensor.stride(), missing(memory)).copy_(tensor)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -7,6 +7,8 @@
 namespace fusedopt {
 namespace FUSEDOPT_ISA {
 
+constexpr int kCacheLine = 128;  // bytes
+
 constexpr FUSEDOPT_HD int minimum(int a, int b) { return a < b ? a : b; }
 constexpr FUSEDOPT_HD int maximum(int a, int b) { return a > b ? a : b; }
 
@@ -106,7 +108,7 @@ struct Stream {
 
   // Asks for the vector at `i` to be brought to the L2 cache. One thread of those that share a cache line does.
   __device__ __forceinline__ void prefetch(int i) const {
-    constexpr int kSharers = 128 / (V * int(sizeof(Storage)));
+    constexpr int kSharers = kCacheLine / (V * int(sizeof(Storage)));
     if (kSharers <= 1 || threadIdx.x % kSharers == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(base + i));
   }
 
@@ -167,9 +169,10 @@ struct Stream<NoExtra, V> {
   __device__ __forceinline__ void store(int, const Vector<NoExtra, V>&, int) const {}
 };
 
-// How a chunk is split. Vectors begin at the tensor's first aligned element, `head` elements in, and chunk
-// c holds elements [head + c * kChunk, head + (c + 1) * kChunk); chunk 0 takes the head as well. What does
-// not fill a vector, at either end, is done element by element.
+// How a chunk is split. Vectors begin where the tensor's first whole cache line does, `head` elements in, since a
+// warp's vectors that begin elsewhere touch a line more than they fill. Chunk c holds elements [head + c * kChunk, head
+// + (c + 1) * kChunk); chunk 0 takes the head as well. What does not fill a vector, at either end, is done element by
+// element.
 struct Split {
   int64 first;
   int vectored;  // elements in vectors, from `first` on
@@ -178,8 +181,11 @@ struct Split {
 
   template <class Format, int V>
   static __device__ __forceinline__ Split peeled(const void* leading_stream, int64 numel, uint32 chunk_index) {
+    constexpr int kLine = kCacheLine / int(sizeof(typename Format::Storage));
+    static_assert(kLine % V == 0 && kLine + V <= kThreads,
+                  "a line is whole vectors; a thread takes one scalar at most");
     const uint64 element = reinterpret_cast<uint64>(leading_stream) / sizeof(typename Format::Storage);
-    const int64 head = int64((V - element % V) % V);
+    const int64 head = int64((kLine - element % kLine) % kLine);
     Split split;
     split.first = head + int64(chunk_index) * kChunk;
     const int64 rest = numel - split.first;
