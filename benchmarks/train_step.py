@@ -12,7 +12,7 @@ float32 masters kept by the optimizer (``split16``), moments in float32; without
 
 Libraries have turns. In each the model is made anew, with the same weights, and nothing of the others is in memory.
 Before anything is timed the updates are checked against the float64 reference; the losses after as many steps must
-agree to within 2%. Medians over steps, of which each turn has some to warm up:
+agree to within 2% (with bfloat16 parameters: must not be larger by more). Medians over steps, after some to warm up:
 
 * ``step_ms``: from one step's start to the next on the device (CUDA events; on a CPU the host's clock), gaps included;
 * ``tail_ms``, ``tail_share``: from the end of the backward pass to the end of the update;

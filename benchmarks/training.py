@@ -102,8 +102,14 @@ def run_cases(
 
 
 def compare_losses(row: Row, expected: Row) -> None:
-    """Puts an error in the place of a row's figures where it did not train as another one has done."""
-    if not abs(row["loss"] - expected["loss"]) <= SAME_LOSS * abs(expected["loss"]):
+    """Puts an error in the place of a row's figures where it did not train as another one has done.
+
+    In another format the forward pass is rounded otherwise, so that the losses part where a batch is learnt by heart in
+    a few steps: there it must only not be larger.
+    """
+    off = row["loss"] - expected["loss"]
+    off = abs(off) if row.get("format") == expected.get("format") else max(off, 0.0)
+    if not off <= SAME_LOSS * abs(expected["loss"]):
         row["error"] = (
             f"the loss is {row['loss']}, expected that of {expected['library']}, {expected['loss']}, "
             f"to within {SAME_LOSS:.0%}"

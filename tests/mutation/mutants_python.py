@@ -65,7 +65,7 @@ MUTANTS = [
     Mutant(
         "resume-restarts-counters",
         "the step counters of a checkpoint are dropped: bias correction begins anew",
-        "fusedopt/optim/plan.py",
+        "fusedopt/optim/states.py",
         "torch.tensor([value for _, value in entries], dtype=torch.float32)",
         "torch.tensor([0.0 for _ in entries], dtype=torch.float32)",
         ("tests/optim/test_state.py::test_large_counters_are_loaded_exactly[{device}-2049]",),
@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant(
         "counters-in-half",
         "step counters in float16, which stop at 2048",
-        "fusedopt/optim/plan.py",
+        "fusedopt/optim/states.py",
         "for _, value in entries], dtype=torch.float32).to(device)",
         "for _, value in entries], dtype=torch.float16).to(device).float()",
         ("tests/optim/test_state.py::test_large_counters_are_loaded_exactly[{device}-2049]",),
