@@ -245,7 +245,7 @@ def planned(device, finals):
     """Tables of a device whose passes are launches by name, and what finishes the norm there."""
 
     def launches(tables, names):
-        return [(f"{name} of {device}", 1, None) for name in names]
+        return [(f"{name} of {device}", 1, None) for name in names if name != "measure"]
 
     backend = SimpleNamespace(launches=launches, finalize_launch=lambda tables: ("finalize", 1, finals))
     return SimpleNamespace(backend=backend)
@@ -256,13 +256,14 @@ def test_a_norm_is_finished_between_its_pass_and_the_update():
     finals = [SimpleNamespace(partials=0, num_partials=0) for _ in range(2)]
     tables = [planned(device, final) for device, final in zip("ab", finals)]
     launches = repeat._launches(tables, ("norm", "update"))
-    assert [[name for name, *_ in of_pass] for of_pass in launches] == [
-        ["norm of a", "norm of b"],
-        ["update of a", "update of b"],
-    ]
+    assert {name: [of for of, *_ in of_pass] for name, of_pass in launches.items()} == {
+        "norm": ["norm of a", "norm of b"],
+        "measure": [],
+        "update": ["update of a", "update of b"],
+    }
     results = iter([torch.zeros(3, 2), torch.zeros(4, 2)])
     step = Recorder()
-    repeat._add_launches(step, tables, launches, Gathering(lambda: next(results), None))
+    repeat._add_launches(step, tables, launches, Gathering(lambda: next(results), None), ())
     names = ["exchange" if callable(call) else call[0] for call in step.calls]
     assert names == ["norm of a", "norm of b", "exchange", "finalize", "finalize", "update of a", "update of b"]
     addresses = []
@@ -278,7 +279,7 @@ def test_a_gathering_that_leaves_its_result_in_one_place_is_told_once():
     step = Recorder()
     tables = [planned("a", final)]
     launches = repeat._launches(tables, ("norm", "update"))
-    repeat._add_launches(step, tables, launches, Gathering(lambda: ran.append(1), result))
+    repeat._add_launches(step, tables, launches, Gathering(lambda: ran.append(1), result), ())
     assert (final.partials, final.num_partials) == (result.data_ptr(), 1)
     step.calls[1]()
     assert ran == [1]
@@ -286,7 +287,7 @@ def test_a_gathering_that_leaves_its_result_in_one_place_is_told_once():
 
 def test_without_a_norm_of_others_passes_follow_one_another():
     step, tables = Recorder(), [planned("a", None)]
-    repeat._add_launches(step, tables, repeat._launches(tables, ("norm", "update")), None)
+    repeat._add_launches(step, tables, repeat._launches(tables, ("norm", "update")), None, ())
     assert [call[0] for call in step.calls] == ["norm of a", "update of a"]
 
 
@@ -295,4 +296,4 @@ def test_backends_that_do_more_than_launch():
     tables = [planned("a", None)]
     tables[0].backend.launches = lambda tables, names: None if names == ("norm",) else []
     assert repeat._launches(tables, ("norm", "update")) is None
-    assert repeat._launches(tables, ("update",)) == [[]]
+    assert repeat._launches(tables, ("update",)) == {"measure": [], "update": []}
