@@ -273,23 +273,24 @@ def memory_per_parameter(axes: Axes, rows: Rows, result: Row) -> bool:
 def time_by_library(axes: Axes, rows: Rows, result: Row) -> bool:
     """Time of a step in each library, of the workload with most cases that several libraries ran, and the largest."""
     time = _time(result)
-    cases: dict[tuple[int, str, str, str], Rows] = {}
+    cases: dict[tuple[tuple[int, str], str, str, str], Rows] = {}
     for row in rows:
         if row.get(time):
-            key = (row["params"], str(row["contract"]), str(row["optimizer"]), str(row["format"]))
+            model = (row["params"], str(row["workload"]))  # others may have as many parameters
+            key = (model, str(row["contract"]), str(row["optimizer"]), str(row["format"]))
             cases.setdefault(key, []).append(row)
     compared = {key: one for key, one in cases.items() if len({row["library"] for row in one}) > 1}
     if not compared:
         return False
-    sizes = [params for params, *_ in compared]
-    largest = max(sizes, key=lambda params: (sizes.count(params), params))
-    shown = [one for (params, *_), one in compared.items() if params == largest]
+    models = [model for model, *_ in compared]
+    params, name = chosen = max(models, key=lambda model: (models.count(model), model))
+    shown = [one for (model, *_), one in compared.items() if model == chosen]
     heights = _grouped_bars(axes, shown[:MAX_CASES], time)
     axes.figure.set_size_inches(8.6, 1.6 + 0.19 * heights)
     axes.set_xlabel(
         f"{'GPU' if time == 'gpu_ms' else 'wall'} time of a step, ms; black: what a copy of the bytes takes"
     )
-    axes.set_title(f"The step tail of {shown[0][0]['workload']}, {largest / 1e9:.2f} billion parameters", loc="left")
+    axes.set_title(f"The step tail of {name}, {params / 1e9:.2f} billion parameters", loc="left")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return True
 

@@ -76,6 +76,19 @@ def test_time_by_library_is_of_the_workload_with_most_cases(tmp_path):
     assert "The step tail of gpt2-124M" in (tmp_path / "time-by-library.svg").read_text()
 
 
+def test_time_by_library_keeps_workloads_of_one_size_apart(tmp_path):
+    """A misaligned model has as many parameters as the aligned one."""
+    rows = [
+        row(name, library, time)
+        for name, time in (("llama-1.3B", 12.5), ("llama-1.3B-misaligned", 13.5))
+        for library in ("torch-fused", "apex")
+    ]
+    rows += [row("llama-1.3B", library, 7.25, contract="clip_step") for library in ("torch-fused", "apex")]
+    draw([result(*rows)], tmp_path)
+    drawn = (tmp_path / "time-by-library.svg").read_text()
+    assert "The step tail of llama-1.3B," in drawn and "12.5" in drawn and "13.5" not in drawn
+
+
 def test_many_bars_of_memory_are_those_of_adamw(tmp_path):
     rules = [row("gpt2-124M", library, optimizer=rule) for rule in HYPER for library in ("torch-fused", "apex", *"abc")]
     draw([result(*rules, row("gpt2-124M", "torch-captured"))], tmp_path)
