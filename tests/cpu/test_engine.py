@@ -268,8 +268,10 @@ ONE_TENSOR = torch.zeros(1 << 10, dtype=torch.int64)
 """Memory for the addresses below, of which none is followed."""
 
 
-def update_with(rule="adamw", form="float32", grad="float32", main=None, state="float32", chunk=256, **row):
-    """Calls the update pass on a table of one tensor of 300 elements.
+def update_with(
+    rule="adamw", form="float32", grad="float32", main=None, state="float32", chunk=256, run=_C.cpu_update, **row
+):
+    """Calls the update pass, or ``run``, on a table of one tensor of 300 elements.
 
     rule, form (of the parameter), grad, main (None: as grad), state: names, or numbers that are no code. row: what
     differs in the row of the table.
@@ -278,13 +280,29 @@ def update_with(rule="adamw", form="float32", grad="float32", main=None, state="
     index = rule if isinstance(rule, int) else RULES[rule].index
     param_code = form if isinstance(form, int) else PARAM_FORMATS[form].code
     here = ONE_TENSOR.data_ptr()
-    given = {"param": here, "extra": here, "states": [here] * 2, "scales": [here] * 2, "step": here, "group": 0, **row}
+    given = {
+        "param": here,
+        "extra": here,
+        "states": [here] * 2,
+        "scales": [here] * 2,
+        "step": here,
+        "group": 0,
+        "norms": 0,
+        **row,
+    }
     table = _C.Table(chunk)
-    table.add(*(given[key] for key in ("param", "extra", "states", "scales", "step")), 0, 300, given["group"], 0)
+    table.add(
+        *(given[key] for key in ("param", "extra", "states", "scales", "step")),
+        0,
+        300,
+        given["group"],
+        0,
+        given["norms"],
+    )
     hyper = RULES["adamw"].hyper
     hypers = _C.Hypers([(key, at) for _, key, at in hyper])
     hypers.pack([{key: 0.5 for _, key, _ in hyper}])
-    _C.cpu_update(table, hypers, index, param_code, *dtypes, STATE_FORMATS[state].code, _C.PassArgs(), 1)
+    run(table, hypers, index, param_code, *dtypes, STATE_FORMATS[state].code, _C.PassArgs(), 1)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +319,7 @@ def update_with(rule="adamw", form="float32", grad="float32", main=None, state="
         ({"group": 3}, "hyper-parameters of 1 param groups, expected 4"),
         ({"state": "int8", "chunk": 100}, "got chunks of 100 elements, expected a multiple of 256"),
         ({"step": 0}, "no address of 'step' for tensor 0"),
+        ({"rule": "lamb"}, "cpu_update: got no address of 'norms' for tensor 0"),
         ({"param": 0}, "no address of 'param'"),
         ({"form": "bfloat16+master", "extra": 0}, "no address of 'extra'"),
         ({"states": [0, 0]}, "no address of 'states'"),
@@ -312,6 +331,21 @@ def test_wrong_codes_are_refused(change, message):
     """And missing addresses: where a table and the codes beside it do not fit, nothing is followed."""
     with pytest.raises(ValueError, match=message):
         update_with(**change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rule": 99}, "cpu_measure: got rule=99, expected 0 to"),
+        ({"rule": "adamw"}, "cpu_measure: got rule=.*, which has one phase, expected one of two"),
+        ({"rule": "lamb", "grad": 99}, "cpu_measure: got grad_dtype=99"),
+        ({"rule": "lamb"}, "cpu_measure: got no address of 'norms' for tensor 0"),
+    ],
+    ids=str,
+)
+def test_what_measures_nothing_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        update_with(**change, run=_C.cpu_measure)
 
 
 def test_accumulation_without_main_gradients_is_refused():
