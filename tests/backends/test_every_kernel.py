@@ -65,6 +65,7 @@ MEASURED_FORMATS = (
     ("split16", "bfloat16"),
     ("bfloat16+stochastic", "bfloat16+stochastic"),
 )
+BOTH_WIDE = ("Float32", "Float32")  # the gradient and the main gradient
 TWO_BYTES = {spec.cpp for spec in PARAM_FORMATS.values() if spec.dtype in ("bfloat16", "float16")}
 TWO_PHASES = {spec.cpp for spec in RULES.values() if spec.norms}
 OTHER_STRUCTS = {spec.cpp for name, spec in RULES.items() if name not in MEASURED_RULES}
@@ -83,7 +84,7 @@ SPILLED_BYTES = {
     "update, small models": (16, 32),
     "accumulation of float64": (96, 104),
     # 16 elements a thread: with a gradient and a main gradient in float32 it is two registers short.
-    "accumulation, 2-byte parameters": (8, 8),
+    "accumulation of float32, 2-byte parameters": (8, 8),
     "update, int8 states": (48, 48),
     "update, stochastic states": (0, 40),
     "update, other rules": (48, 48),
@@ -107,8 +108,8 @@ def spills_as(kernel: nvrtc.KernelSpec) -> str | None:
         return "update, int8 states"
     if "StochasticState" in kernel.arguments:
         return "update, stochastic states"
-    if kernel.template == "update_pass" and kernel.arguments[1] in TWO_BYTES and "NoMain" not in kernel.arguments:
-        return "accumulation, 2-byte parameters"
+    if kernel.template == "update_pass" and kernel.arguments[1] in TWO_BYTES and kernel.arguments[2::2] == BOTH_WIDE:
+        return "accumulation of float32, 2-byte parameters"
     return "update, small models" if "Tuning::kLatency" in kernel.arguments else None
 
 
