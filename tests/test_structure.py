@@ -16,6 +16,7 @@ import fusedopt
 from fusedopt import _C, functional, reference, structs
 from fusedopt.control import Control
 from fusedopt.plan import dtype_code
+from fusedopt.plan import CACHE_LINE
 from fusedopt.specs import COMPLEX_DTYPES, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -342,6 +343,7 @@ def test_traits_of_formats_agree_with_cxx():
 
 def test_state_block_agrees_with_cxx():
     assert constant("formats/state.h", "kStateBlock") == STATE_BLOCK
+    assert constant("cuda/vectors.cuh", "kCacheLine") == CACHE_LINE
 
 
 def test_norm_types_agree_with_cxx():
