@@ -15,8 +15,7 @@ from cases import CASES, parameters, set_gradients
 import fusedopt
 from fusedopt import _C, functional, reference, structs
 from fusedopt.control import Control
-from fusedopt.plan import dtype_code
-from fusedopt.plan import CACHE_LINE
+from fusedopt.plan import CACHE_LINE, dtype_code
 from fusedopt.specs import COMPLEX_DTYPES, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
