@@ -11,6 +11,7 @@ import pytest
 import torch
 from bounds import state_keys
 from cases import CASES, parameters, set_gradients
+from format_cases import TOGETHER
 
 import fusedopt
 from fusedopt import _C, functional, reference, structs
@@ -340,9 +341,10 @@ def test_traits_of_formats_agree_with_cxx():
         assert ("kBlocked = true" in text) == spec.blocked
 
 
-def test_state_block_agrees_with_cxx():
+def test_sizes_agree_with_cxx():
     assert constant("formats/state.h", "kStateBlock") == STATE_BLOCK
     assert constant("cuda/vectors.cuh", "kCacheLine") == CACHE_LINE
+    assert constant("cuda/vectors.cuh", "kTogether") == TOGETHER
 
 
 def test_norm_types_agree_with_cxx():

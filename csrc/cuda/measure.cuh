@@ -59,8 +59,8 @@ struct Measure {
   __device__ __forceinline__ void add_part(const Pass& pass, Registers& r, int round, const typename Pass::Plan& plan) {
 #pragma unroll
     for (int j = 0; j < Pass::kVectors; ++j) {
-      const int i = Pass::offset(round, j);
-      const int n = pass.count(i);
+      const int i = pass.offset(round, j);
+      const int n = pass.count(round, j);
       if (n <= 0) continue;
       Vector<S, Pass::V>* s[Pass::kSlots];
       float unit[Pass::kSlots] = {};
@@ -145,21 +145,10 @@ __device__ __forceinline__ void measure_pass(const PassArgs& args, const Table& 
   Measure<Rule, P, G, S, M, kTuning> measure;
   int round = 0;
   const auto units = pass.load_units(whole);
-  if constexpr (Pass::kPipelined) {
-    typename Pass::Registers next = registers;
 #pragma unroll 1
-    for (; round < whole; ++round) {
-      registers = next;
-      if (round + 1 < whole) pass.load_whole(next, round + 1);
-      if (round + 2 < whole) pass.prefetch(round + 2);
-      measure.add_whole(pass, registers, round, plan, units);
-    }
-  } else {
-#pragma unroll 1
-    for (; round < whole; ++round) {
-      if (round > 0) pass.load_whole(registers, round);
-      measure.add_whole(pass, registers, round, plan, units);
-    }
+  for (; round < whole; ++round) {
+    if (round > 0) pass.load_ahead(registers, round, whole);
+    measure.add_whole(pass, registers, round, plan, units);
   }
 #pragma unroll 1
   for (; round * Pass::kRound < split.vectored; ++round) {

@@ -15,15 +15,17 @@ constexpr int kChunk = FUSEDOPT_CHUNK;  // elements; fusedopt/backends/nvrtc.py 
 enum class Tuning { kBandwidth, kLatency };
 
 // How many elements a thread loads at once, and how many blocks share a multiprocessor, by the sizes of the smallest
-// and the largest element of parameter, gradient and states. Measured on an H100 (docs/performance.md); macros, so that
-// others can be tried.
+// and the largest element of parameter, gradient and states, and by whether the parameter has a second part. Measured
+// on an H100 (docs/performance.md); macros, so that others can be tried.
 #ifndef FUSEDOPT_ELEMENTS
 #define FUSEDOPT_ELEMENTS(tuning, smallest, largest) \
   ((tuning) == Tuning::kBandwidth && (smallest) >= 2 && (largest) == 4 ? 16 : 8)
 #endif
 #ifndef FUSEDOPT_UPDATE_BLOCKS
-#define FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest) \
-  ((smallest) == 1 ? 3 : (largest) == 2 || ((tuning) == Tuning::kLatency && (largest) == 4) ? 4 : 2)
+#define FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest, extra)                                               \
+  ((smallest) == 1                                                      ? ((largest) == 2 && !(extra) ? 3 : 2) \
+   : (largest) == 2 || ((tuning) == Tuning::kLatency && (largest) == 4) ? 4                                    \
+                                                                        : 2)
 #endif
 #ifndef FUSEDOPT_NORM_ELEMENTS
 #define FUSEDOPT_NORM_ELEMENTS(tuning) ((tuning) == Tuning::kBandwidth ? 32 : 8)

@@ -1,7 +1,7 @@
 // The update pass: load, transform the gradient, apply the rule, store.
 //
-// One thread block works on one chunk: it loads every vector of every stream before it uses the first, so that
-// memory has as much in flight as the registers can hold.
+// One thread block works on one chunk, round by round: it loads every vector of a round before it uses the first, so
+// that memory has as much in flight as the registers can hold.
 #pragma once
 
 #include "../core/norms.h"
@@ -94,26 +94,27 @@ struct Update {
   static constexpr int kStates = Rule::kStates;
   static constexpr int kSlots = fusedopt::kSlots<Rule>;
   static constexpr bool kHasExtra = !is_same<typename P::Extra, NoExtra>;
-  // Bytes of the smallest element. Single bytes are accessed eight at a time.
+  // Bytes of an element. What accompanies the parameter is not counted among the smallest.
   static constexpr int kSmallest =
       minimum(sizeof(typename P::Main::Storage), minimum(sizeof(typename G::Storage), sizeof(typename S::Storage)));
   static constexpr int kLargest =
       maximum(maximum(sizeof(typename P::Main::Storage), sizeof(typename P::Extra::Storage)),
               maximum(maximum(sizeof(typename G::Storage), sizeof(typename M::Storage)), sizeof(typename S::Storage)));
-  static constexpr int V = kSmallest == 1 ? 8 : 16 / kSmallest;
-  static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest, kLargest) / V;  // per thread and round
-  static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest);
-  // A main gradient, as a third state, takes the registers of a block, where there are more than two.
-  static constexpr int kMore = int(GradStream<G, M, V>::kHasMain) + int(kStates > 2);
-  static constexpr int kBlocksPerMultiprocessor = kFitting > 2 ? maximum(2, kFitting - kMore) : kFitting;
-  static constexpr int kRound = kThreads * kVectors * V;
   // Elements that are encoded together lie in one vector (random bits) or in one warp's vectors (blocks).
   static constexpr bool kRandom = P::kRandom || S::kRandom;
   static constexpr bool kNoise = kRandom || S::kDithered;
   static constexpr bool kGrouped = kNoise || S::kBlocked;
-  // Whether a round is loaded while the one before is computed, and the one after it brought to the L2 cache: where
-  // arithmetic takes as long as memory, blocks alone do not hide the one behind the other.
-  static constexpr bool kPipelined = S::kBlocked;
+  static constexpr int V = kGrouped ? kRandomGroup : 16 / kLargest;
+  static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest, kLargest) / V;  // per thread and round
+  static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest, kHasExtra);
+  // A main gradient, as a third state, takes the registers of a block, where there are more than two.
+  static constexpr int kMore = int(GradStream<G, M, V>::kHasMain) + int(kStates > 2);
+  static constexpr int kBlocksPerMultiprocessor = kFitting > 2 ? maximum(2, kFitting - kMore) : kFitting;
+  static constexpr int kRound = kThreads * kVectors * V;
+  // Whether the next round is brought to the L2 cache while one is computed: where arithmetic takes as long as memory,
+  // blocks alone do not hide the one behind the other. Chunks of many rounds gain nothing from sharing them out.
+  static constexpr bool kFetchesAhead = S::kBlocked;
+  static constexpr bool kSharesRounds = !S::kBlocked;
   static_assert(kVectors >= 1 && kChunk % kRound == 0, "a chunk is a whole number of rounds");
   static_assert(!kNoise || V == kRandomGroup, "a vector is a draw");
   static_assert(!S::kBlocked || (V * 32 == kStateBlock && kChunk % kStateBlock == 0), "a warp's vector is a block");
@@ -131,12 +132,14 @@ struct Update {
   Stream<S, V> state[kSlots];
   float* units[kSlots];  // of this chunk's blocks
   int vectored;
+  int stride;
 
   __device__ __forceinline__ Update(const TensorEntry& tensor, const GradSource& source, const Split& split)
       : param(tensor.param, split.first),
         extra(tensor.extra, split.first),
         grad(source, GradStream<G, M, V>::kHasMain ? tensor.main_grad : nullptr, split.first),
-        vectored(split.vectored) {
+        vectored(split.vectored),
+        stride(kSharesRounds ? split.stride : kRound) {
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
       state[k] = Stream<S, V>(tensor.states[k], split.first);
@@ -148,13 +151,15 @@ struct Update {
   }
 
   static __device__ __forceinline__ Split split(const TensorEntry& tensor, const Chunk& chunk) {
-    if constexpr (kGrouped) return Split::grouped(chunk.numel, chunk.index);
-    return Split::template peeled<typename P::Main, V>(tensor.param, chunk.numel, chunk.index);
+    Split split = kGrouped ? Split::grouped(chunk.numel, chunk.index)
+                           : Split::template peeled<typename P::Main, V>(tensor.param, chunk.numel, chunk.index);
+    split.template in_rounds<kRound, kSharesRounds>(chunk);
+    return split;
   }
 
-  static __device__ __forceinline__ int offset(int round, int j) {
-    return round * kRound + (j * kThreads + int(threadIdx.x)) * V;
-  }
+  // Where a vector of this thread begins.
+  static __device__ __forceinline__ int in_round(int j) { return (j * kThreads + int(threadIdx.x)) * V; }
+  __device__ __forceinline__ int offset(int round, int j) const { return round * stride + in_round(j); }
 
   // How many rounds can do without looking at alignment and ends.
   __device__ __forceinline__ int whole_rounds() const {
@@ -164,7 +169,6 @@ struct Update {
     return aligned ? vectored / kRound : 0;
   }
 
-  // A round that is to come.
   __device__ __forceinline__ void prefetch(int round) const {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -189,14 +193,23 @@ struct Update {
     }
   }
 
-  // How many elements of the vector at `i` exist. Only in grouped formats may it be a part of one.
-  __device__ __forceinline__ int count(int i) const { return kGrouped ? vectored - i : (i < vectored ? V : 0); }
+  // One of `whole` rounds. Asks for the one behind it.
+  __device__ __forceinline__ void load_ahead(Registers& r, int round, int whole) const {
+    load_whole(r, round);
+    if (kFetchesAhead && round + 1 < whole) prefetch(round + 1);
+  }
+
+  // How many elements of a vector exist. Only in grouped formats may it be a part of one.
+  __device__ __forceinline__ int count(int round, int j) const {
+    const int left = vectored - round * kRound - in_round(j);
+    return kGrouped ? left : (left > 0 ? V : 0);
+  }
 
   __device__ __forceinline__ void load_part(Registers& r, int round) const {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int i = offset(round, j);
-      const int n = count(i);
+      const int n = count(round, j);
       if (n <= 0 && !S::kBlocked) continue;
       if (P::kReadsMain) r.param[j] = param.load(i, n);
       r.extra[j] = extra.load(i, n);
@@ -375,7 +388,7 @@ struct Update {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int i = offset(round, j);
-      const int n = count(i);
+      const int n = count(round, j);
       if (n <= 0 && !S::kBlocked) continue;  // a warp whose block has a part of its elements stays together
       Vector<S, V>* s[kSlots];
       float unit[kSlots] = {};
@@ -431,10 +444,9 @@ __device__ __forceinline__ void begin_chunk(const Pass& pass, typename Pass::Reg
   const bool after_norm = kOverlaps && args.norm_found_inf;
   if (kEarly && !after_norm) plan.prepare_transform(args, table, tensor);
   if (whole > 0)
-    pass.load_whole(registers, 0);
+    pass.load_ahead(registers, 0, whole);
   else
     pass.load_part(registers, 0);
-  if (Pass::kPipelined && whole > 1) pass.prefetch(1);
   if (!kEarly) plan.template prepare<kNoise, kScales>(args, table, tensor, steps_taken(tensor));
   wait_for_norm();
   if (!kEarly || after_norm) plan.prepare_transform(args, table, tensor);
@@ -468,21 +480,10 @@ __device__ __forceinline__ void update_pass(const PassArgs& args, const Table& t
 
   int round = 0;
   auto units = pass.load_units(whole);
-  if constexpr (Pass::kPipelined) {
-    typename Pass::Registers next = registers;
 #pragma unroll 1
-    for (; round < whole; ++round) {
-      registers = next;
-      if (round + 1 < whole) pass.load_whole(next, round + 1);
-      if (round + 2 < whole) pass.prefetch(round + 2);
-      pass.compute_and_store_whole(registers, round, split.first, plan, units);
-    }
-  } else {
-#pragma unroll 1
-    for (; round < whole; ++round) {
-      if (round > 0) pass.load_whole(registers, round);
-      pass.compute_and_store_whole(registers, round, split.first, plan, units);
-    }
+  for (; round < whole; ++round) {
+    if (round > 0) pass.load_ahead(registers, round, whole);
+    pass.compute_and_store_whole(registers, round, split.first, plan, units);
   }
   pass.store_units(units, whole);
 #pragma unroll 1

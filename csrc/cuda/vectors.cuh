@@ -177,7 +177,8 @@ struct Split {
   int64 first;
   int vectored;  // elements in vectors, from `first` on
   int head;
-  int scalars;  // head and tail together
+  int scalars;     // head and tail together
+  int stride = 0;  // elements from the beginning of a round to that of the next; see `in_rounds`
 
   template <class Format, int V>
   static __device__ __forceinline__ Split peeled(const void* leading_stream, int64 numel, uint32 chunk_index) {
@@ -202,6 +203,22 @@ struct Split {
     const int64 first = int64(chunk_index) * kChunk;
     const int64 rest = numel - first;
     return {first, int(rest < kChunk ? rest : kChunk), 0, 0};
+  }
+
+  // How many full chunks of a tensor share out their rounds: about as many as blocks of an H100 work on at once.
+  static constexpr int kTogether = 256;
+
+  // Rounds of `kRound` elements. Where `kShared`, those of neighbouring full chunks lie in turn: the first of each,
+  // then the second of each. What blocks work on at the same time then lies side by side, which memory is faster at.
+  template <int kRound, bool kShared>
+  __device__ __forceinline__ void in_rounds(const Chunk& chunk) {
+    stride = kRound;
+    if (!kShared || kRound == kChunk || vectored < kChunk) return;
+    const int64 begin = first - int64(chunk.index) * kChunk;  // of chunk 0
+    const int full = int((chunk.numel - begin) / kChunk), neighbours = int(chunk.index) / kTogether * kTogether;
+    const int together = minimum(kTogether, full - neighbours);
+    first = begin + int64(neighbours) * kChunk + (int(chunk.index) - neighbours) * kRound;
+    stride = together * kRound;
   }
 
   // The element, relative to `first`, that is done as scalar number `i`.

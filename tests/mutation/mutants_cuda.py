@@ -6,6 +6,7 @@ BITS = "tests/optim/test_cpu_cuda_bits.py"
 NONFINITE = "tests/optim/test_nonfinite.py"
 ACCUMULATE = "tests/accumulate/test_accumulate.py"
 FORMATS = "tests/optim/test_formats.py::test_same_bits_on_cpu_and_cuda"
+SHARED = "tests/optim/test_formats.py::test_chunks_that_share_out_their_rounds"
 UPDATE, NORM, VECTORS = "csrc/cuda/update.cuh", "csrc/cuda/norm.cuh", "csrc/cuda/vectors.cuh"
 
 
@@ -42,6 +43,22 @@ MUTANTS = [
         "split.first = head + int64(chunk_index) * kChunk;",
         "split.first = head + int(chunk_index * kChunk);",
         (f"{BITS}::test_more_elements_than_int32",),
+    ),
+    mutant(
+        "cuda-rounds-not-in-turn",
+        "of chunks that share out their rounds each begins at the first one's beginning",
+        VECTORS,
+        "int64(neighbours) * kChunk + (int(chunk.index) - neighbours) * kRound;",
+        "int64(neighbours) * kChunk;",
+        same_bits("adamw-decay"),
+    ),
+    mutant(
+        "cuda-last-group-full",
+        "the last chunks of a tensor lie in turn as if they were as many as the others",
+        VECTORS,
+        "const int together = minimum(kTogether, full - neighbours);",
+        "const int together = kTogether;",
+        (f"{SHARED}[adamw-decay-float32-None_states-aligned]",),
     ),
     mutant(
         "cuda-alignment-assumed",

@@ -11,6 +11,7 @@ from cases import (
     PARAM_LAYOUTS,
     STATELESS,
     assert_same_bits,
+    comparer,
     hard_values,
     memory,
     normal,
@@ -28,6 +29,8 @@ from format_cases import (
     FLOAT32,
     GRAD_DTYPES,
     SIZES,
+    TOGETHER,
+    Combination,
     assert_state_formats,
     assert_stepped,
     before_step,
@@ -37,6 +40,7 @@ from format_cases import (
 )
 
 import fusedopt
+from fusedopt import specs
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -282,6 +286,40 @@ def assert_same_bits_or_nan(a, b):
         assert torch.equal(a.isnan(), b.isnan())
         a, b = (t.nan_to_num(7.0, math.inf, -math.inf) for t in (a, b))
     assert_same_bits(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("odd", [0, 1], ids=["aligned", "odd_gradients"])
+@pytest.mark.parametrize(
+    "combination",
+    [
+        Combination(FLOAT32),
+        Combination(BFLOAT16),
+        Combination(BFLOAT16, "fp32"),
+        Combination(BFLOAT16, "split16"),
+        Combination(BFLOAT16, stochastic_rounding=True),
+        Combination(FLOAT32, state_dtype="int8"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_chunks_that_share_out_their_rounds(case, combination, odd):
+    """Two full chunks, one less than a group of them, a group, and more, with and without a shorter one behind; a
+    parameter that begins in the middle of a cache line."""
+    chunk, group = specs.CUDA_CHUNK, TOGETHER * specs.CUDA_CHUNK
+    sizes = [2 * chunk, group - chunk, group, group + 3 * chunk - 1, 5 * chunk + 7]
+    after = []
+    for device in ("cpu", "cuda"):
+        flat = normal((sum(sizes) + 1,), combination.dtype, device, seed=3)
+        params = [parameter(piece) for piece in flat[1:].split(sizes)]
+        opt = case.make(params, **combination.options, seed=9)
+        for step in range(2):
+            grads = normal((sum(sizes) + odd,), combination.dtype, device, seed=50 + step)
+            for p, grad in zip(params, grads[odd:].split(sizes), strict=True):
+                p.grad = grad
+            opt.step()
+        after.append(memory(opt))
+    comparer(assert_same_bits, case.rule, combination.dtype, 2)([t.cpu() for t in after[1]], after[0])
 
 
 @pytest.mark.gpu
