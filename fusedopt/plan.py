@@ -31,8 +31,8 @@ __all__ = [
     "same_layout",
 ]
 
-CACHE_LINE = 128
-"""Bytes: ``kCacheLine`` of ``csrc/cuda/vectors.cuh``."""
+SEGMENT = 256
+"""Bytes: ``kSegment`` of ``csrc/cuda/vectors.cuh``."""
 
 BucketKey = tuple[RuleSpec | None, torch.dtype, ParamFormatSpec | None, StateFormatSpec | None, torch.dtype | None]
 """Rule, dtype of gradients, formats of parameters and states, dtype of main gradients."""
@@ -78,17 +78,17 @@ def like_parameter(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 def aligned_like(tensor: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """``tensor``, or a copy that begins as many elements behind an aligned address as ``dense``, whose layout it has.
 
-    Aligned to so many elements as fill one of the parameter's cache lines, where the vectors of CUDA kernels begin
+    Aligned to so many elements as fill one of the parameter's segments, where the vectors of CUDA kernels begin
     (``csrc/cuda/vectors.cuh``).
     """
-    per_line = CACHE_LINE // dense.itemsize
+    period = SEGMENT // dense.itemsize
 
     def missing(each: torch.Tensor) -> int:
-        return (dense.data_ptr() // dense.itemsize - each.data_ptr() // each.itemsize) % per_line
+        return (dense.data_ptr() // dense.itemsize - each.data_ptr() // each.itemsize) % period
 
     if not missing(tensor) or not tensor.numel():
         return tensor
-    memory = torch.empty(per_line - 1 + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    memory = torch.empty(period - 1 + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), missing(memory)).copy_(tensor)
 
 

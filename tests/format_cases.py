@@ -33,7 +33,7 @@ GRAD_DTYPES = [FLOAT32, BFLOAT16, FLOAT16]
 # Around vector widths, the 8 elements that share random bits, int8 blocks and the chunks of the engines.
 SIZES = [0, 1, 7, 8, 9, 255, 256, 257, 1025, 8191, 8193]
 # One for each way of keeping a parameter and each of keeping states.
-TOGETHER = 256
+TOGETHER = 128
 """How many full chunks share out their rounds: ``kTogether`` of ``csrc/cuda/vectors.cuh``."""
 
 FEW = [

@@ -16,7 +16,7 @@ from format_cases import TOGETHER
 import fusedopt
 from fusedopt import _C, functional, reference, structs
 from fusedopt.control import Control
-from fusedopt.plan import CACHE_LINE, dtype_code
+from fusedopt.plan import SEGMENT, dtype_code
 from fusedopt.specs import COMPLEX_DTYPES, DTYPES, NORM_TYPES, PARAM_FORMATS, RULES, STATE_BLOCK, STATE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,7 +343,7 @@ def test_traits_of_formats_agree_with_cxx():
 
 def test_sizes_agree_with_cxx():
     assert constant("formats/state.h", "kStateBlock") == STATE_BLOCK
-    assert constant("cuda/vectors.cuh", "kCacheLine") == CACHE_LINE
+    assert constant("cuda/vectors.cuh", "kSegment") == SEGMENT
     assert constant("cuda/vectors.cuh", "kTogether") == TOGETHER
 
 

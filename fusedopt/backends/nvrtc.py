@@ -51,7 +51,7 @@ MEDIUM_TABLE = 11776
 LARGE_TABLE = 32256
 
 DEFINES: dict[str, object] = {}
-"""Macros for trying other tunings of ``csrc/cuda/engine.cuh``."""
+"""Macros for trying other tunings (``csrc/cuda/tuning.cuh``); ``benchmarks/variants.py`` sets them."""
 
 
 @dataclass(frozen=True)

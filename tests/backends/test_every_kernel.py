@@ -64,8 +64,10 @@ MEASURED_FORMATS = (
     ("split16", "float32"),
     ("split16", "bfloat16"),
     ("bfloat16+stochastic", "bfloat16+stochastic"),
+    ("split8", "int8"),
+    ("bfloat16", "int8"),
+    ("float32", "int8"),
 )
-BOTH_WIDE = ("Float32", "Float32")  # the gradient and the main gradient
 TWO_BYTES = {spec.cpp for spec in PARAM_FORMATS.values() if spec.dtype in ("bfloat16", "float16")}
 TWO_PHASES = {spec.cpp for spec in RULES.values() if spec.norms}
 OTHER_STRUCTS = {spec.cpp for name, spec in RULES.items() if name not in MEASURED_RULES}
@@ -79,16 +81,13 @@ def measured_kernels(rule: str) -> list[nvrtc.KernelSpec]:
 # with NVRTC 13.5, on the architecture that kernels are tuned on and on the others. All other kernels have none.
 SPILLED_BYTES = {
     "norm of float64": (72, 96),
-    "norm": (0, 56),
-    "norm, small models": (16, 16),
-    "update, small models": (16, 32),
-    "accumulation of float64": (96, 104),
-    # 16 elements a thread: with a gradient and a main gradient in float32 it is two registers short.
-    "accumulation of float32, 2-byte parameters": (8, 8),
-    "update, int8 states": (48, 48),
-    "update, stochastic states": (0, 40),
-    "update, other rules": (48, 48),
-    "update, two phases": (56, 64),
+    "norm": (0, 48),
+    "norm, small models": (0, 16),
+    "accumulation of float64": (104, 104),
+    "accumulation in float32, 2-byte parameters": (0, 24),  # 16 elements a thread, and two gradients
+    "update, stochastic states": (0, 24),
+    "update, other rules": (40, 48),
+    "update, two phases": (8, 32),
 }
 
 
@@ -104,13 +103,11 @@ def spills_as(kernel: nvrtc.KernelSpec) -> str | None:
         return "update, two phases"
     if OTHER_STRUCTS & set(kernel.arguments):
         return "update, other rules"
-    if "Int8State" in kernel.arguments:
-        return "update, int8 states"
     if "StochasticState" in kernel.arguments:
         return "update, stochastic states"
-    if kernel.template == "update_pass" and kernel.arguments[1] in TWO_BYTES and kernel.arguments[2::2] == BOTH_WIDE:
-        return "accumulation of float32, 2-byte parameters"
-    return "update, small models" if "Tuning::kLatency" in kernel.arguments else None
+    if kernel.template == "update_pass" and kernel.arguments[1] in TWO_BYTES and kernel.arguments[4] == "Float32":
+        return "accumulation in float32, 2-byte parameters"
+    return None
 
 
 def allowed_frame_bytes(kernel: nvrtc.KernelSpec, arch: str) -> int:
@@ -218,14 +215,14 @@ def test_every_kernel_is_compiled():
 
 @pytest.mark.parametrize("rule", MEASURED_RULES)
 def test_what_is_measured_may_not_spill(rule):
-    """The figures of the benchmarks are those of kernels whose limit is 0, but for int8 states."""
+    """The figures of the benchmarks are those of kernels whose limit is 0."""
     for kernel in measured_kernels(rule):
         assert kernel in kernels_for(ARCH) and allowed_frame_bytes(kernel, ARCH) == 0
 
 
 @pytest.mark.parametrize("rule", MEASURED_RULES)
 def test_float32_main_gradients_may_not_spill(rule):
-    """Nor those of small models, where masters, splits and plain parameters have no 8-bit states."""
+    """Nor do main gradients of masters, splits and plain parameters make them."""
     kernels = [
         nvrtc.update_kernel(rule, param, PARAM_FORMATS[param].dtype, state, latency_bound=low, main="float32")
         for param, state, low in (

@@ -305,7 +305,7 @@ def assert_same_bits_or_nan(a, b):
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_chunks_that_share_out_their_rounds(case, combination, odd):
     """Two full chunks, one less than a group of them, a group, and more, with and without a shorter one behind; a
-    parameter that begins in the middle of a cache line."""
+    parameter that begins inside a segment."""
     chunk, group = specs.CUDA_CHUNK, TOGETHER * specs.CUDA_CHUNK
     sizes = [2 * chunk, group - chunk, group, group + 3 * chunk - 1, 5 * chunk + 7]
     after = []

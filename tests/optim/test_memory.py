@@ -6,7 +6,7 @@ from cases import normal, parameter, parameters, set_gradients, train
 from format_cases import BFLOAT16, FLOAT16, FLOAT32
 
 import fusedopt
-from fusedopt.plan import aligned_like
+from fusedopt.plan import SEGMENT, aligned_like
 
 SIZES = [5, 0, 4097, 8192]
 N, BIG = sum(SIZES), 4097 + 8192
@@ -140,18 +140,18 @@ def test_summary_is_what_the_allocator_gave():
     assert taken <= torch.cuda.memory_allocated() - before <= taken + 512 * pieces
 
 
-@pytest.mark.parametrize("behind", [0, 1, 3, 4, 8, 31, 32, 63, 64])
+@pytest.mark.parametrize("behind", [0, 1, 3, 4, 8, 31, 32, 63, 64, 65, 128])
 @pytest.mark.parametrize(
     "dtype, other", [(FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16), (FLOAT16, torch.int8)]
 )
 def test_a_tensor_is_aligned_like_the_parameter(dtype, other, behind, device):
-    param = torch.zeros(200, dtype=dtype, device=device)[behind:].view(1, -1)
-    tensor = torch.arange(200 - behind, device=device).to(other).view(1, -1)
+    param = torch.zeros(400, dtype=dtype, device=device)[behind:].view(1, -1)
+    tensor = torch.arange(400 - behind, device=device).to(other).view(1, -1)
     moved = aligned_like(tensor, param)
     assert torch.equal(moved, tensor) and moved.dtype == other and moved.stride() == tensor.stride()
-    line = 128 // param.itemsize
-    first = -(param.data_ptr() // param.itemsize) % line  # the parameter's first element that begins a cache line
-    assert moved[0, first:].data_ptr() % (line * moved.itemsize) == 0
+    segment = SEGMENT // param.itemsize
+    first = -(param.data_ptr() // param.itemsize) % segment  # the parameter's first element that begins one
+    assert moved[0, first:].data_ptr() % (segment * moved.itemsize) == 0
     assert aligned_like(moved, param) is moved
 
 
@@ -170,9 +170,9 @@ def test_states_are_aligned_like_their_parameters(loaded):
         return param, opt.state[param]
 
     param, state = optimizer(FLOAT32)
-    assert {each.data_ptr() % 128 for each in (param, state["exp_avg"], state["exp_avg_sq"])} == {4}
+    assert {each.data_ptr() % SEGMENT for each in (param, state["exp_avg"], state["exp_avg_sq"])} == {4}
     param, state = optimizer(BFLOAT16, master_weights="split16")
-    assert [state[key].data_ptr() % 256 for key in ("exp_avg", "exp_avg_sq")] == [4, 4]
-    assert state["param_remainder"].data_ptr() % 128 == param.data_ptr() % 128 == 2
+    assert [state[key].data_ptr() % (2 * SEGMENT) for key in ("exp_avg", "exp_avg_sq")] == [4, 4]
+    assert state["param_remainder"].data_ptr() % SEGMENT == param.data_ptr() % SEGMENT == 2
     param, state = optimizer(BFLOAT16, state_dtype="int8")  # groups of elements begin at the first one
-    assert [state[key].data_ptr() % 128 for key in ("exp_avg", "exp_avg_sq")] == [0, 0]
+    assert [state[key].data_ptr() % SEGMENT for key in ("exp_avg", "exp_avg_sq")] == [0, 0]
