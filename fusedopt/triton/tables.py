@@ -76,6 +76,9 @@ CONTROL_TICKET = tl.constexpr(Control.ticket.offset)
 
 L2, MAXIMUM = tl.constexpr(0), tl.constexpr(2)  # of NormType
 
+TOGETHER = tl.constexpr(128)
+"""How many full chunks share out their tiles: ``kTogether`` of ``csrc/cuda/vectors.cuh``."""
+
 
 @triton.jit
 def put(address, OFFSET: tl.constexpr, value, TYPE: tl.constexpr):
@@ -99,6 +102,20 @@ def read_chunk(chunks, index):
 def length_of(numel, start, CHUNK: tl.constexpr):
     """How many elements the chunk from ``start`` on has, int32."""
     return tl.minimum(numel - start, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def tiles_of(number, numel, length, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Where the first tile of a chunk begins, and how far it is from there to the next one.
+
+    Tiles of neighbouring full chunks lie in turn: what programs work on at the same time then lies side by side.
+    """
+    start, stride = number * CHUNK, number * 0 + TILE
+    if length == CHUNK:
+        neighbours = number // TOGETHER * TOGETHER
+        start = neighbours * CHUNK + (number - neighbours) * TILE
+        stride = tl.minimum(TOGETHER, numel // CHUNK - neighbours) * TILE
+    return start, stride
 
 
 @triton.jit

@@ -42,6 +42,7 @@ from .tables import (
     read_chunk,
     read_norm,
     scaling,
+    tiles_of,
     unscale,
 )
 
@@ -265,6 +266,7 @@ def update_chunk(
     own,
     main_grad,
     start,
+    stride,
     length,
     steps,
     skip,
@@ -282,7 +284,7 @@ def update_chunk(
     CLAMP: tl.constexpr,
     V: tl.constexpr,
 ):
-    """A chunk, tile by tile."""
+    """A chunk, tile by tile; the next one is ``stride`` elements behind."""
     inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = prepare_program(
         args, entry, hyper, steps, PREPARE, SCALE, NORMS, S, tl.float64 if P == "float64" else tl.float32
     )
@@ -290,11 +292,12 @@ def update_chunk(
     while first < length:
         # fmt: off
         update_tile(
-            args, entry, hyper, own, main_grad, start + first, tl.minimum(length - first, TILE), steps, skip,
+            args, entry, hyper, own, main_grad, start, tl.minimum(length - first, TILE), steps, skip,
             inv_scale, limit, clip_coef, weight, key, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9,
             RULE, N, SECOND, P, G, M, S, TILE, CLAMP, V,
         )
         # fmt: on
+        start += stride
         first += TILE
 
 
@@ -344,17 +347,19 @@ def update_pass(
         entry = tensors + tensor * TENSOR_SIZE
         hyper = args + ARGS_SIZE + field(entry, GROUP, tl.int32).to(tl.int64) * HYPER_SIZE
         steps = tl.load(field(entry, STEP, tl.int64).to(tl.pointer_type(tl.float32)), volatile=True)
-        start = number * CHUNK
-        length = length_of(numel, start, CHUNK)
+        length = length_of(numel, number * CHUNK, CHUNK)
+        start, stride = number * CHUNK, number * 0 + TILE
+        if S != "int8":  # chunks of many tiles gain nothing from sharing them out
+            start, stride = tiles_of(number, numel, length, CHUNK, TILE)
         # fmt: off
         if ((addresses_of(entry, own | main_grad, N) | length) & 15) == 0:
             update_chunk(
-                args, entry, hyper, own, main_grad, start, length, steps, skip,
+                args, entry, hyper, own, main_grad, start, stride, length, steps, skip,
                 PREPARE, RULE, SCALE, NORMS, N, SECOND, P, G, M, S, TILE, CLAMP, V,
             )
         else:
             update_chunk(
-                args, entry, hyper, own, main_grad, start, length, steps, skip,
+                args, entry, hyper, own, main_grad, start, stride, length, steps, skip,
                 PREPARE, RULE, SCALE, NORMS, N, SECOND, P, G, M, S, TILE, CLAMP, 1,
             )
         # fmt: on

@@ -113,6 +113,21 @@ def test_formats(case, combination, device):
         assert_same_numbers(memory(opts[0]), memory(opts[1]))
 
 
+@pytest.mark.parametrize("combination", ["float32-None_states", "bfloat16-split16-None_states"])
+def test_chunks_that_share_out_their_tiles(combination, device):
+    """Full chunks lie in turn; the shorter one behind them does not. In groups as large as those of the CUDA engine."""
+    from fusedopt.triton.tables import TOGETHER
+
+    assert TOGETHER.value == format_cases.TOGETHER
+    chosen = format_cases.BY_NAME[combination]
+    sizes = [3 * CHUNK + 5, 2 * CHUNK, *([(TOGETHER.value + 2) * CHUNK - 1] if device.type == "cuda" else [])]
+    params = parameters(sizes, chosen.dtype, device)
+    opts = pair(fusedopt.AdamW, params, **chosen.options)
+    for opt in opts:
+        train(opt, opt.param_groups[0]["params"], 2)
+    assert_same_bits(*map(memory, opts))
+
+
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_nonfinite_gradients_in_formats(state_dtype, device):
     """NaN and infinities through splits and blocks, whose units they spoil."""

@@ -58,7 +58,7 @@ MUTANTS = [
         VECTORS,
         "const int together = minimum(kTogether, full - neighbours);",
         "const int together = kTogether;",
-        (f"{SHARED}[adamw-decay-float32-None_states-aligned]",),
+        (f"{SHARED}[adamw-decay-float32-None_states-aligned-cuda]",),
     ),
     mutant(
         "cuda-alignment-assumed",

@@ -289,6 +289,7 @@ def assert_same_bits_or_nan(a, b):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("odd", [0, 1], ids=["aligned", "odd_gradients"])
 @pytest.mark.parametrize(
     "combination",
@@ -303,16 +304,16 @@ def assert_same_bits_or_nan(a, b):
     ids=str,
 )
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
-def test_chunks_that_share_out_their_rounds(case, combination, odd):
+def test_chunks_that_share_out_their_rounds(case, combination, odd, backend):
     """Two full chunks, one less than a group of them, a group, and more, with and without a shorter one behind; a
     parameter that begins inside a segment."""
     chunk, group = specs.CUDA_CHUNK, TOGETHER * specs.CUDA_CHUNK
     sizes = [2 * chunk, group - chunk, group, group + 3 * chunk - 1, 5 * chunk + 7]
     after = []
-    for device in ("cpu", "cuda"):
+    for device, chosen in (("cpu", "cpu"), ("cuda", backend)):
         flat = normal((sum(sizes) + 1,), combination.dtype, device, seed=3)
         params = [parameter(piece) for piece in flat[1:].split(sizes)]
-        opt = case.make(params, **combination.options, seed=9)
+        opt = case.make(params, **combination.options, seed=9, backend=chosen)
         for step in range(2):
             grads = normal((sum(sizes) + odd,), combination.dtype, device, seed=50 + step)
             for p, grad in zip(params, grads[odd:].split(sizes), strict=True):
