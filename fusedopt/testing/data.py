@@ -96,7 +96,7 @@ class DataSet:
         return [None if grad is None else next(moved) for grad in grads]
 
 
-@functools.lru_cache(maxsize=8192)  # some MB: what a rule's cases in one format have in common
+@functools.lru_cache(maxsize=8192)  # tens of MB: all but the heavy data sets
 def _values(make: Values, shape: Shape, dtype: torch.dtype, seed: int) -> Tensor:
     """To be copied: cases differ in what is done with the same values, and random numbers take long to make."""
     return make(shape, dtype, "cpu", seed=seed)

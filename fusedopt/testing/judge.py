@@ -68,11 +68,11 @@ def _state_of(opt, p: Tensor, copies: Copies) -> dict[str, Tensor]:
     return {
         key: copies[value] if _is_scale(key) else in_order(copies[value], p)
         for key, value in opt.state.get(p, {}).items()
-        if key != "step"
+        if isinstance(value, Tensor) and key != "step"
     }
 
 
-@torch.inference_mode()  # as everywhere here: a step has thousands of operations on few numbers
+@torch.inference_mode()  # autograd's bookkeeping costs more than it should where numbers are few
 def before_step(opt, rule: str) -> list[Before]:
     """A record of every parameter that has a gradient, on the CPU. States that do not exist yet are zero."""
     groups = [(dict(group), group["params"]) for group in opt.param_groups]
@@ -149,10 +149,10 @@ class _Joined:
     decoded. They are decoded at once, because a step has hundreds of small tensors."""
 
     def __init__(self, rule: str, mains: list[Tensor], states: list[dict[str, Tensor]], block: int) -> None:
-        self.main = _end_to_end(mains, block)
-        self.state = {
-            key: _end_to_end([state[key] for state in states], 1 if _is_scale(key) else block) for key in states[0]
-        }
+        self.main, self.state = _end_to_end(mains, block), {}
+        for key in states[0]:
+            each = [state[key] for state in states]
+            self.state[key] = torch.cat(each) if _is_scale(key) else _end_to_end(each, block)
         self.value = formats.decode_master(self.state, self.main)
         self.states = formats.decode_states(self.state, specs.RULES[rule])
 
