@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import formats, reference, specs
-from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, hyper_of
+from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, flat, hyper_of
 from .formats import BFLOAT16, BLOCK, MAY_VANISH, assert_codes, compare_neighbour, compare_param, in_blocks, in_order
 from .tensors import Copies, check, on_cpu, storage
 
@@ -228,7 +228,7 @@ def check_norm(opt, records: list, **transform) -> tuple[float, float]:
     """
     grads = [r.grad.value if isinstance(r.grad, Bounded) else r.grad for r in records]
     errors = [r.grad.error for r in records if isinstance(r.grad, Bounded)]
-    exact, slack = (torch.cat([torch.empty(0), *tensors]).double() for tensors in (grads, errors))
+    exact, slack = (flat([torch.empty(0), *tensors]).double() for tensors in (grads, errors))
     exact, slack = reference.transform_gradient(exact, **transform), 2 * slack / transform.get("grad_scale", 1.0)
     norm, slack = (reference.total_norm([t], opt.norm_type) for t in (exact, slack))
     coef = reference.clip_coefficient(norm, opt.max_grad_norm)
