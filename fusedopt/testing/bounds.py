@@ -63,18 +63,24 @@ class Bounded:
 
     @functools.cached_property
     def may_be_nonzero(self) -> Tensor:
-        return self.magnitude + self.error > 0
+        return (self.magnitude + self.error).bool()  # NaN says nothing here, its error is NaN
 
     def _rounded(self, value: Tensor, error: Tensor, *factors: Bounded) -> Bounded:
-        """Adds the error of rounding `value`; a product or quotient of `factors` not exactly zero may underflow."""
-        finfo = torch.finfo(self.compute)
+        """Adds the error of rounding `value` to `error`, in place; a product or quotient of `factors` not exactly zero
+        may underflow."""
+        unit, least = _roundoff(self.compute)
         rounded = Bounded(value, error, self.compute)
-        rounded.error = torch.add(error, rounded.magnitude, alpha=finfo.eps / 2)
-        if factors:
-            underflows = functools.reduce(torch.logical_and, (f.may_be_nonzero for f in factors))
-            rounded.error.add_(underflows, alpha=finfo.smallest_normal * finfo.eps)
-        # Infinities come from infinite input only, so they are known.
-        rounded.error.masked_fill_(rounded.magnitude == math.inf, 0.0)
+        rounded.magnitude = value.abs()
+        error.add_(rounded.magnitude, alpha=unit)
+        # Numbers other than zero leave it to the other factor; a mask of one element is slow beside a large one.
+        masks = [f.may_be_nonzero for f in factors if f.value.dim() or not f.may_be_nonzero]
+        if masks:
+            error.add_(functools.reduce(torch.logical_and, masks), alpha=least)
+        elif factors:
+            error.add_(least)
+        # Infinities come from infinite input only, so they are known. Most often there are none, a maximum says fast.
+        if value.numel() and not rounded.magnitude.amax().item() < math.inf:
+            error.masked_fill_(rounded.magnitude == math.inf, 0.0)
         return rounded
 
     def __neg__(self) -> Bounded:
@@ -85,12 +91,13 @@ class Bounded:
         return self._rounded(self.value + other.value, self.error + other.error)
 
     def __sub__(self, other: Operand) -> Bounded:
-        return self + -self._operand(other)
+        other = self._operand(other)
+        return self._rounded(self.value - other.value, self.error + other.error)
 
     def __mul__(self, other: Operand) -> Bounded:
         other = self._operand(other)
         a, b = self.magnitude, other.magnitude
-        error = a * other.error + b * self.error + self.error * other.error
+        error = (a * other.error).add_(b * self.error).add_(self.error * other.error)
         return self._rounded(self.value * other.value, error, self, other)
 
     def __truediv__(self, other: Operand) -> Bounded:
@@ -98,8 +105,10 @@ class Bounded:
         other = self._operand(other)
         value = self.value / other.value
         nearest_to_zero = other.magnitude - other.error
-        error = (self.error + value.abs() * other.error) / nearest_to_zero
-        return self._rounded(value, torch.where(nearest_to_zero > 0, error, torch.inf), self)
+        error = (value.abs() * other.error).add_(self.error).div_(nearest_to_zero)
+        if value.numel() and not nearest_to_zero.amin().item() > 0:
+            error.masked_fill_(~(nearest_to_zero > 0), torch.inf)
+        return self._rounded(value, error, self)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -125,14 +134,14 @@ class Bounded:
 
     def sign(self) -> Bounded:
         """Known where the error cannot reach or leave zero, else anything from -1 to 1."""
-        known = (self.value.abs() > self.error) | (self.error == 0)
+        known = (self.magnitude > self.error) | (self.error == 0)
         return Bounded(self.value.sign(), torch.where(known, 0.0, 2.0).double(), self.compute)
 
     def clamp(self, low: float = -math.inf, high: float = math.inf, *, min: float | None = None) -> Bounded:
         if min is not None:
             return Bounded(self.value.clamp(min=min), self.error, self.compute)
         limits = self._operand(max(abs(low), abs(high)))
-        beyond = self.value.abs() - self.error > limits.value
+        beyond = self.magnitude - self.error > limits.value
         error = torch.where(beyond, limits.error, self.error + limits.error)
         return Bounded(self.value.clamp(low, high), error, self.compute)
 
@@ -140,6 +149,13 @@ class Bounded:
         """A maximum moves by no more than either of its arguments."""
         error = torch.maximum(self.error, other.error)
         return Bounded(torch.maximum(self.value, other.value), error, self.compute)
+
+
+@functools.cache  # of two dtypes, and asked for at every operation
+def _roundoff(compute: torch.dtype) -> tuple[float, float]:
+    """The unit roundoff and the least subnormal number."""
+    finfo = torch.finfo(compute)
+    return finfo.eps / 2, finfo.smallest_normal * finfo.eps
 
 
 @functools.lru_cache(maxsize=4096)
@@ -229,15 +245,21 @@ class Comparison:
 
 def compare(actual: Tensor, expected: Bounded, what: str = "value", rounding: Tensor | None = None) -> Comparison:
     """`actual` beside `expected`, each element within its bound plus `rounding`: half an ulp where none is given."""
-    finfo = torch.finfo(actual.dtype)
-    # Overflow to infinity is right from half an ulp above the largest number, so both sides are cut at one ulp above.
-    top = finfo.max + reference.ulp(torch.tensor(finfo.max), actual.dtype).item()
-    got, exact = flat([actual]).double().clamp(-top, top), flat([expected.value]).clamp(-top, top)
-    error = flat([expected.error.expand(expected.value.shape)])
+    top = _beyond_largest(actual.dtype)
+    got = actual.detach().cpu().double().reshape(-1).clamp(-top, top)
+    exact = expected.value.reshape(-1).clamp(-top, top)
+    error = expected.error.expand(expected.value.shape).reshape(-1)
     spacing = reference.ulp(exact.abs() + 2 * error.nan_to_num(0.0), actual.dtype)
     bound = 2 * error + (spacing / 2 if rounding is None else rounding.reshape(-1))
     got, exact, bound, spacing = torch.broadcast_tensors(got, exact, bound, spacing)
     return Comparison(what, actual.dtype, got, exact, bound, spacing)
+
+
+@functools.cache  # of few dtypes
+def _beyond_largest(dtype: torch.dtype) -> float:
+    """Overflow to infinity is right from half an ulp above the largest number, so all is cut at one ulp above."""
+    largest = torch.finfo(dtype).max
+    return largest + reference.ulp(torch.tensor(largest), dtype).item()
 
 
 def assert_within(actual: Tensor, expected: Bounded, what: str = "value") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,7 +68,7 @@ class DataSet:
     def make_params(self, dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
         def maker(i: int) -> Callable[[Shape], Tensor]:
             own = other_dtype(dtype) if self.mixed and i % 2 else dtype
-            return lambda shape: self.params(shape, own, "cpu", seed=i)
+            return lambda shape: _values(self.params, tuple(shape), own, i).clone()
 
         params = [layout(maker(i)) for i, layout in enumerate(self.layouts)]
         params = slices_of_one_storage(params) if self.shared else params
@@ -86,12 +87,19 @@ class DataSet:
                 continue
             dtype = of_first if p.dtype == params[0].dtype else p.dtype
             values_of = torch.float16 if p.dtype == torch.float16 else dtype
-            values = self.grads(p.shape, values_of, "cpu", seed=1000 * (step + 1) + 100_000 * micro_batch + i)
+            seed = 1000 * (step + 1) + 100_000 * micro_batch + i
+            values = _values(self.grads, tuple(p.shape), values_of, seed).clone()
             if self.place is not None and self.place[0] == i:
                 values.view(-1)[self.place[1]] = self.place[2]
             grads.append(GRAD_LAYOUTS[self.grad_layout](values.to(dtype)))
         moved = iter(on_device([grad for grad in grads if grad is not None], params[0].device) if params else ())
         return [None if grad is None else next(moved) for grad in grads]
+
+
+@functools.lru_cache(maxsize=8192)  # tens of MB: all but the heavy data sets
+def _values(make: Values, shape: Shape, dtype: torch.dtype, seed: int) -> Tensor:
+    """To be copied: cases differ in what is done with the same values, and random numbers take long to make."""
+    return make(shape, dtype, "cpu", seed=seed)
 
 
 def other_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -79,11 +79,11 @@ BY_NAME = {str(c): c for c in COMBINATIONS}
 
 
 def in_order(t: Tensor, like: Tensor) -> Tensor:
-    """A copy of the elements of `t`, shaped like the parameter `like`, in the order of its memory, on the CPU."""
+    """The elements of `t`, shaped like the parameter `like`, in the order of its memory. May share that of `t`."""
     if t.is_contiguous() and like.is_contiguous():
-        return t.detach().reshape(-1).clone().cpu()
-    dense = torch.empty_like(like.detach(), dtype=t.dtype).copy_(t.detach())
-    return formats.in_memory_order(dense).cpu()
+        return t.view(-1)
+    dense = torch.empty_like(like.detach(), dtype=t.dtype, device=t.device).copy_(t)
+    return formats.in_memory_order(dense)
 
 
 def in_blocks(flat: Tensor, block: int) -> Tensor:

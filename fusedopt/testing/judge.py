@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import formats, reference, specs
-from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, hyper_of
+from .bounds import Bounded, Comparison, assert_within, bounded_step, concatenated, flat, hyper_of
 from .formats import BFLOAT16, BLOCK, MAY_VANISH, assert_codes, compare_neighbour, compare_param, in_blocks, in_order
 from .tensors import Copies, check, on_cpu, storage
 
@@ -39,17 +39,18 @@ def gradient(p) -> Tensor | None:
 
 @dataclasses.dataclass
 class Before:
-    """What a parameter, its gradient and its decoded states were. Flat tensors as `in_order` has them."""
+    """What a parameter, its gradient and its state were, as they are stored. Flat tensors as `in_order` has them."""
 
     tensor: Tensor
-    value: Tensor
+    main: Tensor
     grad: Tensor | Bounded
-    states: dict[str, Tensor | Bounded]
+    state: dict[str, Tensor]
     storage: Tensor
     grad_bits: Tensor | None
     """None where `.grad` does not matter."""
     step: int
     group: dict
+    """Of all records of a param group the same one."""
 
 
 def copies_of(opt, params: list, others: Iterable[Tensor] = ()) -> Copies:
@@ -58,37 +59,49 @@ def copies_of(opt, params: list, others: Iterable[Tensor] = ()) -> Copies:
     return Copies([*params, *states, *others])
 
 
-def _kept(opt, p: Tensor, copies: Copies) -> tuple[Tensor, dict]:
-    """A parameter and its state, on the CPU."""
-    state = opt.state.get(p, {})
-    return copies[p], {key: copies[value] if isinstance(value, Tensor) else value for key, value in state.items()}
+def _is_scale(key: str) -> bool:
+    return key.endswith("_scale")
 
 
+def _state_of(opt, p: Tensor, copies: Copies) -> dict[str, Tensor]:
+    """The tensors of a parameter's state but its counter, on the CPU, flat."""
+    return {
+        key: copies[value] if _is_scale(key) else in_order(copies[value], p)
+        for key, value in opt.state.get(p, {}).items()
+        if isinstance(value, Tensor) and key != "step"
+    }
+
+
+@torch.inference_mode()  # autograd's bookkeeping costs more than it should where numbers are few
 def before_step(opt, rule: str) -> list[Before]:
     """A record of every parameter that has a gradient, on the CPU. States that do not exist yet are zero."""
-    members = [(p, group) for group in opt.param_groups for p in group["params"] if gradient(p) is not None]
+    groups = [(dict(group), group["params"]) for group in opt.param_groups]
+    members = [(p, group) for group, params in groups for p in params if gradient(p) is not None]
     grads = [gradient(p) for p, _ in members]
     copies = copies_of(opt, [p for p, _ in members], grads)
     records = []
     for (p, group), given in zip(members, grads, strict=True):
-        grad, (main, state) = copies[given], _kept(opt, p, copies)
-        value = formats.decode_master(state, main)
-        zeros = {name: torch.zeros_like(value) for name in reference.STATES[rule]}
-        states = formats.decode_states(state, specs.RULES[rule]) if state else zeros
-        flat = {name: in_order(states[name], main) for name in reference.STATES[rule]}
+        memory, grad = storage(copies[p]).clone(), copies[given].clone()
+        main = in_order(memory.as_strided(p.shape, p.stride(), p.storage_offset()), p)
+        state = {key: value.clone() for key, value in _state_of(opt, p, copies).items()}
         records.append(
             Before(
                 tensor=p,
-                value=in_order(value, main),
-                grad=in_order(grad, main),
-                states=flat,
-                storage=storage(main).clone(),
-                grad_bits=grad.clone(),
-                step=int(state.get("step", 0)),
-                group=dict(group),
+                main=main,
+                grad=in_order(grad, p),
+                state=state or {name: torch.zeros_like(main) for name in reference.STATES[rule]},
+                storage=memory,
+                grad_bits=grad,
+                step=_step_of(opt, p, copies),
+                group=group,
             )
         )
     return records
+
+
+def _step_of(opt, p: Tensor, copies: Copies) -> int:
+    step = opt.state.get(p, {}).get("step", 0)
+    return int(copies[step] if isinstance(step, Tensor) else step)
 
 
 # ---- after it -----------------------------------------------------------------------------------------------------
@@ -103,14 +116,19 @@ def alike(opt, rule: str, records: list[Before]) -> list[list[Before]]:
 
     Rules are elementwise, but for those of two phases, whose tensors come one by one.
     """
-    groups = {}
+    groups, two_phases = {}, specs.RULES[rule].norms
+    shared = {id(r.group): r.group for r in records}
+    options = {i: str((hyper_of(g, rule), g["maximize"], random(g))) for i, g in shared.items()}
     for r in records:
-        dtypes = sorted((key, v.dtype) for key, v in opt.state.get(r.tensor, {}).items() if isinstance(v, Tensor))
-        own = id(r.tensor) if specs.RULES[rule].norms else 0
-        hyper = sorted(hyper_of(r.group, rule).items())
-        key = (r.tensor.dtype, r.grad_bits is None, r.step, hyper, r.group["maximize"], dtypes, random(r.group), own)
-        groups.setdefault(str(key), []).append(r)
+        dtypes = (_dtypes(state) for state in (r.state, opt.state.get(r.tensor, {})))
+        own = id(r.tensor) if two_phases else 0
+        key = (r.tensor.dtype, r.grad_bits is None, r.step, options[id(r.group)], *dtypes, own)
+        groups.setdefault(key, []).append(r)
     return list(groups.values())
+
+
+def _dtypes(state: dict) -> frozenset:
+    return frozenset((key, value.dtype) for key, value in state.items() if isinstance(value, Tensor))
 
 
 def _end_to_end(tensors: list, block: int) -> Any:
@@ -123,31 +141,44 @@ def _end_to_end(tensors: list, block: int) -> Any:
 
 def block_of(opt, records: list[Before]) -> int:
     """Elements that records of one kind, end to end, must be padded to multiples of: those that share a scale."""
-    state = opt.state.get(records[0].tensor, {})
-    return BLOCK if any(key.endswith("_scale") for key in state) else 1
+    return BLOCK if any(map(_is_scale, opt.state.get(records[0].tensor, {}))) else 1
 
 
-def expected_after(rule: str, records: list[Before], block: int, **transform) -> dict[str, Bounded]:
+class _Joined:
+    """Parameters of one kind with their states, flat and end to end, each in whole blocks: as they are stored, and
+    decoded. They are decoded at once, because a step has hundreds of small tensors."""
+
+    def __init__(self, rule: str, mains: list[Tensor], states: list[dict[str, Tensor]], block: int) -> None:
+        self.main, self.state = _end_to_end(mains, block), {}
+        for key in states[0]:
+            each = [state[key] for state in states]
+            self.state[key] = torch.cat(each) if _is_scale(key) else _end_to_end(each, block)
+        self.value = formats.decode_master(self.state, self.main)
+        self.states = formats.decode_states(self.state, specs.RULES[rule])
+
+
+def expected_after(rule: str, records: list[Before], before: _Joined, block: int, **transform) -> dict[str, Bounded]:
     """What the reference makes of records of one kind, end to end; the new parameter is called "param"."""
     first = records[0]
     expected = bounded_step(
         rule,
-        _end_to_end([r.value for r in records], block),
+        before.value,
         _end_to_end([r.grad for r in records], block),
-        {name: _end_to_end([r.states[name] for r in records], block) for name in first.states},
+        before.states,
         step=first.step + 1,
         maximize=first.group["maximize"],
         hyper=hyper_of(first.group, rule),
         **transform,
     )
     if block > 1:
-        real = torch.cat([in_blocks(torch.ones(r.value.numel(), dtype=torch.bool), block) for r in records])
+        real = torch.cat([in_blocks(torch.ones(r.main.numel(), dtype=torch.bool), block) for r in records])
         for name, each in expected.items():  # a clip coefficient of NaN would reach the padding
             value, error = (torch.where(real, t, 0.0) for t in (each.value, each.error))
             expected[name] = Bounded(value, error, each.compute)
     return expected
 
 
+@torch.inference_mode()
 def judge_values(opt, rule: str, records: list[Before], copies: Copies | None = None, **transform) -> Comparison:
     """The parameters of records of one kind beside the reference's, not yet checked. AssertionError for wrong states.
 
@@ -155,48 +186,35 @@ def judge_values(opt, rule: str, records: list[Before], copies: Copies | None = 
     transform: the arguments of `reference.transform_gradient` that apply.
     """
     params, block = [r.tensor for r in records], block_of(opt, records)
-    expected = expected_after(rule, records, block, **transform)
-    after = copies or copies_of(opt, params)
-    kept = [_kept(opt, p, after) for p in params]
-    state, stochastic = kept[0][1], random(records[0].group)
-    where = f"{rule}, {kept[0][0].dtype} with {list(state)}, {[p.numel() for p, _ in kept]} end to end"
+    before = _Joined(rule, [r.main for r in records], [r.state for r in records], block)
+    expected = expected_after(rule, records, before, block, **transform)
+    copies = copies or copies_of(opt, params)
+    mains, states = [in_order(copies[p], p) for p in params], [_state_of(opt, p, copies) for p in params]
+    after, stochastic = _Joined(rule, mains, states, block), random(records[0].group)
+    keys, sizes = list(opt.state.get(params[0], {})), [p.numel() for p in params]
+    where = f"{rule}, {params[0].dtype} with {keys}, {sizes} end to end"
     for name, moment in zip(specs.RULES[rule].states, specs.RULES[rule].moments):
-        _check_state(
-            rule, kept, name, moment, expected[name], block=block, stochastic=stochastic, what=f"{name}, {where}"
-        )
+        _check_state(after, name, moment, expected[name], stochastic=stochastic, what=f"{name}, {where}")
     comparison = compare_param(
-        _end_to_end([in_order(p, p) for p, _ in kept], block),
-        _end_to_end([in_order(formats.decode_master(state, p), p) for p, state in kept], block),
+        after.main,
+        after.value,
         expected["param"],
-        extra=next((state[key].dtype for key in ("master_param", "param_remainder") if key in state), None),
+        extra=next((after.state[key].dtype for key in ("master_param", "param_remainder") if key in after.state), None),
         stochastic=stochastic,
         where=where,
     )
-    comparison.before = _end_to_end([r.value for r in records], block)
+    comparison.before = before.value
     return comparison
 
 
-def _check_state(
-    rule: str,
-    kept: list[tuple[Tensor, dict]],
-    name: str,
-    moment: str,
-    exact: Bounded,
-    *,
-    block: int,
-    stochastic: bool,
-    what: str,
-) -> None:
-    codes = _end_to_end([in_order(state[name], p) for p, state in kept], block)
+def _check_state(after: _Joined, name: str, moment: str, exact: Bounded, *, stochastic: bool, what: str) -> None:
+    codes = after.state[name]
     if codes.is_floating_point() and stochastic and codes.dtype == BFLOAT16:
         compare_neighbour(codes, exact, what).check()
     elif codes.is_floating_point():
         assert_within(codes, exact, what)
     else:
-        scales = torch.cat([state[f"{name}_scale"] for _, state in kept])
-        decoded = [in_order(formats.decode_states(state, specs.RULES[rule])[name], p) for p, state in kept]
-        decoded = _end_to_end(decoded, block)
-        assert_codes(decoded, scales, exact, moment, what)
+        assert_codes(after.states[name], after.state[f"{name}_scale"], exact, moment, what)
         if moment == "second":
             positive = exact.value - 2 * exact.error >= MAY_VANISH
             check(codes[positive].all(), f"code 0 for a second moment > 0, {what}")
@@ -208,13 +226,11 @@ def check_norm(opt, records: list, **transform) -> tuple[float, float]:
 
     By the triangle inequality the norm may err by the norm of the errors of the gradients.
     """
-    exact, slack = [], []
-    for r in records:
-        grad, error = (r.grad.value, r.grad.error) if isinstance(r.grad, Bounded) else (r.grad, None)
-        exact.append(reference.transform_gradient(grad.double(), **transform))
-        if error is not None:
-            slack.append(2 * error / transform.get("grad_scale", 1.0))
-    norm, slack = (reference.total_norm(tensors, opt.norm_type) for tensors in (exact, slack))
+    grads = [r.grad.value if isinstance(r.grad, Bounded) else r.grad for r in records]
+    errors = [r.grad.error for r in records if isinstance(r.grad, Bounded)]
+    exact, slack = (flat([torch.empty(0), *tensors]).double() for tensors in (grads, errors))
+    exact, slack = reference.transform_gradient(exact, **transform), 2 * slack / transform.get("grad_scale", 1.0)
+    norm, slack = (reference.total_norm([t], opt.norm_type) for t in (exact, slack))
     coef = reference.clip_coefficient(norm, opt.max_grad_norm)
     share = slack / norm if norm > 0 else torch.zeros(())
     # What float64 parameters are scaled by is not rounded to float32.

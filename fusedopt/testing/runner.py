@@ -83,6 +83,7 @@ def run_cases(cases: Iterable[Case], factory: Callable[..., Any] | None = None) 
         yield run_case(case, factory)
 
 
+@torch.inference_mode()
 def _record(result: Result, comparison: Comparison, step: int) -> None:
     if not any(n for _, n, _ in comparison.parts):
         return
@@ -101,8 +102,8 @@ def _record(result: Result, comparison: Comparison, step: int) -> None:
     result.failed_elements += int(wrong.sum())
     # Bounds in float64 allow powers of beta 1000 roundings: see `bounds.SCALAR_ERROR`.
     limit = WELL_CONDITIONED * (1000 if comparison.dtype == torch.float64 else 1)
-    telling = ulps[wrong | (bound / unit < limit)]
-    result.largest_ulp = max(result.largest_ulp, telling.max().item() if telling.numel() else 0.0)
+    telling = torch.where(wrong | (bound / unit < limit), ulps, 0.0)
+    result.largest_ulp = max(result.largest_ulp, telling.amax().item())
     for at, count in enumerate(_histogram(ulps)):
         result.histogram[at] += count
     if wrong.any() and not result.error:

@@ -119,6 +119,8 @@ def on_device(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]
     tensors. Those that are there already share their memory with the result; storages that are shared stay so."""
     device = torch.device(device)
     copies = _storages_on([t for t in tensors if t.device.type != device.type], device)
+    if not copies:
+        return tensors
 
     def copied(t: Tensor) -> Tensor:
         memory = copies[t.device, t.untyped_storage().data_ptr()]
@@ -142,11 +144,13 @@ def _storages_on(tensors: list[Tensor], wanted: torch.device) -> dict[tuple, tor
     return copies
 
 
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def bits(t: Tensor) -> Tensor:
     """The elements of `t`, or their parts, as integers, on the CPU."""
-    t = parts(t)
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.detach().cpu().contiguous().view(integer)
+    t = parts(t).cpu().contiguous()
+    return t.view(_INTEGER[t.element_size()])
 
 
 def assert_same_bits(actual, expected) -> None:
@@ -157,9 +161,9 @@ def assert_same_bits(actual, expected) -> None:
     actual, expected = on_cpu(actual), on_cpu(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         check((a.dtype, a.shape) == (e.dtype, e.shape), f"tensor {i}: {a.dtype} {tuple(a.shape)}, expected {e.dtype}")
-        a, e = parts(a), parts(e)
-        different = (bits(a) != bits(e)).reshape(-1).nonzero().flatten().tolist()
-        if different:
+        if not torch.equal(bits(a), bits(e)):
+            different = (bits(a) != bits(e)).reshape(-1).nonzero().flatten().tolist()
+            a, e = parts(a), parts(e)
             raise AssertionError(
                 f"tensor {i}: {len(different)} of {a.numel()} elements differ, first at {different[0]}: "
                 f"{a.reshape(-1)[different[0]].item()!r} != {e.reshape(-1)[different[0]].item()!r}"

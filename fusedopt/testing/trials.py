@@ -87,22 +87,22 @@ class Trial:
         """Of each parameter, what the storage that it is in holds: once for those that are slices of one."""
         memory: dict[int, Tensor] = {}
         for p in self.params:
-            if (address := p.untyped_storage().data_ptr()) not in memory:
+            if (address := _address(p)) not in memory:
                 memory[address] = storage(copies[p]).clone()
-        return [memory[p.untyped_storage().data_ptr()] for p in self.params]
+        return [memory[_address(p)] for p in self.params]
 
     def _check_elsewhere(self, after: Copies, moved: list[bool]) -> None:
         """No element changed since the step before but those of parameters with a gradient; several may share a
         storage."""
-        reached: dict[int, Tensor] = {}
-        for p, own in zip(self.params, moved, strict=True):
-            address = p.untyped_storage().data_ptr()
-            mask = reached.setdefault(address, torch.zeros(storage(p).numel(), dtype=torch.bool))
-            if own:
-                mask.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
-        for i, (p, before) in enumerate(zip(self.params, self._memory, strict=True)):
-            outside = ~reached[p.untyped_storage().data_ptr()]
-            same = not outside.any() or torch.equal(bits(storage(after[p]))[outside], bits(before)[outside])
+        filled = {_address(p) for p, own in zip(self.params, moved, strict=True) if own and _fills_storage(p)}
+        others = [(i, p) for i, p in enumerate(self.params) if _address(p) not in filled]
+        reached = {_address(p): torch.zeros(storage(p).numel(), dtype=torch.bool) for _, p in others}
+        for i, p in others:
+            if moved[i]:
+                reached[_address(p)].as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
+        for i, p in others:
+            outside = ~reached[_address(p)]
+            same = torch.equal(bits(storage(after[p]))[outside], bits(self._memory[i])[outside])
             check(same, f"wrote outside of the parameters that have a gradient, in the storage of parameter {i}")
 
     def _judged_step(self, batches: list[list[Tensor | None]]) -> tuple[list[Comparison], Copies]:
@@ -119,6 +119,15 @@ class Trial:
 
     def _index(self, p: Tensor) -> int:
         return self._indices[id(p)]
+
+
+def _address(p: Tensor) -> int:
+    return p.untyped_storage().data_ptr()
+
+
+def _fills_storage(p: Tensor) -> bool:
+    """Whether every element of its storage is its own: that of most parameters."""
+    return p.numel() * p.element_size() == p.untyped_storage().nbytes()
 
 
 # ---- optimizers of fusedopt ---------------------------------------------------------------------------------------
