@@ -32,12 +32,11 @@ __device__ __forceinline__ void accumulate_pass(const PassArgs& args, const Tabl
   const GradSource source = grad_of(args, table, chunk.tensor);
   if (!source.grad) return;
   const void* const main_grad = args.tensors[chunk.tensor].main_grad;
-  Split split = Split::peeled<M, V>(main_grad, chunk.numel, chunk.index);
-  split.in_rounds<Pass::kRound, true>(chunk);
+  const Split split = Split::peeled<M, V>(main_grad, chunk.numel, chunk.index);
   const GradStream<G, M, V> grad(source, main_grad, split.first);
   const auto weight = gradient_transform<typename Pass::T>(args.scaling).weight;
   const int whole = grad.own.aligned && grad.main.aligned ? split.vectored / Pass::kRound : 0;
-  const auto offset = [&](int round, int j) { return round * split.stride + (j * kThreads + int(threadIdx.x)) * V; };
+  const auto offset = [](int round, int j) { return round * Pass::kRound + (j * kThreads + int(threadIdx.x)) * V; };
 
 #pragma unroll 1
   for (int round = 0; round < whole; ++round) {
@@ -52,8 +51,7 @@ __device__ __forceinline__ void accumulate_pass(const PassArgs& args, const Tabl
     }
   }
 #pragma unroll 1
-  for (int at = whole * Pass::kRound + int(threadIdx.x) * V; at < split.vectored; at += kThreads * V) {
-    const int i = at / Pass::kRound * split.stride + at % Pass::kRound;
+  for (int i = whole * Pass::kRound + int(threadIdx.x) * V; i < split.vectored; i += kThreads * V) {
     Vector<M, V> sum;
     Pass::add(grad.load(i, V), source, weight, sum);
     grad.main.store(i, sum);
