@@ -36,7 +36,7 @@ _SHOWN_FAILURES = 20
 @several("transform", "Only these: none, scale, clip, value_clip, accumulate.")
 @several("case", "Only these adversarial cases, such as zeros, or cases with this in their name.")
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Processes that share the cases. Default: one for each core, 32 at most."
+    "--jobs", type=click.IntRange(1), help="Processes that share the cases. Default: one for each core, 16 at most."
 )
 @click.option(
     "--time-limit", type=click.FloatRange(min=0), help="Stop after so many seconds; cases that are left fail the run."
@@ -93,7 +93,7 @@ def _command() -> str:
 def _jobs(wanted: int | None, cases: int) -> int:
     """A process takes some seconds to start, so a hundred cases are enough for one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or max(1, min(cores, 32, cases // 100))
+    return wanted or max(1, min(cores, 16, cases // 100))
 
 
 def _check_device(device: str) -> None:
