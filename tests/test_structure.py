@@ -525,3 +525,9 @@ def test_files_are_short():
     texts += [ROOT / "Makefile", ROOT / ".ci/run"]
     lengths = {name_of(path): lines_to_read(path) for path in texts}
     assert not {name: length for name, length in lengths.items() if length >= MAX_LINES}
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by these: of two alike one is not collected, which a run of either folder does not show."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
