@@ -1,4 +1,5 @@
-"""Runs that outlive a library which ends its process: by abort(), a segmentation fault, exit() in C++, a lost device.
+"""Runs that outlive a library which ends its process (abort(), a segmentation fault, exit() in C++, a lost device) or
+hangs.
 
 Nothing in the process can prevent that. So ``fusedopt bench`` measures other projects' libraries in a child process,
 which notes in a small file beside the JSON file, the journal, which library of which case it is about to run. Where a
@@ -24,6 +25,9 @@ PR_SET_PDEATHSIG = 1
 
 ENOUGH = 2
 """Processes that a library may end: each start takes seconds."""
+
+PATIENCE = 900.0
+"""Seconds that a library may take for one turn, before it counts as hanging: torch.compile takes minutes."""
 
 
 class DeviceLost(RuntimeError):
@@ -84,6 +88,13 @@ class Journal:
         if self.path:
             self.path.unlink(missing_ok=True)
 
+    def age(self) -> float:
+        """Seconds since the entry was written; 0 without one."""
+        try:
+            return time.time() - self.path.stat().st_mtime if self.path else 0.0
+        except FileNotFoundError:
+            return 0.0
+
     def read(self) -> Turn | None:
         """The entry that an earlier process has left."""
         if not self.path or not self.path.exists():
@@ -120,19 +131,31 @@ def supervise(arguments: Sequence[str], path: Path, deadline: float, resume: boo
             child = subprocess.Popen(
                 [sys.executable, "-m", "fusedopt", *arguments, *limit, *(["--resume"] if resume else [])]
             )
-            code = child.wait()
+            code, how = _end_of(child, path)
             turn = Journal(path).read()
             if turn is None or interrupts or (turn.case, turn.library) in ended:
                 return _own_exit_code(code)
             ended.append((turn.case, turn.library))
             if turn.how == Turn.how:
-                turn = replace(turn, how=_how(code))
+                turn = replace(turn, how=how)
                 Journal(path).write(turn)
             print(f"{turn.case}: {turn.library}: {turn.error}; going on without it there", file=sys.stderr, flush=True)
             resume = True
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_of(child: subprocess.Popen[bytes], path: Path) -> tuple[int, str]:
+    """Its exit code, and how it ended. A child that hangs in a library's turn is killed."""
+    while True:
+        try:
+            code = child.wait(timeout=1)
+            return code, _how(code)
+        except subprocess.TimeoutExpired:
+            if Journal(path).age() > PATIENCE:
+                child.kill()
+                return child.wait(), f"killed, since a turn took more than {PATIENCE:g} s"
 
 
 def _own_exit_code(code: int) -> int:

@@ -176,7 +176,7 @@ class Children:
         self.commands.append(command[3:])
         return self
 
-    def wait(self):
+    def wait(self, timeout):
         return self.endings.pop(0)()
 
 
@@ -208,6 +208,35 @@ def test_a_child_that_was_killed_is_followed_by_another_one(monkeypatch, path, c
     code, commands = start(monkeypatch, path, killed(path), orderly)
     assert (code, commands) == (1, [["bench"], ["bench", "--resume"]])
     assert "a: apex: it ended the process: SIGKILL" in capsys.readouterr().err
+
+
+HANGING = """#!{python}
+import sys, time
+if "--resume" not in sys.argv:
+    open({entry!r}, "w").write('{{"case": "a", "library": "apex"}}')
+    time.sleep(300)
+"""
+
+
+def test_a_child_that_hangs_in_a_turn_is_killed(monkeypatch, path, tmp_path, capsys):
+    program = tmp_path / "program"
+    program.write_text(HANGING.format(python=sys.executable, entry=str(Journal(path).path)))
+    program.chmod(0o700)
+    monkeypatch.setattr(journal.sys, "executable", str(program))
+    monkeypatch.setattr(journal, "PATIENCE", 0.5)
+    begin = time.monotonic()
+    assert supervise(["bench"], path, math.inf, False) == 0
+    assert time.monotonic() - begin < 60
+    assert Journal(path).read() == Turn("a", "apex", "killed, since a turn took more than 0.5 s")
+    assert "a: apex: it ended the process: killed, since" in capsys.readouterr().err
+
+
+def test_nobody_is_killed_between_turns_or_within_patience(path):
+    assert Journal(path).age() == Journal().age() == 0
+    Journal(path).write(Turn("a", "apex"))
+    assert 0 <= Journal(path).age() < journal.PATIENCE
+    os.utime(Journal(path).path, (0, 0))
+    assert Journal(path).age() > journal.PATIENCE
 
 
 def test_children_have_what_is_left_of_the_time(monkeypatch, path):
