@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +89,9 @@ class VariantRunner(Runner):
     def build(self, library: str, case: Case, model: Model) -> Tail:
         return build_tail("fusedopt", case, model.params)
 
-    def _prepare(self, entry: Measured, case: Case, model: Model) -> None:
-        with self.variants[entry.library].compiled(self.device):  # the first step chooses its kernels
-            super()._prepare(entry, case, model)
+    def _turn(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
+        with self.variants[entry.library].compiled(self.device):  # the first step chooses kernels, a later one may
+            return super()._turn(stage, entry, case, model)
 
 
 def measure(repeats: Repeats, cases: list[Case], variants: list[Variant], deadline: float, console: Console) -> Row:

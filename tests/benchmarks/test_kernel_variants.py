@@ -3,16 +3,21 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed with the package
 
-from benchmarks.variants import Variant, main, parsed
-from fusedopt.backends import nvrtc
+from benchmarks.variants import Variant, VariantRunner, main, parsed
+from fusedopt.backends import cuda, nvrtc
+from fusedopt.bench.contracts import Case
+from fusedopt.bench.runner import QUICK
 
 BLOCKS = "FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest, extra)"
 
@@ -46,6 +51,35 @@ def test_bad_settings(text, message, tmp_path, monkeypatch):
 def test_names_tell_rows_apart(names):
     with pytest.raises(click.BadParameter, match="each once"):
         parsed(tuple(f"{name}:FUSEDOPT_ACCUMULATE_ELEMENTS=8" for name in names))
+
+
+def test_every_turn_is_of_its_variant(tmp_path, monkeypatch):
+    """Also those behind the first step: a new plan chooses kernels anew. A stand-in for the GPU holds the kernels."""
+    shutil.copytree(nvrtc.source_dir(), tmp_path / "before")
+    device = SimpleNamespace(functions={"chosen": 1})
+    monkeypatch.setattr(cuda, "_device", lambda index: device)
+    variants = [Variant.parse(f"2 blocks:{BLOCKS}=2"), Variant.parse(f"before:source={tmp_path / 'before'}")]
+    seen, plain = {}, (nvrtc.source_dir(), {})
+
+    class Recorder(VariantRunner):
+        def _turn(self, stage, entry, case, model):
+            def recorded(*arguments):
+                assert not device.functions  # nobody else's
+                seen.setdefault(entry.library, []).append((nvrtc.source_dir(), dict(nvrtc.DEFINES)))
+                device.functions["chosen"] = 1
+                stage(*arguments)
+
+            return super()._turn(recorded, entry, case, model)
+
+    runner = Recorder(torch.device("cpu"), replace(QUICK, rounds=1), variants)
+    rows = runner.run(case := Case("tiny", "adamw", "fp32", "step"), runner.make_model(case))
+    assert [row["error"] for row in rows] == [None] * 3
+    assert seen == {
+        "fusedopt": [plain] * 2,
+        "2 blocks": [(plain[0], {BLOCKS: "2"})] * 2,
+        "before": [(tmp_path / "before", {})] * 2,
+    }
+    assert (nvrtc.source_dir(), nvrtc.DEFINES) == plain and not device.functions
 
 
 @pytest.mark.gpu
