@@ -1,6 +1,6 @@
 """Times variants of the CUDA kernels in turn: other tunings, and other sources.
 
-    python benchmarks/variants.py --format bf16 "3 blocks:FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest, extra)=3"
+    python benchmarks/variants.py --format bf16 "8 elements:FUSEDOPT_ELEMENTS(tuning, smallest, largest)=8"
     git worktree add ../before HEAD~5
     python benchmarks/variants.py --optimizer adamw --optimizer lion --json variants.json before:source=../before/csrc
 
@@ -27,10 +27,10 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, when started as a file
 
 from fusedopt.backends import cuda, nvrtc
-from fusedopt.bench.contracts import HYPER, Case, Tail
-from fusedopt.bench.contracts import build as build_tail
+from fusedopt.bench.contracts import Case, Tail
 from fusedopt.bench.report import Row, environment, print_rows, write
 from fusedopt.bench.runner import CACHES, FULL, QUICK, Measured, Repeats, Runner, add_floor, measure_cases, progress_bar
+from fusedopt.bench.suites import CONTRACTS, OPTIMIZERS, make_case
 from fusedopt.bench.workloads import FORMATS, WORKLOADS, Model
 
 SETTING = re.compile(r"(?P<name>\w+(\([^)]*\))?)=(?P<value>.+)")
@@ -87,7 +87,7 @@ class VariantRunner(Runner):
         return list(self.variants)
 
     def build(self, library: str, case: Case, model: Model) -> Tail:
-        return build_tail("fusedopt", case, model.params)
+        return super().build("fusedopt", case, model)
 
     def _turn(self, stage: Callable[..., None], entry: Measured, case: Case, model: Model) -> Measured:
         with self.variants[entry.library].compiled(self.device):  # the first step chooses kernels, a later one may
@@ -115,9 +115,9 @@ def measure(repeats: Repeats, cases: list[Case], variants: list[Variant], deadli
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("variants", nargs=-1, required=True, metavar="NAME:SETTING=VALUE...", callback=lambda *a: parsed(a[2]))
 @click.option("--workload", "workloads", type=click.Choice(list(WORKLOADS)), multiple=True, default=("llama-1.3B",))
-@click.option("--optimizer", "optimizers", type=click.Choice(list(HYPER)), multiple=True, default=("adamw",))
+@click.option("--optimizer", "optimizers", type=click.Choice(OPTIMIZERS), multiple=True, default=("adamw",))
 @click.option("--format", "formats", type=click.Choice(list(FORMATS)), multiple=True, default=("fp32",))
-@click.option("--contract", "contracts", type=click.Choice(["step", "clip_step"]), multiple=True, default=("step",))
+@click.option("--contract", "contracts", type=click.Choice(CONTRACTS), multiple=True, default=("step",))
 @click.option("--quick", is_flag=True, help="A smoke run: few repetitions.")
 @click.option("--time-limit", type=float, default=240, show_default=True, help="Start no case after so many seconds.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
@@ -136,12 +136,13 @@ def main(
         raise click.UsageError("torch sees no CUDA device, and these are kernels for one")
     console = Console(width=None if sys.stdout.isatty() else 120)
     cases = [
-        Case(workload, optimizer, format_, contract)
+        make_case(workload, optimizer, format_, contract)
         for workload in workloads
         for format_ in formats
         for optimizer in optimizers
         for contract in contracts
     ]
+    cases = list(dict.fromkeys(cases))  # some contracts have no optimizer
     result = measure(QUICK if quick else FULL, cases, variants, deadline, console)
     write(path, result)
     print_rows(console, result["rows"])

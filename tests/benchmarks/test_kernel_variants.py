@@ -16,10 +16,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are 
 
 from benchmarks.variants import Variant, VariantRunner, main, parsed
 from fusedopt.backends import cuda, nvrtc
-from fusedopt.bench.contracts import Case
 from fusedopt.bench.runner import QUICK
+from fusedopt.bench.suites import make_case
 
-BLOCKS = "FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest, extra)"
+BLOCKS = "FUSEDOPT_UPDATE_BLOCKS(tuning, smallest, largest, extra, rooted)"
 
 
 def test_settings():
@@ -53,7 +53,8 @@ def test_names_tell_rows_apart(names):
         parsed(tuple(f"{name}:FUSEDOPT_ACCUMULATE_ELEMENTS=8" for name in names))
 
 
-def test_every_turn_is_of_its_variant(tmp_path, monkeypatch):
+@pytest.mark.parametrize("names", [("adamw", "fp32", "step"), ("none", "bf16", "accumulate")])
+def test_every_turn_is_of_its_variant(names, tmp_path, monkeypatch):
     """Also those behind the first step: a new plan chooses kernels anew. A stand-in for the GPU holds the kernels."""
     shutil.copytree(nvrtc.source_dir(), tmp_path / "before")
     device = SimpleNamespace(functions={"chosen": 1})
@@ -72,7 +73,8 @@ def test_every_turn_is_of_its_variant(tmp_path, monkeypatch):
             return super()._turn(recorded, entry, case, model)
 
     runner = Recorder(torch.device("cpu"), replace(QUICK, rounds=1), variants)
-    rows = runner.run(case := Case("tiny", "adamw", "fp32", "step"), runner.make_model(case))
+    case = make_case("tiny", *names)
+    rows = runner.run(case, runner.make_model(case))
     assert [row["error"] for row in rows] == [None] * 3
     assert seen == {
         "fusedopt": [plain] * 2,
