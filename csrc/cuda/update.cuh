@@ -93,6 +93,7 @@ struct Update {
   using T = typename P::Compute;
   static constexpr int kStates = Rule::kStates;
   static constexpr int kSlots = fusedopt::kSlots<Rule>;
+  static constexpr bool kRooted = kStates == 1 && Rule::moment(0) == Moment::kSecond;
   static constexpr bool kHasExtra = !is_same<typename P::Extra, NoExtra>;
   // Bytes of an element. What accompanies the parameter is not counted among the smallest.
   static constexpr int kSmallest =
@@ -106,7 +107,7 @@ struct Update {
   static constexpr bool kGrouped = kNoise || S::kBlocked;
   static constexpr int V = kGrouped ? kRandomGroup : 16 / kLargest;
   static constexpr int kVectors = FUSEDOPT_ELEMENTS(kTuning, kSmallest, kLargest) / V;  // per thread and round
-  static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest, kHasExtra);
+  static constexpr int kFitting = FUSEDOPT_UPDATE_BLOCKS(kTuning, kSmallest, kLargest, kHasExtra, kRooted);
   // A main gradient, as a third state, takes the registers of a block, where there are more than two.
   static constexpr int kMore = int(GradStream<G, M, V>::kHasMain) + int(kStates > 2);
   static constexpr int kBlocksPerMultiprocessor = kFitting > 2 ? maximum(2, kFitting - kMore) : kFitting;

@@ -85,7 +85,7 @@ SPILLED_BYTES = {
     "norm, small models": (16, 16),
     "accumulation of float64": (104, 104),
     "accumulation in float32, 2-byte parameters": (0, 24),  # 16 elements a thread, and two gradients
-    "update, stochastic states": (0, 24),
+    "update, stochastic states": (0, 32),
     "update, other rules": (40, 48),
     "update, two phases": (8, 32),
 }
