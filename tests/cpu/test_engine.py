@@ -459,8 +459,8 @@ def test_other_python_threads_run_meanwhile(threads, work):
         "scale": lambda: fusedopt.unscale_grads_(params, 2.0),
     }
     functions[work]()  # makes states and tables
-    # Were the GIL held, every share would be close to 1. Others may use the machine, so the least one counts.
-    assert min(longest_pause(functions[work]) for _ in range(10)) < 0.5
+    # Were the GIL held, every share would be close to 1. Others may use the machine, so one that is not is enough.
+    assert any(longest_pause(functions[work]) < 0.5 for _ in range(50))
 
 
 # ---- without torch's C functions ----------------------------------------------------------------------------------

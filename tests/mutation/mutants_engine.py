@@ -249,7 +249,7 @@ ENGINE = [
         "csrc/cpu/passes.cpp",
         "  if (skip) return;\n",
         "  if (skip) {\n    for (int64 t = 0; t < tensors; ++t)\n"
-        "      if (given.table.grads[t]) *given.table.tensors[t].step += 1.0f;\n    return;\n  }\n",
+        "      if (job.table.grads[t]) *job.table.tensors[t].step += 1.0f;\n    return;\n  }\n",
         skips("(0, 0)"),
     ),
     Mutant(
