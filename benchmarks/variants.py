@@ -30,7 +30,7 @@ from fusedopt.backends import cuda, nvrtc
 from fusedopt.bench.contracts import Case, Tail
 from fusedopt.bench.report import Row, environment, print_rows, write
 from fusedopt.bench.runner import CACHES, FULL, QUICK, Measured, Repeats, Runner, add_floor, measure_cases, progress_bar
-from fusedopt.bench.suites import CONTRACTS, OPTIMIZERS, make_case
+from fusedopt.bench.suites import CONTRACTS, OPTIMIZERS, select_cases
 from fusedopt.bench.workloads import FORMATS, WORKLOADS, Model
 
 SETTING = re.compile(r"(?P<name>\w+(\([^)]*\))?)=(?P<value>.+)")
@@ -135,14 +135,7 @@ def main(
     if not torch.cuda.is_available():
         raise click.UsageError("torch sees no CUDA device, and these are kernels for one")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    cases = [
-        make_case(workload, optimizer, format_, contract)
-        for workload in workloads
-        for format_ in formats
-        for optimizer in optimizers
-        for contract in contracts
-    ]
-    cases = list(dict.fromkeys(cases))  # some contracts have no optimizer
+    cases = select_cases(None, "cuda", workloads, optimizers, formats, contracts)
     result = measure(QUICK if quick else FULL, cases, variants, deadline, console)
     write(path, result)
     print_rows(console, result["rows"])

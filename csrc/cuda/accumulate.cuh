@@ -11,7 +11,7 @@ template <class G, class M>
 struct Accumulate {
   using T = typename M::Compute;
   static constexpr int V = 16 / maximum(sizeof(typename G::Storage), sizeof(typename M::Storage));
-  static constexpr int kVectors = minimum(8, FUSEDOPT_ACCUMULATE_ELEMENTS / V);  // more would spill
+  static constexpr int kVectors = minimum(8, FUSEDOPT_ACCUMULATE_ELEMENTS / V);  // at most 128 bytes of a stream
   static constexpr int kRound = kThreads * kVectors * V;
   static_assert(kChunk % kRound == 0, "a chunk is a whole number of rounds");
 
